@@ -1,0 +1,23 @@
+# Two commands: `make quickstart` and `make test`. Both make .venv first, with the versions in constraints.txt.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: quickstart test test-fast clean
+
+quickstart: .venv/.installed-offline
+	$(BIN)/rlhf-recipes run imdb_tiny
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+test-fast: .venv/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+.venv/.installed-%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,80 @@
+"""Pure tensor maths of the advantage estimators: B completions by T tokens, masks with 1 = counts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(scores: Tensor, per_token_kl: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Reward of every token: minus `beta` times its KL, and on the last token of each completion also the score.
+
+    Summed over a row, that is score - beta * KL of the completion, wherever its EOS stands.
+
+    Args:
+        scores: What the reward functions say, (B,).
+        per_token_kl: log pi - log pi_ref of every sampled token, (B, T).
+        mask: Completion tokens, the first EOS included, (B, T).
+        beta: Weight of the KL.
+
+    Source: Huang et al. 2024 (2403.17031), details 1 and 13; Ziegler et al. 2019 (1909.08593), section 2.
+    """
+    rewards = -beta * per_token_kl * mask
+    last = mask.sum(1).long() - 1
+    rows = torch.nonzero(last >= 0).squeeze(1)  # a completion that is masked out whole has no last token
+    rewards[rows, last[rows]] += scores[rows]
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation over ragged completions that all end in a terminal state.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   return_t = A_t + V_t,
+    where V and A behind a completion's last token are 0: neither EOS nor the length limit bootstraps.
+
+    Args:
+        rewards: (B, T).
+        values: Value of the state in which token t was sampled, (B, T).
+        mask: Completion tokens, (B, T); nothing outside of it has any influence.
+        gamma: Discount factor, 0..1.
+        lam: 0 gives the one-step error, 1 the discounted return minus the value.
+
+    Returns:
+        Advantages and returns, both (B, T) and 0 outside the mask.
+
+    Source: Schulman et al. 2016 (1506.02438), equation 16.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(values)
+    next_advantage = next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries where `mask` is 1; 0 when there is none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums, center: bool = True) -> Tensor:
+    """Scale the entries where `mask` is 1 to variance 1 (biased), and to mean 0 with `center`.
+
+    Args:
+        x: (B, T).
+        mask: (B, T).
+        total: Adds a tensor of sums up over all processes, so that every rank whitens with the same moments.
+        center: Whether to take the mean away.
+
+    Returns:
+        (B, T), 0 outside the mask. A constant stays constant (0 with `center`) instead of being blown up.
+    """
+    count, sum_x = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
+    mean = sum_x / count.clamp(min=1)
+    # Squares of differences, not differences of squares, which would lose all digits for a large mean.
+    variance = total(((x - mean).square() * mask).sum()) / count.clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if center else whitened + mean) * mask

@@ -1,0 +1,166 @@
+"""The command line, `rlhf-recipes`. Nothing here imports torch before a stage has to run."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_recipes.config import STAGES, Recipe, RecipeError
+from rlhf_recipes.entry import USER_ERROR, load_checked
+from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
+from rlhf_recipes.report import print_table
+from rlhf_recipes.reward_funcs import REWARD_FUNCS
+from rlhf_recipes.run import Run, run_path, stages_to_run
+from rlhf_recipes.terminal import complain, say
+
+MODULES = {"eval": "evaluate"}
+"""Stages whose module has another name than the stage."""
+
+app = typer.Typer(
+    help="PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a recipe, or path of a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as ppo.trainer.beta=0.1")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with other settings; they are moved aside")]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """List the recipes, with their stages."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("recipe", "stages", ""):
+        table.add_column(heading)
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        table.add_row(name, " ".join(recipe.stages()), recipe.description)
+    Console().print(table)
+
+
+@app.command()
+def show(name: Name, overrides: Overrides = None) -> None:
+    """Print a recipe as it would run: parents merged, overrides applied, defaults filled in."""
+    print(to_yaml(load_recipe(name, overrides or [])), end="")
+
+
+@app.command()
+def validate(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="default: all")] = None) -> None:
+    """Check recipes: every key, every trainer argument, every reward function."""
+    errors = 0
+    for name in names or recipe_files():
+        try:
+            load_checked(name, [])
+            say(f"ok     {name}")
+        except RecipeError as error:
+            complain(str(error))
+            errors += 1
+    raise typer.Exit(USER_ERROR if errors else 0)
+
+
+@app.command()
+def rewards() -> None:
+    """List the reward functions, with their arguments."""
+    for name, factory in REWARD_FUNCS.items():
+        say(f"{name}: {inspect.getdoc(factory).splitlines()[0]}")
+        lines = (inspect.getdoc(factory).split("Args:\n") + [""])[1].splitlines()
+        parameters = inspect.signature(factory).parameters
+        for line in lines:
+            argument, _, meaning = line.strip().partition(": ")
+            if argument in parameters:
+                default = parameters[argument].default
+                shown = "required" if default is inspect.Parameter.empty else f"default {default!r}"
+                say(f"    {argument}  {meaning} ({shown})")
+    say("Your own: name: module:function or path/to/file.py:function")
+
+
+@app.command()
+def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Run a recipe from its first needed stage to the report, a process each; what has finished before is reused."""
+    recipe = load_checked(name, overrides or [])
+    for stage in stages_to_run(recipe):
+        stage_run = Run(recipe, stage)
+        if stage_run.is_done(overwrite):
+            say(f"{stage:<8} reused: finished before   {stage_run.path}")
+            continue
+        code = _launch(stage, name, overrides or [], overwrite)
+        if code != 0:
+            complain(f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept.")
+            raise typer.Exit(code)
+    _show_results(recipe)
+
+
+def _launch(stage: str, name: str, overrides: list[str], overwrite: bool) -> int:
+    module = f"rlhf_recipes.{MODULES.get(stage, stage)}"
+    command = [sys.executable, "-m", module, "--recipe", name, *overrides, *(["--overwrite"] if overwrite else [])]
+    return subprocess.run(command, check=False).returncode
+
+
+def _show_results(recipe: Recipe) -> None:
+    measured = json.loads((run_path(recipe, "eval") / "eval.json").read_text(encoding="utf-8"))
+    say()
+    print_table(measured["models"])
+    say(f"\nreport: {run_path(recipe, 'compare') / 'report.html'}")
+
+
+def _stage_command(stage: str, doc: str) -> None:
+    def command(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+        raise typer.Exit(_launch(stage, name, overrides or [], overwrite))
+
+    command.__doc__ = doc
+    app.command(stage)(command)
+
+
+_stage_command("sft", "Run stage sft: fine-tune, or train from scratch, a language model.")
+_stage_command("reward", "Run stage reward: train a reward model on pairs.")
+_stage_command("ppo", "Run stage ppo: train the policy with PPO.")
+_stage_command("rloo", "Run stage rloo: train the policy with RLOO.")
+_stage_command("eval", "Run stage eval: measure the trained models on held-out prompts.")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders such as runs/imdb_tiny/ppo")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the report")] = Path("comparison"),
+) -> None:
+    """Draw finished runs of ppo and rloo next to each other, in one HTML page."""
+    from rlhf_recipes.compare import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"report: {write_report(out, 'Comparison', runs, None)}")
+
+
+@app.command()
+def score(
+    name: Name,
+    overrides: Overrides = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="a text to score; may be repeated")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="texts, one a line; or .jsonl with prompt and completion, or text")] = None,
+) -> None:
+    """Try a recipe's reward functions on texts, before a GPU is spent on them."""
+    from rlhf_recipes.score import score_texts
+
+    recipe = load_checked(name, overrides or [])
+    score_texts(recipe, text or [], file)
+
+
+def main() -> None:
+    """Entry point: errors of the user's become one message and exit code 2."""
+    try:
+        app()
+    except RecipeError as error:
+        complain(str(error))
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Stage compare: put finished runs next to each other.
+
+    python -m rlhf_recipes.compare --recipe imdb_tiny
+
+Reads the folders of `ppo`, `rloo` and `eval`; writes `report.html` and `curves.png` to `<runs_dir>/<recipe>/compare/`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.entry import stage_command
+from rlhf_recipes.report import draw_curves, write_page
+from rlhf_recipes.run import Run, is_finished, read_manifest, require_stage, run_path
+
+
+def main(run: Run) -> str:
+    recipe = run.recipe
+    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    paths = [require_stage(recipe, stage, "compare") for stage in trained]
+    evaluated = run_path(recipe, "eval")
+    measured = json.loads((evaluated / "eval.json").read_text(encoding="utf-8")) if is_finished(evaluated) else None
+    write_report(run.path, f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}", paths, measured)
+    return str(run.path / "report.html")
+
+
+def write_report(folder: Path, title: str, paths: list[Path], measured: dict[str, Any] | None) -> Path:
+    """Write the page and its picture for some finished runs of `ppo` or `rloo`.
+
+    Args:
+        folder: Where to; it must exist.
+        title: Heading of the page.
+        paths: Run folders.
+        measured: What `eval.json` holds about them; None when nothing was evaluated.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RecipeError: A folder is no finished run with metrics.
+    """
+    names = _names(paths)
+    runs = {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
+    picture = draw_curves({name: lines for name, (_, lines) in runs.items()}, folder / "curves.png")
+    page = folder / "report.html"
+    write_page(page, title, picture, measured, {name: manifest for name, (manifest, _) in runs.items()})
+    return page
+
+
+def _read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    manifest = read_manifest(path)
+    if manifest is None or manifest["status"] != "finished" or manifest["stage"] not in ("ppo", "rloo"):
+        found = "no run" if manifest is None else f"stage {manifest['stage']}, {manifest['status']}"
+        raise RecipeError(f"{path}: not a finished run of ppo or rloo ({found}).")
+    with open(path / "metrics.jsonl", encoding="utf-8") as file:
+        return manifest, [json.loads(line) for line in file]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last part of each path, and as much before it as tells them apart."""
+    for depth in range(1, 10):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise RecipeError(f"the same run twice: {', '.join(map(str, paths))}.")
+
+
+if __name__ == "__main__":
+    stage_command("compare", main)

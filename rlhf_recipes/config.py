@@ -1,0 +1,194 @@
+"""The schema of a recipe: what may stand in its YAML file, what each key means, and why its default is what it is.
+
+Every section is closed: an unknown key is an error. What stands under `trainer:` belongs to TRL and is checked
+against TRL's own configuration classes by `recipe.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe or its inputs, in words for the user: where, what was found, what to do."""
+
+
+STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
+"""Stages in the order in which `run` goes through them."""
+
+Range = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: closed, and strict about types, so that `seed: "42"` is an error and not a guess."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Sentences(Section):
+    """Cut texts into lower-case sentences of words and marks, joined by single blanks.
+
+    A model trained from scratch in minutes can only learn a small language: short sentences of common words.
+    """
+
+    words: Range = [5, 22]
+    """Shortest and longest sentence to keep, in words and marks."""
+    vocabulary: int = Field(default=3000, gt=0)
+    """Only sentences that lie wholly inside this many most common words and marks are kept."""
+    openings: bool = False
+    """Keep only each text's first sentence."""
+
+
+class Data(Section):
+    """Where rows come from and what is made of them.
+
+    Rows need one of these sets of columns: `prompt` (text or chat messages; with `completion` for `sft`),
+    `text` (prompts are its first tokens; with `label` 0/1 for `reward`), or `chosen` and `rejected` for `reward`.
+    """
+
+    path: str
+    """Hub id, local file (jsonl, json, csv, parquet), local folder, or `package:NAME/FILE` inside an installed package."""
+    config: str | None = None
+    """Configuration of a Hub data set (`datasets` calls it `name`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    train_split: str = "train"
+    eval_split: str | None = None
+    """Split of held-out rows. None: `eval_fraction` of the training rows is held out, by row, with the recipe's seed."""
+    eval_fraction: float = Field(default=0.05, gt=0, lt=1)
+    columns: dict[str, str] = {}
+    """Our column name -> its name in the data, such as `{text: review, label: sentiment}`."""
+    filter: dict[str, str | int | float | bool] = {}
+    """Keep rows whose column (its name in the data) equals the value."""
+    max_rows: int | None = Field(default=None, gt=0)
+    """Use this many rows of each split, drawn with the recipe's seed. None: all."""
+    sentences: Sentences | None = None
+    """None: texts stay as they are."""
+    prompt_tokens: Range = [2, 8]
+    """Shortest and longest prompt cut from `text`, in tokens of the policy; each length is equally likely."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self):
+        for name, bounds in (("prompt_tokens", self.prompt_tokens), ("sentences.words", self.sentences and self.sentences.words)):
+            if bounds and not 1 <= bounds[0] <= bounds[1]:
+                raise ValueError(f"{name} must be two numbers with 1 <= shortest <= longest, not {bounds}")
+        return self
+
+
+class RewardFunc(Section):
+    """One term of the score: `weight` times what the reward function says."""
+
+    name: str
+    """A name that `rlhf-recipes rewards` lists, or `module:function`, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+    """Keyword arguments of the reward function's factory."""
+
+
+class Scratch(Section):
+    """A new model with random weights, and a tokenizer trained on the recipe's texts."""
+
+    architecture: str = "gpt2"
+    """`model_type` of a transformers configuration."""
+    config: dict[str, Any] = {}
+    """Keyword arguments of that configuration; vocabulary and special tokens follow from the tokenizer."""
+    tokenizer: Literal["word", "bpe"] = "word"
+    vocabulary: int = Field(default=3000, gt=3)
+    """Number of tokens at most, special tokens included."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning of a language model on `prompt` + `completion`, or on `text`."""
+
+    model: str | None = None
+    """Hub id or folder of the model to start from. None: `scratch` makes one."""
+    scratch: Scratch | None = None
+    labels: list[int] | None = None
+    """Train only on texts with one of these labels, such as `[1]` for positive reviews. None: on all."""
+    trainer: dict[str, Any] = {}
+    """TRL's `SFTConfig`."""
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError("set exactly one of model (start from its weights) and scratch (start from random weights)")
+        return self
+
+
+class Reward(Section):
+    """A reward model trained on pairs of a chosen and a rejected text."""
+
+    model: str = "stage:sft"
+    """Where the backbone starts from; the scalar head is new."""
+    pairs: int | None = Field(default=None, gt=0)
+    """Training pairs to draw from texts with labels; held-out pairs: a tenth of it. None: as many as the texts give."""
+    center: bool = True
+    """Store the mean score of held-out texts as `score_center`, which the reward function `reward_model` takes away:
+    score > 0 then means better than average (Huang et al. 2024, 2403.17031, detail 8)."""
+    trainer: dict[str, Any] = {}
+    """TRL's `RewardConfig`."""
+
+
+class OnPolicy(Section):
+    """What the stages `ppo` and `rloo` have in common."""
+
+    policy: str = "stage:sft"
+    """The model to train, also its frozen reference: `stage:sft`, a Hub id or a folder."""
+
+
+class Ppo(OnPolicy):
+    """Proximal policy optimization with a learned value baseline and per-token credit."""
+
+    trainer: dict[str, Any] = {}
+    """Our `PPOConfig`: TRL's `RLOOConfig` and PPO's own keys."""
+
+
+class Rloo(OnPolicy):
+    """REINFORCE leave-one-out: the other completions of a prompt are the baseline."""
+
+    trainer: dict[str, Any] = {}
+    """TRL's `RLOOConfig`."""
+
+
+class Eval(Section):
+    """What the trained models are measured on: held-out prompts, the same for every model."""
+
+    models: dict[str, str] | None = None
+    """Name -> model reference. None: the policy that ppo and rloo start from as `sft`, and every one of `ppo` and `rloo` that the recipe has."""
+    num_prompts: int = Field(default=256, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    """Longest completion. None: as in training."""
+    temperature: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    positive_threshold: float = 0.0
+    """A completion is positive when its score is above this."""
+    judge_funcs: list[RewardFunc] = []
+    """Reward functions that training did not see: their weighted sum is `judge_mean`."""
+    num_samples: int = Field(default=16, ge=0)
+    """Completions shown side by side."""
+
+
+class Recipe(Section):
+    """One task: its data, its score and its stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Also the name of the run folder."""
+    description: str
+    """One line, shown by `rlhf-recipes list`."""
+    seed: int = 42
+    runs_dir: str = "runs"
+    """Runs are written to `<runs_dir>/<name>/<stage>/`."""
+    data: Data
+    reward_funcs: list[RewardFunc] = Field(min_length=1)
+    """The score is their weighted sum: one for ppo, rloo and eval, so that the comparison is fair."""
+    episodes: int | None = Field(default=None, gt=0)
+    """Completions that each of ppo and rloo samples in training: equal budgets. None: the trainer's own epochs or steps."""
+    sft: Sft | None = None
+    reward: Reward | None = None
+    ppo: Ppo | None = None
+    rloo: Rloo | None = None
+    eval: Eval = Eval()
+
+    def stages(self) -> list[str]:
+        """Names of the stages that this recipe has, in the order in which they run."""
+        return [stage for stage in STAGES if stage == "compare" or getattr(self, stage) is not None]

@@ -1,0 +1,18 @@
+"""The end of a training stage: the final model goes to the run folder whole or not at all."""
+
+from typing import Any
+
+from rlhf_recipes.run import Run
+
+
+def save_model(trainer: Any, run: Run) -> None:
+    """Save model and tokenizer so that plain `from_pretrained(run folder)` loads them.
+
+    All ranks call this. Files are written to a folder of their own and moved when they are complete.
+    """
+    folder = run.path / ".final"
+    trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+    if run.is_main:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same, readably
+        run.adopt(folder)

@@ -1,0 +1,165 @@
+"""Where models and tokenizers come from: `stage:` references, folders, Hub ids, and models made from scratch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.config import Recipe, RecipeError, Scratch
+from rlhf_recipes.data import is_local
+from rlhf_recipes.run import require_stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+"""Special tokens of a tokenizer made from scratch: pad and EOS are distinct, so that padding never hides an EOS."""
+
+
+def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
+    """Turn a model reference into what `from_pretrained` takes: a folder or a Hub id.
+
+    Args:
+        recipe: The recipe, for `stage:` references.
+        key: Where the reference stands in the recipe, for messages.
+        reference: `stage:NAME`, a folder, or a Hub id.
+
+    Raises:
+        RecipeError: That stage has not run, or nothing is at that path.
+    """
+    if reference.startswith("stage:"):
+        return str(require_stage(recipe, reference.removeprefix("stage:"), key))
+    if is_local(reference):
+        folder = Path(reference).expanduser()
+        if not (folder / "config.json").is_file():
+            found = "no such folder" if not folder.is_dir() else "no config.json in it, so it holds no model"
+            raise RecipeError(f"{key}: {reference}: {found} (looked from {Path.cwd()}).")
+        return str(folder)
+    return reference
+
+
+def load_tokenizer(key: str, model: str) -> "PreTrainedTokenizerBase":
+    """Load a causal language model's tokenizer, padding on the left; without a pad token it pads with EOS.
+
+    Raises:
+        RecipeError: It cannot be loaded, has no EOS token, or ends every text with EOS by itself.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(key, model):
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"{key}: the tokenizer of {model} has no EOS token, so no completion could ever end. Set one in its tokenizer_config.json.")
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise RecipeError(f"{key}: the tokenizer of {model} ends every text with {tokenizer.eos_token}, a prompt too. Turn that off in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_context(key: str, model: str, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase", new_tokens: int) -> None:
+    """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
+
+    Raises:
+        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer is larger than the model's vocabulary.
+    """
+    from transformers import AutoConfig
+
+    with loading(key, model):
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise RecipeError(f"{key}: the tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
+    context = getattr(config, "max_position_embeddings", None)
+    longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
+    if context is not None and longest + new_tokens > context:
+        raise RecipeError(
+            f"{key}: the longest prompt has {longest} tokens; with {new_tokens} new ones that is more than the "
+            f"{context} of {model}. Shorten the prompts (data.prompt_tokens) or max_completion_length."
+        )
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt, text or chat messages, as TRL's trainers make them."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+@contextmanager
+def loading(key: str, model: str) -> Iterator[None]:
+    """Turn a library's error about the model reference at `key` into a `RecipeError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{key}: {model} cannot be loaded: {str(error)[:400]}") from error
+
+
+def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":
+    """Train a tokenizer on `texts`: whole words (blanks separate them), or byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(SPECIAL_TOKENS.values())
+    if scratch.tokenizer == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(vocab_size=scratch.vocabulary, special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=scratch.vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
+    )
+
+
+def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A causal language model with random weights that fits the tokenizer.
+
+    Raises:
+        RecipeError: transformers knows no such architecture, or refuses the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
+    try:
+        config = AutoConfig.for_model(
+            scratch.architecture,
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **scratch.config,
+        )
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"sft.scratch: transformers refuses {scratch.architecture}: {str(error)[:300]}") from error
+
+
+def continuation(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion_ids: list[int]) -> str:
+    """The completion's text such that prompt + completion is the text of both, without special tokens.
+
+    Decoders of whole words and of SentencePiece drop a blank at the beginning, which a completion decoded alone loses.
+    """
+    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_ids, *completion_ids], skip_special_tokens=True)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    return tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+
+def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those that the model declares, as TRL counts them."""
+    declared = model.generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return sorted({tokenizer.eos_token_id, *declared})

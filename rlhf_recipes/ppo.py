@@ -1,0 +1,39 @@
+"""Stage ppo: train the policy with PPO.
+
+    accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive
+
+Reads `data`, `reward_funcs`, `episodes` and `ppo`; writes the trained policy, its tokenizer and the value head to
+`<runs_dir>/<recipe>/ppo/`.
+"""
+
+from rlhf_recipes.entry import stage_command
+from rlhf_recipes.run import Run
+
+
+def main(run: Run) -> str:
+    from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.data import load_rows, prompts
+    from rlhf_recipes.finish import save_model
+    from rlhf_recipes.models import check_context, load_tokenizer, resolve_model
+    from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
+    from rlhf_recipes.reward_funcs import build_reward_funcs
+    from rlhf_recipes.trainer_args import trainer_args
+
+    recipe, ppo = run.recipe, run.recipe.ppo
+    args = trainer_args(run, PPOConfig)
+    policy = resolve_model(recipe, "ppo.policy", ppo.policy)
+    reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    tokenizer = load_tokenizer("ppo.policy", policy)
+    train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
+    trainer = PPOTrainer(
+        model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+    )
+    callback = attach(trainer, run)
+    trainer.train()
+    save_model(trainer, run)
+    return callback.summary()
+
+
+if __name__ == "__main__":
+    stage_command("ppo", main)

@@ -1,0 +1,235 @@
+"""Find a recipe, follow `extends:`, apply `key=value` overrides and check every key: YAML in, `Recipe` out."""
+
+import difflib
+import io
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.trainer_fields import CONFIG_CLASSES, trainer_fields
+
+OURS = {
+    "output_dir": "runs_dir",
+    "seed": "seed",
+    "run_name": "name",
+    "reward_weights": "reward_funcs[].weight",
+    "report_to": "nothing: TensorBoard is always on, W&B when you are logged in or WANDB_MODE is set",
+    "disable_tqdm": "nothing: each stage has its own progress bar",
+}
+"""Keys of TRL that the recipe decides -> what to set instead."""
+
+
+def recipe_folders() -> list[Path]:
+    """Where names of recipes are looked up, first match first: `./recipes`, then the recipes that came with us."""
+    package = Path(__file__).parent
+    shipped = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return [Path("recipes"), shipped]
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name -> file of every recipe that can be run by name; files named `_*.yaml` exist only to be extended."""
+    files = {}
+    for folder in reversed(recipe_folders()):
+        for path in sorted(folder.rglob("*.yaml")):
+            if not path.name.startswith("_"):
+                files[path.stem] = path
+    return dict(sorted(files.items()))
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read, merge and check one recipe.
+
+    Args:
+        name: Name of a recipe, or path of a YAML file.
+        overrides: `dotted.key=value` each; values are read by YAML's rules.
+
+    Raises:
+        RecipeError: Anything wrong with the recipe: every finding, each with file, dotted key and what to do.
+    """
+    path = _find(name)
+    values = _read_with_parents(path, seen=())
+    for override in overrides:
+        _apply(values, override)
+    values.setdefault("name", path.stem)
+    return check(values, where=str(path))
+
+
+def check(values: dict, where: str) -> Recipe:
+    """Validate merged values; `where` stands in front of every finding."""
+    findings = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        findings += [_describe(finding, values) for finding in error.errors()]
+    for stage in CONFIG_CLASSES:
+        section = values.get(stage)
+        trainer = section.get("trainer") if isinstance(section, dict) else None
+        if isinstance(trainer, dict):
+            findings += _check_trainer(stage, trainer)
+    if findings:
+        raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe; unset optional keys are left out."""
+    buffer = io.StringIO()
+    _yaml().dump(recipe.model_dump(exclude_none=True), buffer)
+    return buffer.getvalue()
+
+
+def _yaml() -> YAML:
+    # YAML 1.2 (1e-6 is a number, `no` a string); the safe pure loader refuses duplicate keys.
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise RecipeError(f"{name}: no such file.")
+    files = recipe_files()
+    if name in files:
+        return files[name]
+    for folder in recipe_folders():
+        if name.startswith("_") and (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    near = difflib.get_close_matches(name, files, n=3, cutoff=0.4)
+    raise RecipeError(
+        f"there is no recipe named {name!r}. "
+        + (f"Nearest: {', '.join(near)}. " if near else "")
+        + "`rlhf-recipes list` shows all; a path must end in .yaml."
+    )
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = _yaml().load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}.")
+    return values
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise RecipeError(f"{path}: `extends` runs in a circle: {chain}.")
+    values = _read(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: must name one recipe, not {parent!r}.")
+    beside = path.parent / (parent if parent.endswith((".yaml", ".yml")) else f"{parent}.yaml")
+    try:
+        parent_path = beside if beside.is_file() else _find(parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: extends: {error}") from error
+    merged = _read_with_parents(parent_path, (*seen, path.resolve()))
+    merged.pop("name", None)  # a name is one recipe's own: it decides the run folder
+    return _merge(merged, values)
+
+
+def _merge(base: dict, top: dict) -> dict:
+    """Mappings merge key by key; scalars and lists of `top` replace those of `base`."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write it as dotted.key=value, such as ppo.trainer.beta=0.1.")
+    try:
+        value = _yaml().load(text) if text else None
+    except YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}.") from error
+    *parents, last = key.split(".")
+    section: Any = values
+    for depth, parent in enumerate(parents):
+        if isinstance(section, list):
+            section = section[_index(override, parent, section)]
+        else:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+        if not isinstance(section, (dict, list)):
+            raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
+    if isinstance(section, list):
+        section[_index(override, last, section)] = value
+    elif isinstance(value, dict) and isinstance(section.get(last), dict):
+        section[last] = _merge(section[last], value)
+    else:
+        section[last] = value
+
+
+def _index(override: str, text: str, items: list) -> int:
+    if text.isdecimal() and int(text) < len(items):
+        return int(text)
+    raise RecipeError(f"override {override!r}: {text!r} is no position in a list of {len(items)} (the first is 0).")
+
+
+def _describe(finding: dict, values: dict) -> str:
+    """One of pydantic's findings in our words."""
+    key = ".".join(str(part) for part in finding["loc"])
+    if finding["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(str(finding['loc'][-1]), _known_keys(finding['loc'][:-1]))}"
+    if finding["type"] == "missing":
+        return f"{key}: this key is missing."
+    message = finding["msg"].removeprefix("Value error, ")
+    shown = "" if finding["type"] == "value_error" else f", not {finding['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}." if key else message
+
+
+def _known_keys(location: tuple) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        candidates += [inner for outer in candidates for inner in get_args(outer)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _nearest(key: str, known: Any) -> str:
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}." if near else f"; known: {', '.join(sorted(known)[:40])}."
+
+
+def _check_trainer(stage: str, trainer: dict) -> list[str]:
+    if find_spec("trl") is None:
+        return [f"{stage}.trainer: TRL is not installed (pip install 'trl>=1.16,<1.17'), so its keys cannot be checked."]
+    fields = trainer_fields(stage)
+    findings = []
+    for key, value in trainer.items():
+        if key in OURS:
+            findings.append(f"{stage}.trainer.{key}: not set here; set {OURS[key]}.")
+        elif key not in fields:
+            findings.append(f"{stage}.trainer.{key}: unknown key of {CONFIG_CLASSES[stage][1]}{_nearest(str(key), fields)}")
+        else:
+            try:
+                TypeAdapter(fields[key], config=ConfigDict(strict=True)).validate_python(value)
+            except ValidationError as error:
+                expected = " or ".join(sorted({found["msg"].split("Input should be ")[-1] for found in error.errors()}))
+                findings.append(f"{stage}.trainer.{key}: should be {expected}, not {value!r}.")
+    return findings

@@ -1,0 +1,134 @@
+"""From plain dicts to what a person looks at: a table on the terminal, curves, and one HTML page."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "score_mean": ("score", "{:.2f}", "mean of the score that PPO and RLOO were trained on"),
+    "positive_share": ("positive", "{:.0%}", "share of completions whose score is above the threshold"),
+    "judge_mean": ("judge", "{:.2f}", "mean score of a judge that training did not see"),
+    "kl": ("KL", "{:.1f}", "nats per completion between the model and the SFT model, on the model's own samples"),
+    "length_mean": ("length", "{:.1f}", "tokens per completion, EOS not counted"),
+    "distinct_1": ("distinct-1", "{:.2f}", "different words over all words of the samples"),
+    "distinct_2": ("distinct-2", "{:.2f}", "different word pairs over all word pairs of the samples"),
+    "repetition": ("repetition", "{:.2f}", "mean share of a completion's tokens that it had said before"),
+    "perplexity": ("perplexity", "{:.1f}", "of the samples under the SFT model: lower is more like its language"),
+}
+"""Metrics of `eval.json` that the table shows: heading, format, meaning."""
+
+CURVES = {
+    "score_mean": "score (mean of a rollout)",
+    "kl": "KL to the reference, nats per completion",
+    "entropy": "entropy, nats per token",
+    "length_mean": "completion length, tokens",
+}
+"""Metrics of `metrics.jsonl` that are drawn over episodes."""
+
+COLORS = {"ppo": "#d1495b", "rloo": "#00798c", "sft": "#8d96a3"}
+OTHER_COLORS = ("#edae49", "#66a182", "#5b5f97", "#b56576")
+
+
+def print_table(models: dict[str, dict[str, Any]]) -> None:
+    """Print the metrics of every model, one row each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    columns = _present(models)
+    for heading, _, _ in columns.values():
+        table.add_column(heading, justify="right")
+    for name, metrics in models.items():
+        table.add_row(name, *_cells(metrics, columns))
+    console = Console()
+    # A narrow or unknown terminal must not cut numbers off.
+    Console(width=max(console.width, 100)).print(table)
+
+
+def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
+    """Draw every metric of `CURVES` over episodes, one line a run.
+
+    Args:
+        runs: Name -> lines of its `metrics.jsonl`.
+        file: PNG to write.
+
+    Returns:
+        The same picture as a data URI, for the page.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
+    for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
+        for i, (name, lines) in enumerate(runs.items()):
+            points = [(line["episodes"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float)) and "episodes" in line]
+            if points:
+                x, y = zip(*points, strict=True)
+                color = COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)])
+                axis.plot(x, y, color=color, alpha=0.3, linewidth=1)
+                axis.plot(x, _smooth(y), color=color, linewidth=2, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("episodes", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if handles:
+        axes.flat[0].legend(handles, labels, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    pyplot.close(figure)
+    file.write_bytes(picture.getvalue())
+    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+
+
+def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | None, runs: dict[str, dict[str, Any]]) -> None:
+    """Write one self-contained HTML page.
+
+    Args:
+        file: Where to.
+        title: Heading.
+        picture: Data URI of the curves.
+        measured: What `eval.json` holds; None when nothing was evaluated.
+        runs: Name -> manifest.
+    """
+    models = measured["models"] if measured else {}
+    columns = _present(models)
+    page = _templates().get_template("report.html").render(
+        title=title,
+        picture=picture,
+        columns=columns,
+        rows={name: _cells(metrics, columns) for name, metrics in models.items()},
+        measured=measured,
+        samples=measured["samples"] if measured else [],
+        names=list(models),
+        runs=runs,
+    )
+    file.write_text(page, encoding="utf-8")
+
+
+def _templates() -> Environment:
+    # Completions are data: whatever a model writes is escaped.
+    return Environment(loader=PackageLoader("rlhf_recipes"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _present(models: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str, str]]:
+    return {key: column for key, column in COLUMNS.items() if any(key in metrics for metrics in models.values())}
+
+
+def _cells(metrics: dict[str, Any], columns: dict[str, tuple[str, str, str]]) -> list[str]:
+    values = [metrics.get(key) for key in columns]
+    return ["" if value is None else form.format(value) for value, (_, form, _) in zip(values, columns.values(), strict=True)]
+
+
+def _smooth(values: tuple[float, ...], weight: float = 0.8) -> list[float]:
+    """Exponential moving average, started at the first value."""
+    smoothed, last = [], values[0]
+    for value in values:
+        last = weight * last + (1 - weight) * value
+        smoothed.append(last)
+    return smoothed

@@ -1,0 +1,50 @@
+"""Stage reward: train a reward model on pairs of a chosen and a rejected text.
+
+    accelerate launch -m rlhf_recipes.reward --recipe imdb_tiny
+
+Reads `data` and `reward`; writes a sequence classifier with one label and its tokenizer to
+`<runs_dir>/<recipe>/reward/`.
+"""
+
+from rlhf_recipes.entry import stage_command
+from rlhf_recipes.run import Run
+
+
+def main(run: Run) -> str:
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.data import load_rows, pairs
+    from rlhf_recipes.finish import save_model
+    from rlhf_recipes.models import load_tokenizer, resolve_model
+    from rlhf_recipes.trainer_args import trainer_args
+
+    recipe, reward = run.recipe, run.recipe.reward
+    args = trainer_args(run, RewardConfig)
+    model = resolve_model(recipe, "reward.model", reward.model)
+    tokenizer = load_tokenizer("reward.model", model)
+    train, held_out = load_rows(recipe)
+    train = pairs(recipe, train, reward.pairs)
+    held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))
+    trainer = RewardTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    attach(trainer, run)
+    trainer.train()
+    measured = trainer.evaluate()
+    center = measured["eval_mean_reward"] if reward.center else 0.0
+    # In the configuration, not in a bias: the scalar head of a causal backbone has none.
+    trainer.model.config.score_center = center
+    run.results = {
+        "eval_accuracy": measured["eval_accuracy"],
+        "eval_loss": measured["eval_loss"],
+        "train_pairs": len(train),
+        "eval_pairs": len(held_out),
+        "score_center": center,
+    }
+    save_model(trainer, run)
+    return f"held-out accuracy {measured['eval_accuracy']:.1%} on {len(held_out)} pairs ({len(train)} to train on)"
+
+
+if __name__ == "__main__":
+    stage_command("reward", main)

@@ -1,0 +1,453 @@
+"""Reward functions: what a recipe can name, how a user's own are found, and the checks around every call.
+
+A registry entry is a factory: its keyword arguments are the recipe's `args`, and it returns a function
+
+    (prompts, completions, completion_ids, finished, **columns) -> list[float | None]
+
+with one entry per completion (B of them): `prompts` and `completions` are texts, or lists of chat messages;
+`completion_ids` are token ids, EOS included; `finished` says which completions ended with EOS instead of being cut
+off; `columns` are the data's other columns. None means "does not apply to this one".
+"""
+
+import asyncio
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
+from rlhf_recipes.models import loading, resolve_model
+
+Reward = Callable[..., list[float | None]]
+
+
+class RewardError(RecipeError):
+    """A reward function raised, or returned something that is not one finite number per completion."""
+
+
+def as_text(message: str | list[dict]) -> str:
+    """A prompt or completion as plain text; of chat messages, their contents."""
+    return message if isinstance(message, str) else "\n".join(part["content"] for part in message)
+
+
+def sentiment(
+    model: str,
+    label: str | int = "POSITIVE",
+    output: Literal["logit", "probability"] = "logit",
+    text: Literal["all", "completion"] = "all",
+    batch_size: int = 64,
+    max_length: int = 512,
+) -> Reward:
+    """Logit or probability of one label of any text classifier.
+
+    Args:
+        model: Hub id or folder of a sequence classifier.
+        label: One of its labels, by name or by number.
+        output: `logit` is unbounded; `probability` lies in 0..1.
+        text: `all` classifies prompt and completion, `completion` only that.
+        batch_size: Texts a forward pass.
+        max_length: Longer texts are cut to this many tokens.
+    """
+    classifier, tokenizer = _classifier("sentiment", model)
+    index = _label_index(model, classifier.config, label)
+
+    def score(prompts, completions, **columns) -> list[float]:
+        texts = [_joined(p, c, text) for p, c in zip(prompts, completions, strict=True)]
+        values = []
+        for logits in _forward(classifier, tokenizer, texts, batch_size, max_length):
+            values += (logits.softmax(-1) if output == "probability" else logits)[:, index].tolist()
+        return values
+
+    return score
+
+
+def reward_model(model: str = "stage:reward", batch_size: int = 64, max_length: int | None = None) -> Reward:
+    """Scalar score of a reward model, read where TRL's RewardTrainer trains it: at the EOS of a finished text.
+
+    A completion that was cut off gets no EOS, so it is not scored as a finished one. The reward model's own tokenizer
+    is used, and its chat template for chat messages.
+
+    Args:
+        model: `stage:reward`, a Hub id or a folder of a sequence classifier with one label.
+        batch_size: Texts a forward pass.
+        max_length: Longer texts are cut to this many tokens. None: not cut.
+    """
+    classifier, tokenizer = _classifier("reward_model", model)
+    if classifier.config.num_labels != 1:
+        raise RecipeError(
+            f"reward_funcs: reward_model: {model} has {classifier.config.num_labels} labels, a reward model has one; "
+            "use name: sentiment with one of its labels."
+        )
+    eos = tokenizer.eos_token or ""
+    center = getattr(classifier.config, "score_center", 0.0)  # what stage reward wrote
+
+    def score(prompts, completions, finished, **columns) -> list[float]:
+        texts = []
+        for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
+            if isinstance(prompt, str):
+                texts.append(prompt + completion + (eos if ended else ""))
+            elif tokenizer.chat_template:
+                texts.append(tokenizer.apply_chat_template(prompt + completion, tokenize=False))
+            else:
+                texts.append(as_text(prompt) + "\n" + as_text(completion) + (eos if ended else ""))
+        values = []
+        for logits in _forward(classifier, tokenizer, texts, batch_size, max_length):
+            values += (logits[:, 0] - center).tolist()
+        return values
+
+    return score
+
+
+def vader_sentiment(text: Literal["all", "completion"] = "all") -> Reward:
+    """VADER's compound sentiment, -1 (negative) to 1 (positive), from word lists: no model.
+
+    Args:
+        text: `all` rates prompt and completion, `completion` only that.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise RecipeError("vader_sentiment needs vaderSentiment: pip install 'rlhf-recipes[offline]'") from error
+    analyzer = SentimentIntensityAnalyzer()
+
+    def score(prompts, completions, **columns) -> list[float]:
+        texts = (_joined(p, c, text) for p, c in zip(prompts, completions, strict=True))
+        return [analyzer.polarity_scores(t)["compound"] for t in texts]
+
+    return score
+
+
+def length(unit: Literal["words", "tokens"] = "words") -> Reward:
+    """Minus the completion's length: shorter is better; a negative weight turns it round.
+
+    Args:
+        unit: `words` are separated by blanks; `tokens` are the policy's, EOS not counted.
+    """
+    return lambda **call: [-float(n) for n in _lengths(unit, call)]
+
+
+def length_range(minimum: int = 0, maximum: int | None = None, unit: Literal["words", "tokens"] = "words") -> Reward:
+    """0 for a completion whose length lies within the range, -1 for any other.
+
+    Args:
+        minimum: Shortest length that is within.
+        maximum: Longest length that is within. None: no limit.
+        unit: `words` are separated by blanks; `tokens` are the policy's, EOS not counted.
+    """
+    longest = math.inf if maximum is None else maximum
+    return lambda **call: [0.0 if minimum <= n <= longest else -1.0 for n in _lengths(unit, call)]
+
+
+def repetition(unit: Literal["words", "tokens"] = "tokens") -> Reward:
+    """Share of tokens that occurred before in the same completion, 0..1; give it a negative weight.
+
+    Args:
+        unit: `words` are separated by blanks; `tokens` are the policy's.
+    """
+
+    def score(completions, completion_ids, **columns) -> list[float]:
+        rows = completion_ids if unit == "tokens" else [as_text(c).split() for c in completions]
+        return [1 - len(set(row)) / len(row) if row else 0.0 for row in rows]
+
+    return score
+
+
+def regex(pattern: str, match: float = 1.0, no_match: float = 0.0) -> Reward:
+    """One value for completions in which the pattern is found, another for the rest.
+
+    Args:
+        pattern: A Python regular expression, searched anywhere in the completion.
+        match: The value where it is found.
+        no_match: The value where it is not.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"reward_funcs: regex: {pattern!r} is no regular expression: {error}.") from error
+    return lambda completions, **columns: [match if compiled.search(as_text(c)) else no_match for c in completions]
+
+
+REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
+    "sentiment": sentiment,
+    "vader_sentiment": vader_sentiment,
+    "reward_model": reward_model,
+    "length": length,
+    "length_range": length_range,
+    "repetition": repetition,
+    "regex": regex,
+}
+
+
+def check_reward_funcs(recipe: Recipe) -> list[str]:
+    """What is wrong with the names and arguments of a recipe's reward functions; no model is loaded."""
+    findings = []
+    for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.judge_funcs", recipe.eval.judge_funcs)):
+        for i, spec in enumerate(specs):
+            try:
+                _check_args(spec, _find(spec.name))
+            except RecipeError as error:
+                findings.append(f"{key}.{i}: {error}")
+    return findings
+
+
+def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[Reward]:
+    """Reward functions ready for a trainer: arguments bound, models loaded, every call checked.
+
+    Each has a `__name__` of its own, under which TRL logs it.
+
+    Raises:
+        RecipeError: Unknown name, wrong argument, or a model that cannot be loaded.
+        RewardError: Raised by the functions themselves, when called, with the function's name and the sample.
+    """
+    built, names = [], []
+    for i, spec in enumerate(specs):
+        found = _find(spec.name)
+        _check_args(spec, found)
+        args = dict(spec.args)
+        for name, value in ({"model": "stage:reward"} if found is reward_model else {} | args).items():
+            value = args.get(name, value)
+            if isinstance(value, str) and (value.startswith("stage:") or (name == "model" and spec.name in REWARD_FUNCS)):
+                args[name] = resolve_model(recipe, f"{key}.{i}.args.{name}", value)
+        name = spec.name.rpartition(":")[2]
+        names.append(name)
+        if names.count(name) > 1:
+            name = f"{name}_{names.count(name)}"
+        built.append(_checked(_bind(spec, found, args), name))
+    return built
+
+
+def _find(name: str) -> Callable:
+    """The factory or function behind a name of the registry, `module:function` or `file.py:function`."""
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    module_name, colon, attribute = name.rpartition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, REWARD_FUNCS, n=3, cutoff=0.4)
+        raise RecipeError(
+            f"unknown reward function {name!r}; "
+            + (f"nearest: {', '.join(near)}. " if near else f"known: {', '.join(REWARD_FUNCS)}. ")
+            + "Your own: module:function or path/to/file.py:function."
+        )
+    try:
+        module = _module_from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except RecipeError:
+        raise
+    except Exception as error:  # a user's module may raise anything when imported
+        raise RecipeError(f"reward function {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        there = [n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
+        raise RecipeError(f"reward function {name!r}: no function {attribute!r} in {module_name}; it has: {', '.join(there) or 'none'}.")
+    return function
+
+
+def _module_from_file(file: str):
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise RecipeError(f"reward function: {file} does not exist (looked from {Path.cwd()}).")
+    name = f"rlhf_recipes_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_reward_itself(function: Callable) -> bool:
+    """A function that takes completions is a reward function, as TRL's users write them; any other is a factory."""
+    return "completions" in inspect.signature(function).parameters
+
+
+def _check_args(spec: RewardFunc, found: Callable) -> None:
+    parameters = inspect.signature(found).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    of_a_call = {"prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric"}
+    itself = _is_reward_itself(found)
+    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and not (itself and name in of_a_call)]
+    for name, value in spec.args.items():
+        if name not in known and not (itself and takes_any):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"nearest: {near[0]}" if near else f"it takes: {', '.join(known) or 'none'}"
+            raise RecipeError(f"{spec.name} has no argument {name!r}; {hint}.")
+        allowed = getattr(parameters[name].annotation, "__args__", ()) if name in parameters else ()
+        if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
+            raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(allowed)}, not {value!r}.")
+    if not itself:
+        for name in known:
+            if parameters[name].default is inspect.Parameter.empty and name not in spec.args and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+                raise RecipeError(f"{spec.name} needs the argument {name!r}.")
+
+
+def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
+    if _is_reward_itself(found):
+        if inspect.iscoroutinefunction(found):
+
+            async def bound(**call):
+                return await found(**_accepted(found, call | args))
+
+            return bound
+        return lambda **call: found(**_accepted(found, call | args))
+    try:
+        function = found(**args)
+    except RecipeError:
+        raise
+    except Exception as error:  # a user's factory may raise anything
+        raise RecipeError(f"reward function {spec.name!r} could not be set up: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise RecipeError(
+            f"reward function {spec.name!r} returned {type(function).__name__} when set up; a factory returns a function "
+            "(or write the function itself, with a parameter `completions`)."
+        )
+    return function
+
+
+def _accepted(function: Callable, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that the function can take: a user need not write `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return call
+    return {p.name: call[p.name] for p in parameters if p.name in call}
+
+
+def _checked(function: Callable, name: str) -> Reward:
+    """Wrap a reward function so that whatever is wrong with it is said with its name and the sample."""
+
+    def before(error: Exception, call: dict) -> RewardError:
+        if isinstance(error, RewardError):
+            return error
+        first = as_text(call["completions"][0]) if call["completions"] else ""
+        return RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {error} "
+            f"(on {len(call['completions'])} completions, the first: {first[:80]!r})"
+        )
+
+    if inspect.iscoroutinefunction(function):
+
+        async def reward(prompts, completions, **columns):
+            call = {"prompts": prompts, "completions": completions, **columns}
+            try:
+                values = await function(**_accepted(function, call))
+            except Exception as error:
+                raise before(error, call) from error
+            return _check_values(values, name, completions)
+    else:
+
+        def reward(prompts, completions, **columns):
+            call = {"prompts": prompts, "completions": completions, **columns}
+            try:
+                values = function(**_accepted(function, call))
+            except Exception as error:
+                raise before(error, call) from error
+            return _check_values(values, name, completions)
+
+    reward.__name__ = name
+    return reward
+
+
+def _check_values(values: Any, name: str, completions: list) -> list[float | None]:
+    if hasattr(values, "tolist"):  # a tensor or an array
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(f"reward function {name!r} returned {type(values).__name__}, not a list of numbers.")
+    if len(values) != len(completions):
+        raise RewardError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions.")
+    checked = []
+    for i, value in enumerate(values):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise RewardError(f"reward function {name!r} returned {value!r} for sample {i}: {as_text(completions[i])[:120]!r}")
+        checked.append(number)
+    return checked
+
+
+def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]], completions: list) -> list[float]:
+    """Weighted sum over reward functions for every completion; None counts as "does not apply".
+
+    Args:
+        specs: For names and weights.
+        values: One list of B values per reward function.
+        completions: The B completions, for messages.
+
+    Raises:
+        RewardError: No reward function applies to a completion, so that it has no score.
+    """
+    scores = []
+    for i, row in enumerate(zip(*values, strict=True)):
+        if all(value is None for value in row):
+            names = ", ".join(spec.name for spec in specs)
+            raise RewardError(f"reward function {names!r} returned None for sample {i}: {as_text(completions[i])[:120]!r}")
+        scores.append(sum(spec.weight * value for spec, value in zip(specs, row, strict=True) if value is not None))
+    return scores
+
+
+def score_all(specs: list[RewardFunc], functions: list[Reward], **call: Any) -> tuple[list[float], dict[str, list[float | None]]]:
+    """Call every reward function outside a trainer: weighted scores of B completions, and each function's own values."""
+    values = []
+    for function in functions:
+        answer = function(**call)
+        values.append(asyncio.run(answer) if inspect.isawaitable(answer) else answer)
+    by_name = {function.__name__: value for function, value in zip(functions, values, strict=True)}
+    return weighted_scores(specs, values, call["completions"]), by_name
+
+
+def _joined(prompt: str | list[dict], completion: str | list[dict], text: str) -> str:
+    if text == "completion":
+        return as_text(completion)
+    separator = "" if isinstance(prompt, str) else "\n"
+    return as_text(prompt) + separator + as_text(completion)
+
+
+def _lengths(unit: str, call: dict[str, Any]) -> list[int]:
+    if unit == "words":
+        return [len(as_text(completion).split()) for completion in call["completions"]]
+    return [len(ids) - ended for ids, ended in zip(call["completion_ids"], call["finished"], strict=True)]
+
+
+def _classifier(name: str, model: str):
+    from accelerate import PartialState
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with loading(f"reward_funcs: {name}: model", model):
+        classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A classifier on a causal backbone reads the last token that is not padding: it must know which one pads.
+    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return classifier.to(PartialState().device).eval(), tokenizer
+
+
+def _forward(classifier, tokenizer, texts: list[str], batch_size: int, max_length: int | None) -> Iterator:
+    """Logits (batch, labels) of every batch of texts."""
+    import torch
+
+    for start in range(0, len(texts), batch_size):
+        inputs = tokenizer(
+            texts[start : start + batch_size],
+            return_tensors="pt",
+            padding=True,
+            truncation=max_length is not None,
+            max_length=max_length,
+        ).to(classifier.device)
+        with torch.inference_mode():
+            yield classifier(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+
+
+def _label_index(model: str, config: Any, label: str | int) -> int:
+    by_name = {str(name).lower(): i for i, name in config.id2label.items()}
+    if isinstance(label, int) and 0 <= label < config.num_labels:
+        return label
+    if str(label).lower() in by_name:
+        return by_name[str(label).lower()]
+    raise RecipeError(
+        f"reward_funcs: sentiment: {model} has no label {label!r}; it has: {', '.join(map(str, config.id2label.values()))}."
+    )

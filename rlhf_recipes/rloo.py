@@ -1,0 +1,41 @@
+"""Stage rloo: train the policy with RLOO.
+
+    accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive
+
+Reads `data`, `reward_funcs`, `episodes` and `rloo`; writes the trained policy and its tokenizer to
+`<runs_dir>/<recipe>/rloo/`.
+"""
+
+from rlhf_recipes.entry import stage_command
+from rlhf_recipes.run import Run
+
+
+def main(run: Run) -> str:
+    from trl import RLOOConfig
+
+    from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.data import load_rows, prompts
+    from rlhf_recipes.finish import save_model
+    from rlhf_recipes.models import check_context, load_tokenizer, resolve_model
+    from rlhf_recipes.reward_funcs import build_reward_funcs
+    from rlhf_recipes.rloo_trainer import RLOOTrainer
+    from rlhf_recipes.trainer_args import trainer_args
+
+    recipe, rloo = run.recipe, run.recipe.rloo
+    args = trainer_args(run, RLOOConfig)
+    policy = resolve_model(recipe, "rloo.policy", rloo.policy)
+    reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    tokenizer = load_tokenizer("rloo.policy", policy)
+    train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
+    trainer = RLOOTrainer(
+        model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+    )
+    callback = attach(trainer, run)
+    trainer.train()
+    save_model(trainer, run)
+    return callback.summary()
+
+
+if __name__ == "__main__":
+    stage_command("rloo", main)

@@ -1,0 +1,281 @@
+"""A run folder, `<runs_dir>/<recipe>/<stage>/`, and the manifest in it that says what happened there.
+
+A folder counts as finished only when its manifest says so, and the manifest is written last.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.recipe import to_yaml
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
+
+SETTINGS = {
+    "sft": ("seed", "data", "sft"),
+    "reward": ("seed", "data", "reward"),
+    "ppo": ("seed", "data", "reward_funcs", "episodes", "ppo"),
+    "rloo": ("seed", "data", "reward_funcs", "episodes", "rloo"),
+    "eval": ("seed", "data", "reward_funcs", "eval"),
+    "compare": ("eval",),
+}
+"""Stage -> the parts of a recipe that its result depends on."""
+
+
+def run_path(recipe: Recipe, stage: str) -> Path:
+    return Path(recipe.runs_dir) / recipe.name / stage
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run folder; None when there is none."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path / MANIFEST} is damaged ({error}); delete the folder {path} and run its stage again.") from error
+
+
+def is_finished(path: Path) -> bool:
+    manifest = read_manifest(path)
+    return manifest is not None and manifest["status"] == "finished"
+
+
+def require_stage(recipe: Recipe, stage: str, key: str) -> Path:
+    """The folder of a finished stage that another one builds on.
+
+    Raises:
+        RecipeError: That stage has not finished; the message has the command that runs it.
+    """
+    path = run_path(recipe, stage)
+    if is_finished(path):
+        return path
+    state = "was not finished" if path.exists() else "has not run"
+    if getattr(recipe, stage, None) is None:
+        raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage}.")
+    raise RecipeError(f"{key}: stage {stage} of {recipe.name} {state} ({path}). First: rlhf-recipes {stage} {recipe.name}")
+
+
+class Run:
+    """One stage of one recipe, from the empty folder to the finished manifest.
+
+    Args:
+        recipe: The checked recipe.
+        stage: One of `STAGES`.
+        is_main: Whether this process writes; the other ranks of a distributed launch only read.
+
+    Raises:
+        RecipeError: The folder holds a run with other settings, and `overwrite` was not asked for.
+    """
+
+    def __init__(self, recipe: Recipe, stage: str, is_main: bool = True):
+        self.recipe, self.stage, self.is_main = recipe, stage, is_main
+        self.path = run_path(recipe, stage)
+        self.settings = _settings(recipe, stage)
+        self.inputs = {name: _run_id(run_path(recipe, name)) for name in input_stages(recipe, stage)}
+        self.results: dict[str, Any] = {}
+        self._started = time.monotonic()
+
+    def is_done(self, overwrite: bool = False) -> bool:
+        """Whether this very run has finished already.
+
+        Raises:
+            RecipeError: Another run is in the folder, and `overwrite` is False.
+        """
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            if self.path.exists() and any(self.path.iterdir()) and not overwrite:
+                raise RecipeError(f"{self.path} holds files of something else. Set another runs_dir or name.")
+            return False
+        found = {"settings": manifest["settings"], "inputs": manifest["inputs"]}
+        differences = _differences(found, {"settings": _plain(self.settings), "inputs": self.inputs})
+        if differences and not overwrite:
+            raise RecipeError(
+                f"{self.path} holds a run with other settings:\n  "
+                + "\n  ".join(differences)
+                + f"\nKeep both: add name={self.recipe.name}-2 (or runs_dir=...). Move the old one aside: add --overwrite."
+            )
+        return manifest["status"] == "finished" and not differences
+
+    def start(self) -> None:
+        """Make the folder, with the resolved recipe and a manifest that says `running`.
+
+        What an earlier attempt left is moved to `<stage>.<time>`, never deleted.
+        """
+        if not self.is_main:
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            self.path.rename(self.path.with_name(f"{self.stage}.{datetime.now():%Y%m%d-%H%M%S-%f}"))
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
+        self.manifest = {
+            "recipe": self.recipe.name,
+            "stage": self.stage,
+            "status": "running",
+            "id": uuid4().hex,
+            "settings": _plain(self.settings),
+            "inputs": self.inputs,
+            "seed": self.recipe.seed,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "git_commit": _git_commit(),
+            "hardware": _hardware(),
+        }
+        self._write()
+
+    def finish(self) -> None:
+        """Say in the manifest that the run is complete; nothing may be written to the folder after this."""
+        if self.is_main:
+            self._end("finished")
+
+    def fail(self, error: BaseException) -> None:
+        """Say in the manifest what stopped the run; everything written so far stays."""
+        if self.is_main and hasattr(self, "manifest"):
+            self.manifest["error"] = f"{type(error).__name__}: {error}"[:2000]
+            self._end("failed")
+
+    def adopt(self, folder: Path) -> None:
+        """Move the files of `folder`, complete by now, into the run folder, so that no half-written model stands there."""
+        for path in sorted(folder.iterdir()):
+            path.replace(self.path / path.name)
+        folder.rmdir()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since this object was made."""
+        return time.monotonic() - self._started
+
+    def _end(self, status: str) -> None:
+        self.manifest |= {
+            "status": status,
+            "results": self.results,
+            "wall_seconds": round(self.seconds, 1),
+            "peak_memory_gib": _peak_memory_gib(),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self.path / f".{MANIFEST}"
+        temporary.write_text(json.dumps(self.manifest, indent=2), encoding="utf-8")
+        os.replace(temporary, self.path / MANIFEST)  # at every moment the old or the new manifest, never half of one
+
+
+def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    values = recipe.model_dump(include=set(SETTINGS[stage]), exclude_none=True)
+    if stage == "eval":
+        values["models"] = eval_models(recipe)
+    return values
+
+
+def eval_models(recipe: Recipe) -> dict[str, str]:
+    """Name -> reference of the models that `eval` measures; the first one is what KL and perplexity refer to."""
+    if recipe.eval.models is not None:
+        return dict(recipe.eval.models)
+    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    return {"sft": getattr(recipe, trained[0]).policy if trained else "stage:sft"} | {s: f"stage:{s}" for s in trained}
+
+
+def stages_to_run(recipe: Recipe) -> list[str]:
+    """Stages that the comparison builds on, in order: one that nothing refers to is left out."""
+    needed, waiting = set(), ["compare"]
+    while waiting:
+        stage = waiting.pop()
+        if stage not in needed:
+            needed.add(stage)
+            waiting += input_stages(recipe, stage)
+    return [stage for stage in recipe.stages() if stage in needed]
+
+
+def input_stages(recipe: Recipe, stage: str) -> list[str]:
+    """Stages whose results this one builds on: the `stage:` references in its settings; for compare, what it shows."""
+    found = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for item in value:
+                walk(item)
+        elif isinstance(value, str) and value.startswith("stage:"):
+            found.add(value.removeprefix("stage:"))
+
+    walk(_settings(recipe, stage))
+    if stage == "compare":
+        found |= set(recipe.stages()) & {"ppo", "rloo", "eval"}
+    return sorted(found)
+
+
+def _run_id(path: Path) -> str | None:
+    manifest = read_manifest(path)
+    return manifest["id"] if manifest and manifest["status"] == "finished" else None
+
+
+def _plain(values: Any) -> Any:
+    return json.loads(json.dumps(values))
+
+
+def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
+    """`key: found -> wanted` for every leaf in which two nested mappings differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        lines = []
+        for name in sorted(found.keys() | wanted.keys()):
+            lines += _differences(found.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
+        return lines
+    if found == wanted:
+        return []
+    if key.startswith("inputs."):
+        return [f"stage {key.removeprefix('inputs.')} has run anew since"]
+    return [f"{key.removeprefix('settings.')}: {found!r} -> {wanted!r}"]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run(
+        [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def _peak_memory_gib() -> float | None:
+    """Peak resident memory of this process; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)

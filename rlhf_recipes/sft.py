@@ -1,0 +1,44 @@
+"""Stage sft: fine-tune a language model on the recipe's texts, or train one from scratch.
+
+    accelerate launch -m rlhf_recipes.sft --recipe imdb_tiny
+
+Reads `data` and `sft`; writes a causal language model and its tokenizer to `<runs_dir>/<recipe>/sft/`.
+"""
+
+import math
+
+from rlhf_recipes.entry import stage_command
+from rlhf_recipes.run import Run
+
+
+def main(run: Run) -> str:
+    from trl import SFTConfig, SFTTrainer
+
+    from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.data import load_rows, texts
+    from rlhf_recipes.finish import save_model
+    from rlhf_recipes.models import load_tokenizer, make_model, make_tokenizer, resolve_model
+    from rlhf_recipes.trainer_args import trainer_args
+
+    recipe, sft = run.recipe, run.recipe.sft
+    args = trainer_args(run, SFTConfig)
+    train, held_out = (texts(recipe, rows, sft.labels) for rows in load_rows(recipe))
+    if sft.scratch is not None:
+        tokenizer = make_tokenizer(sft.scratch, train["text"])
+        model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
+    else:
+        model = resolve_model(recipe, "sft.model", sft.model)
+        tokenizer = load_tokenizer("sft.model", model)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    attach(trainer, run)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    run.results = {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+    save_model(trainer, run)
+    return f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
+
+
+if __name__ == "__main__":
+    stage_command("sft", main)

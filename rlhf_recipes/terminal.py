@@ -1,0 +1,68 @@
+"""A terminal that stays readable: everything goes to `log.txt`; the terminal gets our lines and real warnings."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
+"""Kinds of warnings that concern the authors of libraries, not their users."""
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def say(line: str = "") -> None:
+    """Print one line of ours."""
+    print(line, flush=True)
+
+
+def complain(message: str) -> None:
+    """Print an error of the user's on stderr."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def log_to(file: Path | None) -> None:
+    """Send all logging and Python warnings to `file` (None: nowhere), and only warnings that matter to the terminal."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.WARNING)
+    terminal.addFilter(_matters)
+    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    root.addHandler(terminal)
+    if file is not None:
+        everything = logging.FileHandler(file, encoding="utf-8")
+        everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(everything)
+    logging.captureWarnings(True)
+    warnings.showwarning = _show_warning
+
+
+def hush_libraries() -> None:
+    """Route the libraries' own handlers and bars to ours; call it once they are imported."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity_info()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.disable_propagation()
+    huggingface_hub.utils.disable_progress_bars()
+    # Caching by content would hash every lambda; our data is small next to training.
+    datasets.disable_caching()
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    level = logging.INFO if issubclass(category, PASSING) else logging.WARNING
+    logging.getLogger("py.warnings").log(level, "%s (%s:%s)", message, filename, lineno)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return "deprecated" not in record.getMessage().lower()

@@ -1,0 +1,95 @@
+"""From a recipe's `trainer:` to the trainer's own arguments: the recipe's word, then what fits this machine."""
+
+import math
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.run import Run
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"logging_steps": 10},
+    "reward": {"logging_steps": 10},
+    # Dropout off: it would make a policy differ from itself (ratio != 1 and KL != 0 before the first step).
+    "ppo": {"logging_steps": 1, "disable_dropout": True},
+    "rloo": {"logging_steps": 1, "disable_dropout": True},
+}
+"""What we prefer to TRL's defaults, unless the recipe says otherwise."""
+
+
+def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
+    """The trainer's arguments for one stage.
+
+    Raises:
+        RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
+    """
+    given = dict(getattr(run.recipe, run.stage).trainer)
+    values = DEFAULTS[run.stage] | _for_this_machine(given) | {"save_total_limit": 2} | given
+    values |= {
+        "output_dir": str(run.path),
+        "seed": run.recipe.seed,
+        "run_name": f"{run.recipe.name}-{run.stage}",
+        "report_to": _trackers(),
+        "disable_tqdm": True,
+    }
+    if run.stage in ("ppo", "rloo"):
+        values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    os.environ.setdefault("WANDB_DIR", str(run.path))
+    os.environ.setdefault("WANDB_PROJECT", "rlhf_recipes")
+    os.environ.setdefault("WANDB_RUN_GROUP", run.recipe.name)
+    os.environ.setdefault("WANDB_JOB_TYPE", run.stage)
+    try:
+        args = config_class(**values)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise RecipeError(f"{run.stage}.trainer: {str(error)[:500]}") from error
+    if run.stage in ("ppo", "rloo") and run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
+        args.max_steps = _steps(run, args)
+    return args
+
+
+def _steps(run: Run, args: Any) -> int:
+    """Optimizer steps in which `episodes` completions are sampled."""
+    steps_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    rollouts = math.ceil(run.recipe.episodes / args.generation_batch_size)
+    if steps_per_rollout != int(steps_per_rollout):
+        raise RecipeError(
+            f"{run.stage}.trainer: steps_per_generation ({args.steps_per_generation}) times num_iterations "
+            f"({args.num_iterations}) must be a multiple of gradient_accumulation_steps ({args.gradient_accumulation_steps})."
+        )
+    return rollouts * int(steps_per_rollout)
+
+
+def _for_this_machine(given: dict[str, Any]) -> dict[str, Any]:
+    """Precision and memory settings by hardware: bf16 where it is native, else fp16 on a GPU, else fp32."""
+    if given.get("use_cpu") or not torch.accelerator.is_available():
+        # Checkpointing trades time for GPU memory; accelerate runs several CPU processes as one run only with use_cpu.
+        return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    if "fp16" in given or "bf16" in given:
+        return {}
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"bf16": bf16, "fp16": not bf16}
+
+
+def _trackers() -> list[str]:
+    """TensorBoard always; W&B when it can run without asking anybody anything."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode == "disabled" or find_spec("wandb") is None:
+        return ["tensorboard"]
+    return ["tensorboard", "wandb"] if mode == "offline" or _wandb_key() else ["tensorboard"]
+
+
+def _wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").removeprefix("https://").removeprefix("http://")
+    try:
+        return netrc.netrc().authenticators(host.split("/")[0]) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
