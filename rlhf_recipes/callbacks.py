@@ -43,7 +43,7 @@ class RunCallback(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the last: a summary, no step
             return
         self.last |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if isinstance(logs.get("score_mean"), float):
@@ -52,7 +52,7 @@ class RunCallback(TrainerCallback):
         line |= {key: _finite(value) for key, value in logs.items()}
         self._append("metrics.jsonl", [line])
         if self._bar is not None:
-            self._bar.set_postfix({key: f"{logs[key]:.3g}" for key in SHOWN if isinstance(logs.get(key), float)})
+            self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in SHOWN if key in self.last})
         if hasattr(self.trainer, "sampled_completions"):
             self._append("completions.jsonl", self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
 

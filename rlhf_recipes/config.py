@@ -35,8 +35,6 @@ class Sentences(Section):
     """Shortest and longest sentence to keep, in words and marks."""
     vocabulary: int = Field(default=3000, gt=0)
     """Only sentences that lie wholly inside this many most common words and marks are kept."""
-    openings: bool = False
-    """Keep only each text's first sentence."""
 
 
 class Data(Section):
@@ -54,7 +52,7 @@ class Data(Section):
     """Branch, tag or commit of a Hub data set."""
     train_split: str = "train"
     eval_split: str | None = None
-    """Split of held-out rows. None: `eval_fraction` of the training rows is held out, by row, with the recipe's seed."""
+    """Split of held-out rows. None: `eval_fraction` of the training rows is held out, by row; always the same rows."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     columns: dict[str, str] = {}
     """Our column name -> its name in the data, such as `{text: review, label: sentiment}`."""

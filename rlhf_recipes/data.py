@@ -28,7 +28,9 @@ LABELS = {
 
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bmr\.)(?<!\bmrs\.)(?<!\bms\.)(?<!\bdr\.)(?<!\bvs\.)\s+")
+_WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
+"""Brackets, markup and other scripts would leave holes where they are dropped."""
 
 
 def is_local(reference: str) -> bool:
@@ -84,7 +86,8 @@ def load_rows(recipe: Recipe) -> tuple["Dataset", "Dataset"]:
     else:
         if len(train) < 2:
             raise RecipeError(f"data.path: {data.path} has {len(train)} row; at least 2 are needed, one to hold out.")
-        parts = train.train_test_split(test_size=max(1, round(len(train) * data.eval_fraction)), seed=recipe.seed)
+        # Always the same rows, whatever the recipe's seed: what one run trained on, no other may be measured on.
+        parts = train.train_test_split(test_size=max(1, round(len(train) * data.eval_fraction)), seed=0)
         train, held_out = parts["train"], parts["test"]
     if data.max_rows is not None:
         train, held_out = (
@@ -256,8 +259,9 @@ def _cut_sentences(rows: "Dataset", sentences: Sentences, vocabulary: set[str]) 
     def cut(batch: dict) -> dict:
         made = defaultdict(list)
         for i, text in enumerate(batch["text"]):
-            found = _SENTENCE_END.split(_BREAK.sub(" ", text).lower())
-            for sentence in found[:1] if sentences.openings else found:
+            for sentence in _SENTENCE_END.split(_BREAK.sub(" ", text).lower()):
+                if not _WHOLE_SENTENCE.fullmatch(sentence):
+                    continue
                 words = _words(sentence)
                 if shortest <= len(words) <= longest and vocabulary.issuperset(words):
                     for column in batch:

@@ -16,6 +16,7 @@ METRIC_NAMES = {
     "reward": "score_mean",
     "reward_std": "score_std",
     "kl": "kl_per_token",
+    "kl_of_sequence": "kl",
     "completions/mean_length": "length_mean",
     "completions/min_length": "length_min",
     "completions/max_length": "length_max",
@@ -23,7 +24,7 @@ METRIC_NAMES = {
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "no_signal_fraction",
 }
-"""TRL's name of a metric -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
+"""TRL's name of a metric (and one that TRL uses otherwise) -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
 
 LEFT_OUT = ("clip_ratio/", "completions/", "step_time")
 """Beginnings of TRL's names that say nothing which ours do not."""
@@ -111,7 +112,7 @@ class OnPolicyTrainer(trl.RLOOTrainer):
         self._rollout = Rollout()
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"]
-        self._log("kl", (self._per_token_kl(self._rollout) * mask).sum(1))
+        self._log("kl_of_sequence", (self._per_token_kl(self._rollout) * mask).sum(1))
         rollout, self._rollout = self._rollout, None
         return self._finish_rollout(output, rollout)
 

@@ -17,7 +17,8 @@ def main(run: Run) -> str:
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, resolve_model
-    from rlhf_recipes.trainer_args import trainer_args
+    from rlhf_recipes.terminal import expected
+    from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
@@ -26,9 +27,12 @@ def main(run: Run) -> str:
     train, held_out = load_rows(recipe)
     train = pairs(recipe, train, reward.pairs)
     held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))
-    trainer = RewardTrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-    )
+    if args.max_steps > 0:  # tokenize no more than training will see
+        train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
+    with expected("LOAD REPORT"):  # the scalar head is new
+        trainer = RewardTrainer(
+            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
     attach(trainer, run)
     trainer.train()
     measured = trainer.evaluate()

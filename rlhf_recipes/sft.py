@@ -18,7 +18,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data import load_rows, texts
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, make_model, make_tokenizer, resolve_model
-    from rlhf_recipes.trainer_args import trainer_args
+    from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
@@ -29,6 +29,8 @@ def main(run: Run) -> str:
     else:
         model = resolve_model(recipe, "sft.model", sft.model)
         tokenizer = load_tokenizer("sft.model", model)
+    if args.max_steps > 0:  # tokenize no more than training will see
+        train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )

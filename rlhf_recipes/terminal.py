@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
@@ -57,6 +59,23 @@ def hush_libraries() -> None:
     huggingface_hub.utils.disable_progress_bars()
     # Caching by content would hash every lambda; our data is small next to training.
     datasets.disable_caching()
+
+
+@contextmanager
+def expected(text: str) -> Iterator[None]:
+    """Inside, warnings that contain `text` go to `log.txt` only: what they warn of is meant."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    terminals = [handler for handler in logging.getLogger().handlers if not isinstance(handler, logging.FileHandler)]
+    for terminal in terminals:
+        terminal.addFilter(other)
+    try:
+        yield
+    finally:
+        for terminal in terminals:
+            terminal.removeFilter(other)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -15,8 +15,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"logging_steps": 10},
     "reward": {"logging_steps": 10},
     # Dropout off: it would make a policy differ from itself (ratio != 1 and KL != 0 before the first step).
-    "ppo": {"logging_steps": 1, "disable_dropout": True},
-    "rloo": {"logging_steps": 1, "disable_dropout": True},
+    "ppo": {"disable_dropout": True},
+    "rloo": {"disable_dropout": True},
 }
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 
@@ -47,21 +47,29 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         args = config_class(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise RecipeError(f"{run.stage}.trainer: {str(error)[:500]}") from error
-    if run.stage in ("ppo", "rloo") and run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
-        args.max_steps = _steps(run, args)
+    if run.stage in ("ppo", "rloo"):
+        steps = _steps_per_rollout(run, args)
+        if "logging_steps" not in given:
+            args.logging_steps = steps  # a line for every rollout: in between there is no new score
+        if run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
+            args.max_steps = steps * math.ceil(run.recipe.episodes / args.generation_batch_size)
     return args
 
 
-def _steps(run: Run, args: Any) -> int:
-    """Optimizer steps in which `episodes` completions are sampled."""
-    steps_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-    rollouts = math.ceil(run.recipe.episodes / args.generation_batch_size)
-    if steps_per_rollout != int(steps_per_rollout):
+def effective_batch(args: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _steps_per_rollout(run: Run, args: Any) -> int:
+    """Optimizer steps between one sampling of completions and the next."""
+    micro_steps = args.steps_per_generation * args.num_iterations
+    if micro_steps % args.gradient_accumulation_steps:
         raise RecipeError(
             f"{run.stage}.trainer: steps_per_generation ({args.steps_per_generation}) times num_iterations "
             f"({args.num_iterations}) must be a multiple of gradient_accumulation_steps ({args.gradient_accumulation_steps})."
         )
-    return rollouts * int(steps_per_rollout)
+    return micro_steps // args.gradient_accumulation_steps
 
 
 def _for_this_machine(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Tiny models, tokenizers and data, made here: every test runs without network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+WORDS = "the film was great bad good awful fun dull i liked hated it a movie plot and acting very not . !".split()
+
+REVIEWS = [
+    {"text": f"the film was {word} and {end} .", "label": label}
+    for label, words, ends in (
+        (1, ("great", "good", "fun", "very good", "very fun"), ("i liked it", "the plot was good", "a fun movie")),
+        (0, ("bad", "awful", "dull", "very bad", "very dull"), ("i hated it", "the plot was bad", "a dull movie")),
+    )
+    for word in words
+    for end in ends
+]
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[dict]:
+    """30 short reviews with labels, 15 of each."""
+    return REVIEWS
+
+
+@pytest.fixture
+def reviews_file(tmp_path) -> Path:
+    """The reviews as a jsonl file."""
+    return write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def word_tokenizer(**special):
+    """A word-level tokenizer: its decoder drops the blank before a completion."""
+    from rlhf_recipes.config import Scratch
+    from rlhf_recipes.models import make_tokenizer
+
+    tokenizer = make_tokenizer(Scratch(tokenizer="word", vocabulary=200), [" ".join(WORDS)])
+    for name, value in special.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def bpe_tokenizer():
+    """A byte-level BPE tokenizer with a pad token of its own."""
+    from rlhf_recipes.config import Scratch
+    from rlhf_recipes.models import make_tokenizer
+
+    return make_tokenizer(Scratch(tokenizer="bpe", vocabulary=320), [row["text"] for row in REVIEWS])
+
+
+def causal_lm(tokenizer, architecture: str = "gpt2", seed: int = 0, **config):
+    """A random causal language model with two small layers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+        "llama": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64},
+        "gpt_neox": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64},
+    }[architecture]
+    torch.manual_seed(seed)
+    settings = sizes | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id} | config
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
+
+
+def save_pair(folder: Path, model, tokenizer) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
+    """A random GPT-2 over words, saved."""
+    tokenizer = word_tokenizer()
+    return save_pair(tmp_path_factory.mktemp("policy"), causal_lm(tokenizer), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bpe_policy_folder(tmp_path_factory) -> Path:
+    """A random GPT-2 with byte-level BPE, pad == EOS and EOS == BOS, as the Hub's GPT-2 family has it."""
+    tokenizer = bpe_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.eos_token
+    return save_pair(tmp_path_factory.mktemp("bpe_policy"), causal_lm(tokenizer), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory) -> Path:
+    """A random DistilBERT with the labels NEGATIVE and POSITIVE and a WordPiece tokenizer of its own."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    inner = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    torch.manual_seed(1)
+    config = DistilBertConfig(vocab_size=len(names), dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=2, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    return save_pair(tmp_path_factory.mktemp("classifier"), DistilBertForSequenceClassification(config), tokenizer)
+
+
+def run_python(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run this Python with one OpenMP thread; two processes with more would wait for each other."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"} | environment
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def cli(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
+    """Run `rlhf-recipes` as a user does."""
+    return run_python("-m", "rlhf_recipes.cli", *arguments, cwd=cwd, **more)

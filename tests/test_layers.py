@@ -1,0 +1,52 @@
+"""The layout: imports point down only, and the command line stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import rlhf_recipes
+
+LAYERS = [
+    {"config", "trainer_fields", "terminal"},
+    {"recipe", "advantages", "metrics", "forward"},
+    {"data", "run"},
+    {"models", "hub"},
+    {"reward_funcs"},
+    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
+    {"rloo_trainer", "ppo_trainer"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
+    {"cli"},
+]
+"""Modules of one layer do not import one another, and none imports a higher one."""
+
+PACKAGE = Path(rlhf_recipes.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_recipes."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_point_down():
+    height = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(height)
+    for module in modules:
+        for imported in imports(PACKAGE / f"{module}.py"):
+            assert height[imported] < height[module], f"{module} imports {imported}"
+
+
+def test_help_list_show_and_validate_import_no_torch():
+    program = (
+        "import sys; sys.argv = ['rlhf-recipes'] + {args!r}; from rlhf_recipes.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = {{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}} & set(sys.modules); assert not heavy, heavy"
+    )
+    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"]):
+        done = subprocess.run([sys.executable, "-c", program.format(args=args)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

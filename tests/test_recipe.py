@@ -1,0 +1,140 @@
+"""Recipes: merging, overrides, strictness, and messages that name file, key and the nearest valid key."""
+
+import dataclasses
+
+import pytest
+import trl
+from ruamel.yaml import YAML
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.ppo_trainer import PPOConfig
+from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, to_yaml
+from rlhf_recipes.trainer_fields import trainer_fields
+
+MINIMAL = """
+name: mine
+description: a test
+data: {path: reviews.jsonl}
+reward_funcs: [{name: length}]
+ppo: {policy: ./model, trainer: {learning_rate: 1e-6, beta: 0.05}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "mine.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def message(path: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def test_every_shipped_recipe_is_valid():
+    files = [path for path in recipe_folders()[1].rglob("*.yaml") if not path.name.startswith("_")]
+    assert {path.stem for path in files} >= {"imdb_tiny", "imdb_positive", "imdb_base"}
+    for path in files:
+        recipe = load_recipe(str(path))
+        assert recipe.name == path.stem and recipe_files()[path.stem].resolve() == path.resolve()
+
+
+def test_numbers_are_yaml_1_2(write):
+    recipe = load_recipe(write(MINIMAL))
+    assert recipe.ppo.trainer["learning_rate"] == 1e-6 and isinstance(recipe.ppo.trainer["learning_rate"], float)
+
+
+def test_show_prints_what_loads_back_to_the_same_recipe(write):
+    for name in [*recipe_files(), write(MINIMAL)]:
+        recipe = load_recipe(name)
+        assert load_recipe(write(to_yaml(recipe), "again.yaml")) == recipe
+
+
+def test_extends_merges_mappings_and_replaces_lists(write):
+    write(MINIMAL.replace("name: mine", "name: base"), "_base.yaml")
+    recipe = load_recipe(write("extends: _base\nname: child\nppo: {trainer: {beta: 0.2}}\nreward_funcs: [{name: repetition, weight: -1}]", "child.yaml"))
+    assert recipe.name == "child"
+    assert recipe.ppo.trainer == {"learning_rate": 1e-6, "beta": 0.2}
+    assert [spec.name for spec in recipe.reward_funcs] == ["repetition"]
+
+
+def test_a_child_without_a_name_is_named_after_its_file(write):
+    write(MINIMAL, "_base.yaml")
+    assert load_recipe(write("extends: _base", "other.yaml")).name == "other"
+
+
+def test_overrides_follow_yaml_and_reach_into_lists(write):
+    recipe = load_recipe(write(MINIMAL), ["ppo.trainer.beta=1e-3", "reward_funcs.0.weight=2", "data.columns={text: review}", "seed=7"])
+    assert recipe.ppo.trainer["beta"] == 1e-3 and recipe.reward_funcs[0].weight == 2.0
+    assert recipe.data.columns == {"text": "review"} and recipe.seed == 7
+    assert load_recipe(write(MINIMAL), ["rloo.trainer.num_generations=4"]).rloo.trainer == {"num_generations": 4}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ppo.trainer.lerning_rate=1e-5", ["ppo.trainer.lerning_rate", "nearest", "learning_rate"]),
+        ("ppo.trainer.learning_rate=fast", ["ppo.trainer.learning_rate", "valid number", "'fast'"]),
+        ("ppo.trainer.max_steps=1.5", ["ppo.trainer.max_steps", "integer"]),
+        ("ppo.trainer.learning_rate='1e-6'", ["ppo.trainer.learning_rate", "'1e-6'"]),
+        ("ppo.trainer.output_dir=x", ["ppo.trainer.output_dir", "runs_dir"]),
+        ("data.pth=x", ["data.pth", "nearest: path"]),
+        ("pppo.policy=x", ["pppo", "nearest: ppo"]),
+        ("seed=abc", ["seed", "integer", "'abc'"]),
+        ("data.prompt_tokens=[8, 2]", ["prompt_tokens", "[8, 2]"]),
+        ("reward_funcs.0.wieght=1", ["reward_funcs.0.wieght", "weight"]),
+        ("reward_funcs.3.weight=1", ["no position in a list of 1"]),
+        ("name.x=1", ["is a value, not a section"]),
+        ("beta", ["dotted.key=value"]),
+        ("seed=[1", ["no valid YAML"]),
+        ("name=a b", ["name", "pattern"]),
+        ("sft={}", ["exactly one of model"]),
+        ("description=null", ["description"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_key_and_remedy(write, override, expected):
+    found = message(write(MINIMAL), override)
+    assert all(part in found for part in expected), found
+
+
+def test_all_findings_come_at_once(write):
+    found = message(write(MINIMAL), "ppo.trainer.bata=1", "sed=3", "data.pth=x")
+    assert len(found.splitlines()) == 3 and all("mine.yaml" in line for line in found.splitlines())
+
+
+def test_duplicate_key(write):
+    found = message(write(MINIMAL + "seed: 1\nseed: 2\n"))
+    assert "line" in found and "duplicate key" in found and "mine.yaml" in found
+
+
+def test_broken_yaml_and_no_mapping(write):
+    assert "line" in message(write("a: [1"))
+    assert "mapping" in message(write("- 1"))
+
+
+def test_extends_in_a_circle_and_into_nowhere(write):
+    write("extends: b", "a.yaml")
+    assert "circle" in message(write("extends: a", "b.yaml"))
+    assert "no recipe named 'nowhere'" in message(write("extends: nowhere", "c.yaml"))
+
+
+def test_unknown_recipe_names_the_nearest():
+    found = message("imdb_tinny")
+    assert "imdb_tiny" in found and "list" in found
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"), [("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("rloo", trl.RLOOConfig), ("ppo", PPOConfig)]
+)
+def test_fields_read_off_the_source_are_those_of_the_class(stage, config):
+    assert set(trainer_fields(stage)) == {f.name for f in dataclasses.fields(config) if f.init}
+
+
+def test_shipped_yaml_has_no_duplicate_keys_under_any_reader():
+    for folder in recipe_folders()[1:]:
+        for path in folder.rglob("*.yaml"):
+            assert YAML(typ="safe", pure=True).load(path.read_text())
