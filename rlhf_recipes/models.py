@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
-from rlhf_recipes.data import is_local
+from rlhf_recipes.data import is_local, locate_in_package
 from rlhf_recipes.run import require_stage
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
     Args:
         recipe: The recipe, for `stage:` references.
         key: Where the reference stands in the recipe, for messages.
-        reference: `stage:NAME`, a folder, or a Hub id.
+        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id.
 
     Raises:
         RecipeError: That stage has not run, or nothing is at that path.
     """
     if reference.startswith("stage:"):
         return str(require_stage(recipe, reference.removeprefix("stage:"), key))
+    if reference.startswith("package:"):
+        return str(locate_in_package(key, reference))
     if is_local(reference):
         folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():

@@ -1,0 +1,125 @@
+"""Run folders: what counts as finished, what may be reused, and that nothing is lost."""
+
+import json
+
+import pytest
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.run import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda *overrides: load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *overrides])
+
+
+def finish(recipe, stage) -> Run:
+    run = Run(recipe, stage)
+    run.start()
+    run.finish()
+    return run
+
+
+def test_manifest_says_what_ran_where(load):
+    run = Run(load(), "sft")
+    run.start()
+    manifest = read_manifest(run.path)
+    assert manifest["status"] == "running" and not is_finished(run.path)
+    run.results = {"eval_loss": 1.5}
+    run.finish()
+    manifest = read_manifest(run.path)
+    assert manifest["status"] == "finished" and manifest["results"] == {"eval_loss": 1.5}
+    assert manifest["versions"]["trl"].startswith("1.16") and manifest["seed"] == 42
+    assert manifest["wall_seconds"] >= 0 and manifest["hardware"]["cores"] >= 1 and manifest["peak_memory_gib"] > 0
+    assert load_recipe(str(run.path / "recipe.yaml")) == run.recipe
+
+
+def test_a_finished_run_is_reused_and_changes_elsewhere_do_not_matter(load):
+    finish(load(), "sft")
+    assert Run(load(), "sft").is_done()
+    assert Run(load("rloo.trainer.beta=0.5", "eval.num_prompts=8"), "sft").is_done()
+
+
+def test_other_settings_are_refused_with_the_difference(load):
+    finish(load(), "ppo")
+    with pytest.raises(RecipeError) as caught:
+        Run(load("ppo.trainer.beta=0.5"), "ppo").is_done()
+    assert "ppo.trainer.beta: " in str(caught.value) and "-> 0.5" in str(caught.value) and "--overwrite" in str(caught.value)
+    assert not Run(load("ppo.trainer.beta=0.5"), "ppo").is_done(overwrite=True)
+
+
+def test_a_run_whose_input_ran_anew_is_out_of_date(load):
+    finish(load(), "sft")
+    finish(load(), "reward")
+    finish(load(), "ppo")
+    assert Run(load(), "ppo").is_done()
+    run = Run(load("sft.trainer.max_steps=9"), "sft")
+    run.start()
+    run.finish()
+    with pytest.raises(RecipeError, match="stage sft has run anew"):
+        Run(load("sft.trainer.max_steps=9"), "ppo").is_done()
+
+
+def test_an_earlier_attempt_is_moved_aside_not_deleted(load):
+    run = Run(load(), "sft")
+    run.start()
+    (run.path / "metrics.jsonl").write_text("{}\n")
+    run.fail(RuntimeError("boom"))
+    assert read_manifest(run.path)["error"] == "RuntimeError: boom" and not is_finished(run.path)
+    again = Run(load(), "sft")
+    assert not again.is_done()
+    again.start()
+    aside = [path for path in run.path.parent.iterdir() if path.name.startswith("sft.")]
+    assert len(aside) == 1 and (aside[0] / "metrics.jsonl").is_file() and not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_folder_of_something_else_is_not_touched(load):
+    run = Run(load(), "sft")
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RecipeError, match="something else"):
+        run.is_done()
+    assert (run.path / "thesis.txt").is_file()
+
+
+def test_unfinished_stages_are_not_built_upon(load):
+    with pytest.raises(RecipeError, match="has not run.*rlhf-recipes sft imdb_tiny"):
+        require_stage(load(), "sft", "ppo.policy")
+    run = Run(load(), "sft")
+    run.start()
+    with pytest.raises(RecipeError, match="was not finished"):
+        require_stage(load(), "sft", "ppo.policy")
+    run.finish()
+    assert require_stage(load(), "sft", "ppo.policy") == run.path
+
+
+def test_a_damaged_manifest_is_named(load):
+    run = finish(load(), "sft")
+    (run.path / "manifest.json").write_text('{"status": "fin')
+    with pytest.raises(RecipeError, match="manifest.json is damaged"):
+        is_finished(run.path)
+
+
+def test_other_ranks_write_nothing(load):
+    run = Run(load(), "sft", is_main=False)
+    run.start()
+    run.finish()
+    run.fail(RuntimeError())
+    assert not run.path.exists()
+
+
+def test_adopted_files_arrive_whole(load):
+    run = Run(load(), "sft")
+    run.start()
+    (run.path / ".final").mkdir()
+    (run.path / ".final" / "config.json").write_text(json.dumps({"a": 1}))
+    run.adopt(run.path / ".final")
+    assert json.loads((run.path / "config.json").read_text()) == {"a": 1} and not (run.path / ".final").exists()
+
+
+def test_stages_that_nothing_builds_on_are_left_out(load):
+    assert stages_to_run(load()) == ["sft", "reward", "ppo", "rloo", "eval", "compare"]
+    assert stages_to_run(load_recipe("imdb_positive")) == ["ppo", "rloo", "eval", "compare"]
+    assert stages_to_run(load_recipe("imdb_positive", ["ppo.policy=stage:sft"]))[0] == "sft"
+    assert input_stages(load(), "ppo") == ["reward", "sft"]
