@@ -42,7 +42,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
         run = Run(recipe, stage, is_main)
-        if run.is_done(overwrite):
+        if _of_main(run.is_done(overwrite) if is_main else None):
             if is_main:
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
@@ -71,6 +71,18 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             run.fail(error)
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
         raise
+
+
+def _of_main(answer: bool | None) -> bool:
+    """The main process's answer, on every rank: the others must not look into a folder that it is changing."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return answer
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=not torch.accelerator.is_available())
+    return broadcast_object_list([answer])[0]
 
 
 def load_checked(name: str, overrides: list[str]) -> Recipe:

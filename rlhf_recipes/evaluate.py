@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.config import RecipeError
 from rlhf_recipes.entry import stage_command
 from rlhf_recipes.metrics import distinct_n, mean_and_std, repetition_rate
 from rlhf_recipes.run import Run, eval_models
@@ -58,11 +59,13 @@ def main(run: Run) -> str:
         with loading(f"eval.models.{name}", folders[name]):
             return AutoModelForCausalLM.from_pretrained(folders[name], dtype="auto").to(device).eval()
 
-    reference = load(reference_name)
+    reference, reference_tokenizer = load(reference_name), tokenizer
     measured, answers = {}, {}
     for name in tqdm(folders, desc="eval   ", unit="model", disable=None, leave=False):
         model = reference if name == reference_name else load(name)
         tokenizer = load_tokenizer(f"eval.models.{name}", folders[name])
+        if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+            raise RecipeError(f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them.")
         check_context(f"eval.models.{name}", folders[name], rows, tokenizer, new_tokens)
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
@@ -79,7 +82,7 @@ def main(run: Run) -> str:
         judged, by_judge = score_all(settings.judge_funcs, funcs["judge"], **call) if settings.judge_funcs else (None, {})
         measured[name] = (
             _score_metrics(scores, settings.positive_threshold)
-            | ({} if judged is None else {"judge_mean": _mean(judged), "judge_positive_share": _mean([j > 0 for j in judged])})
+            | ({} if judged is None else {"judge_mean": _mean(judged), "judge_positive_share": _mean([None if j is None else j > 0 for j in judged])})
             | {f"score/{func}": _mean(values) for func, values in by_func.items()}
             | {f"judge/{func}": _mean(values) for func, values in by_judge.items()}
             | _text_metrics(samples)
@@ -163,9 +166,12 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def _score_metrics(scores: list[float], threshold: float) -> dict[str, float]:
-    mean, std = mean_and_std(scores)
-    return {"score_mean": mean, "score_std": std, "positive_share": _mean([score > threshold for score in scores])}
+def _score_metrics(scores: list[float | None], threshold: float) -> dict[str, float]:
+    there = [score for score in scores if score is not None]
+    if not there:
+        raise RecipeError("reward_funcs: no reward function applies to any completion, so there is no score.")
+    mean, std = mean_and_std(there)
+    return {"score_mean": mean, "score_std": std, "positive_share": _mean([score > threshold for score in there])}
 
 
 def _text_metrics(samples: Samples) -> dict[str, float]:

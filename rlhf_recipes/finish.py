@@ -11,6 +11,11 @@ def save_model(trainer: Any, run: Run) -> None:
     All ranks call this. Files are written to a folder of their own and moved when they are complete.
     """
     folder = run.path / ".final"
+    # transformers' trainer switches the cache off for training, in the saved configuration too; whoever loads the
+    # model wants to generate with it.
+    for config in (trainer.model.config, getattr(trainer.model, "generation_config", None)):
+        if config is not None:
+            config.use_cache = True
     trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
     if run.is_main:

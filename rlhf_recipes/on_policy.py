@@ -1,5 +1,6 @@
 """What PPO and RLOO share on top of TRL's `RLOOTrainer`: the same forward, texts, score and metric names for both."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +141,8 @@ class OnPolicyTrainer(trl.RLOOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in list(metrics):
             values = metrics.pop(name)
+            if all(math.isnan(value) for value in values):
+                continue  # undefined in every batch, such as the mean of a function that never applied
             if name in METRIC_NAMES:
                 metrics[METRIC_NAMES[name]] = values
             elif name.startswith("rewards/"):

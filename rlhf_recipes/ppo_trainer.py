@@ -60,7 +60,9 @@ class ValueHead(nn.Module):
 
     def read(self, hidden_states: Tensor) -> None:
         """Keep the values of these states, (B, T)."""
-        self.values = self.linear(hidden_states.to(self.linear.weight.dtype)).squeeze(-1)
+        # Not under autocast: in bf16 two neighbouring values differ by 1 %, as much as the advantages themselves.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            self.values = self.linear(hidden_states.to(self.linear.weight.dtype)).squeeze(-1).float()
 
 
 class PPOTrainer(OnPolicyTrainer):

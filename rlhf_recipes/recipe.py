@@ -56,7 +56,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for override in overrides:
         _apply(values, override)
     values.setdefault("name", path.stem)
-    return check(values, where=str(path))
+    return check(_without_nulls(values), where=str(path))
 
 
 def check(values: dict, where: str) -> Recipe:
@@ -152,6 +152,17 @@ def _merge(base: dict, top: dict) -> dict:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
+
+
+FORWARDED = ("trainer", "args", "config")
+"""Sections that are handed on as they are: there, null is a value."""
+
+
+def _without_nulls(values: Any) -> Any:
+    """`key: null` takes a parent's key away, so that its default holds."""
+    if isinstance(values, dict):
+        return {k: v if k in FORWARDED else _without_nulls(v) for k, v in values.items() if v is not None}
+    return [_without_nulls(item) for item in values] if isinstance(values, list) else values
 
 
 def _apply(values: dict, override: str) -> None:

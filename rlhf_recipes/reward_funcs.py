@@ -6,7 +6,8 @@ A registry entry is a factory: its keyword arguments are the recipe's `args`, an
 
 with one entry per completion (B of them): `prompts` and `completions` are texts, or lists of chat messages;
 `completion_ids` are token ids, EOS included; `finished` says which completions ended with EOS instead of being cut
-off; `columns` are the data's other columns. None means "does not apply to this one".
+off; `columns` are the data's other columns. None means "does not apply to this one": of several functions the others then
+make the score; a recipe's only one must not say it.
 """
 
 import asyncio
@@ -218,7 +219,7 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         names.append(name)
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
-        built.append(_checked(_bind(spec, found, args), name))
+        built.append(_checked(_bind(spec, found, args), name, may_skip=len(specs) > 1))
     return built
 
 
@@ -315,8 +316,14 @@ def _accepted(function: Callable, call: dict[str, Any]) -> dict[str, Any]:
     return {p.name: call[p.name] for p in parameters if p.name in call}
 
 
-def _checked(function: Callable, name: str) -> Reward:
-    """Wrap a reward function so that whatever is wrong with it is said with its name and the sample."""
+def _checked(function: Callable, name: str, may_skip: bool) -> Reward:
+    """Wrap a reward function so that whatever is wrong with it is said with its name and the sample.
+
+    Args:
+        function: The reward function.
+        name: What it is called in logs and messages.
+        may_skip: Whether it may say None.
+    """
 
     def before(error: Exception, call: dict) -> RewardError:
         if isinstance(error, RewardError):
@@ -335,7 +342,7 @@ def _checked(function: Callable, name: str) -> Reward:
                 values = await function(**_accepted(function, call))
             except Exception as error:
                 raise before(error, call) from error
-            return _check_values(values, name, completions)
+            return _check_values(values, name, completions, may_skip)
     else:
 
         def reward(prompts, completions, **columns):
@@ -344,13 +351,13 @@ def _checked(function: Callable, name: str) -> Reward:
                 values = function(**_accepted(function, call))
             except Exception as error:
                 raise before(error, call) from error
-            return _check_values(values, name, completions)
+            return _check_values(values, name, completions, may_skip)
 
     reward.__name__ = name
     return reward
 
 
-def _check_values(values: Any, name: str, completions: list) -> list[float | None]:
+def _check_values(values: Any, name: str, completions: list, may_skip: bool) -> list[float | None]:
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
@@ -363,40 +370,34 @@ def _check_values(values: Any, name: str, completions: list) -> list[float | Non
             number = None if value is None else float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if number is not None and not math.isfinite(number):
+        if not may_skip and number is None or number is not None and not math.isfinite(number):
             raise RewardError(f"reward function {name!r} returned {value!r} for sample {i}: {as_text(completions[i])[:120]!r}")
         checked.append(number)
     return checked
 
 
-def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]], completions: list) -> list[float]:
-    """Weighted sum over reward functions for every completion; None counts as "does not apply".
+def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]]) -> list[float | None]:
+    """Weighted sum over reward functions for every completion; None where no function applies.
 
     Args:
-        specs: For names and weights.
+        specs: For the weights.
         values: One list of B values per reward function.
-        completions: The B completions, for messages.
-
-    Raises:
-        RewardError: No reward function applies to a completion, so that it has no score.
     """
     scores = []
-    for i, row in enumerate(zip(*values, strict=True)):
-        if all(value is None for value in row):
-            names = ", ".join(spec.name for spec in specs)
-            raise RewardError(f"reward function {names!r} returned None for sample {i}: {as_text(completions[i])[:120]!r}")
-        scores.append(sum(spec.weight * value for spec, value in zip(specs, row, strict=True) if value is not None))
+    for row in zip(*values, strict=True):
+        terms = [spec.weight * value for spec, value in zip(specs, row, strict=True) if value is not None]
+        scores.append(sum(terms) if terms else None)
     return scores
 
 
-def score_all(specs: list[RewardFunc], functions: list[Reward], **call: Any) -> tuple[list[float], dict[str, list[float | None]]]:
+def score_all(specs: list[RewardFunc], functions: list[Reward], **call: Any) -> tuple[list[float | None], dict[str, list[float | None]]]:
     """Call every reward function outside a trainer: weighted scores of B completions, and each function's own values."""
     values = []
     for function in functions:
         answer = function(**call)
         values.append(asyncio.run(answer) if inspect.isawaitable(answer) else answer)
     by_name = {function.__name__: value for function, value in zip(functions, values, strict=True)}
-    return weighted_scores(specs, values, call["completions"]), by_name
+    return weighted_scores(specs, values), by_name
 
 
 def _joined(prompt: str | list[dict], completion: str | list[dict], text: str) -> str:

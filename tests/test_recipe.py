@@ -74,6 +74,14 @@ def test_overrides_follow_yaml_and_reach_into_lists(write):
     assert load_recipe(write(MINIMAL), ["rloo.trainer.num_generations=4"]).rloo.trainer == {"num_generations": 4}
 
 
+def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
+    write(MINIMAL.replace("reviews.jsonl}", "reviews.jsonl, columns: {text: review}}"), "_base.yaml")
+    child = write("extends: _base\ndata: {columns: null}", "child.yaml")
+    assert load_recipe(child).data.columns == {}
+    assert load_recipe(child, ["ppo=null"]).ppo is None
+    assert load_recipe(child, ["sft={model: m, trainer: {max_length: null}}"]).sft.trainer == {"max_length": None}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -93,7 +101,7 @@ def test_overrides_follow_yaml_and_reach_into_lists(write):
         ("seed=[1", ["no valid YAML"]),
         ("name=a b", ["name", "pattern"]),
         ("sft={}", ["exactly one of model"]),
-        ("description=null", ["description"]),
+        ("description=null", ["description", "missing"]),
     ],
 )
 def test_what_is_wrong_is_said_with_key_and_remedy(write, override, expected):

@@ -189,8 +189,8 @@ def test_none_means_does_not_apply_as_long_as_another_function_does(own):
     made = recipe({"name": own + "none"}, {"name": "length"})
     assert score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), **call())[0] == [-3, -2]
     alone = recipe({"name": own + "none"})
-    with pytest.raises(RewardError, match="returned None for sample 1"):
-        score_all(alone.reward_funcs, build_reward_funcs(alone, alone.reward_funcs), **call())
+    with pytest.raises(RewardError, match="'none' returned None for sample 1"):
+        build_reward_funcs(alone, alone.reward_funcs)[0](**call())
 
 
 @pytest.mark.parametrize(

@@ -311,3 +311,12 @@ def test_canary_keys_of_the_rollout(policy_folder, tmp_path):
     """If this fails, TRL put other things into the batch: check what `PPOTrainer._finish_rollout` relies on."""
     output = rollout(make(RLOOTrainer, policy_folder, tmp_path))
     assert set(output) == {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "old_logps", "advantages"}
+
+
+def test_values_stay_float32_under_autocast(policy_folder, tmp_path):
+    trainer = make(PPOTrainer, policy_folder, tmp_path, bf16=True)
+    output = rollout(trainer)
+    assert output["old_values"].dtype == torch.float32
+    torch.nn.init.normal_(trainer.value_head.linear.weight)
+    values = rollout(trainer)["old_values"]
+    assert (values != values.bfloat16().float()).any()

@@ -1,0 +1,37 @@
+"""What travels in the wheel, and that the pinned versions are the ones that pyproject allows."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import rlhf_recipes
+
+ROOT = Path(rlhf_recipes.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_dependency_is_pinned_within_its_range(project):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+    assert pins["torch"] == "2.13.0" and pins["trl"] == "1.16.0"
+    extras = project["project"]["optional-dependencies"]
+    wanted = [Requirement(r) for r in (*project["project"]["dependencies"], *extras["offline"], *extras["test"])]
+    for requirement in wanted:
+        if requirement.name != "rlhf-recipes":
+            assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
+
+
+def test_recipes_travel_in_the_wheel(project):
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"recipes": "rlhf_recipes/recipes"}
+
+
+def test_the_base_model_is_small_and_no_pickle():
+    base = ROOT / "rlhf_recipes" / "base"
+    assert sum(path.stat().st_size for path in base.iterdir()) < 12e6
+    assert {path.suffix for path in base.iterdir()} <= {".json", ".safetensors", ".yaml"}

@@ -1,0 +1,84 @@
+"""Every command of the README, run as it stands there, with only sizes made smaller."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import REVIEWS, cli, run_python, write_jsonl
+from test_pipeline import FEW
+
+import rlhf_recipes
+from rlhf_recipes.recipe import load_recipe, recipe_files
+
+ROOT = Path(rlhf_recipes.__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip() if " # " in line else line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+
+SMALLER = {  # a command as the README has it -> what makes it quick; None: tested elsewhere, said where
+    "make quickstart": None,  # test_makefile_targets; its recipe is the next but two
+    "make test": None,  # what runs this test
+    "source .venv/bin/activate": None,  # the tests run in that environment
+    "accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive": None,  # test_pipeline, with local stand-ins
+    "accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive": None,
+    "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
+    "run": FEW,
+    "rloo": ["data.max_rows=1500", "episodes=32", "rloo.trainer.per_device_train_batch_size=32"],
+}
+
+
+@pytest.mark.slow
+def test_every_command_works(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(re.search(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL)[1])
+    write_jsonl(tmp_path / "reviews.jsonl", [{"review": row["text"], "stars": row["label"]} for row in REVIEWS * 4])
+    ran = 0
+    for command in COMMANDS:
+        if SMALLER.get(command, "") is None:
+            continue
+        words = shlex.split(command)
+        environment = dict(word.split("=") for word in words if re.fullmatch(r"[A-Z_]+=\w+", word))
+        words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
+        assert words[0] == "rlhf-recipes", f"the README has a command that no test knows: {command}"
+        done = cli(*words[1:], *SMALLER.get(words[1], []), cwd=tmp_path, **environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        ran += 1
+    assert ran >= 9
+    measured = json.loads((tmp_path / "runs/sweet/eval/eval.json").read_text())
+    assert "score/short_and_sweet" in measured["models"]["ppo"]
+
+
+def test_makefile_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "rlhf-recipes run imdb_tiny" in makefile and "-m pytest" in makefile
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+def test_recipe_table_and_file_tree_are_complete():
+    for name in recipe_files():
+        assert f"| `{name}` |" in README, name
+        assert load_recipe(name).description
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+    for path in (ROOT / "rlhf_recipes").glob("*.py"):
+        assert path.name in tree or path.name == "__init__.py", path.name
+    for name in re.findall(r"([a-z_]+\.py)", tree):
+        assert (ROOT / "rlhf_recipes" / name).is_file(), name
+
+
+def test_every_metric_that_is_logged_is_explained():
+    from rlhf_recipes.on_policy import METRIC_NAMES
+
+    source = (ROOT / "rlhf_recipes" / "ppo_trainer.py").read_text()
+    logged = {*METRIC_NAMES.values(), *re.findall(r'^ +"([a-z_]+)": [a-z]', source, flags=re.MULTILINE), "explained_variance", "eos_rate"}
+    assert len(logged) > 15
+    for name in logged:
+        assert f"`{name}`" in README, name
+
+
+def test_module_help(tmp_path):
+    done = run_python("-m", "rlhf_recipes.ppo", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--recipe" in done.stdout
