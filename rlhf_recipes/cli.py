@@ -87,7 +87,8 @@ def rewards() -> None:
 def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Run a recipe from its first needed stage to the report, a process each; what has finished before is reused."""
     recipe = load_checked(name, overrides or [])
-    for stage in stages_to_run(recipe):
+    stages = stages_to_run(recipe)
+    for stage in stages:
         stage_run = Run(recipe, stage)
         if stage_run.is_done(overwrite):
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
@@ -96,7 +97,8 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
         if code != 0:
             complain(f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept.")
             raise typer.Exit(code)
-    _show_results(recipe)
+    if "compare" in stages:
+        _show_results(recipe)
 
 
 def _launch(stage: str, name: str, overrides: list[str], overwrite: bool) -> int:
@@ -136,7 +138,7 @@ def compare(
     from rlhf_recipes.compare import write_report
 
     out.mkdir(parents=True, exist_ok=True)
-    say(f"report: {write_report(out, 'Comparison', runs, None)}")
+    say(f"report: {write_report(out, 'Comparison', runs, None, [])}")
 
 
 @app.command()

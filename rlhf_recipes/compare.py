@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config import RecipeError
+from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import stage_command
 from rlhf_recipes.report import draw_curves, write_page
 from rlhf_recipes.run import Run, is_finished, read_manifest, require_stage, run_path
@@ -21,11 +21,29 @@ def main(run: Run) -> str:
     paths = [require_stage(recipe, stage, "compare") for stage in trained]
     evaluated = run_path(recipe, "eval")
     measured = json.loads((evaluated / "eval.json").read_text(encoding="utf-8")) if is_finished(evaluated) else None
-    write_report(run.path, f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}", paths, measured)
+    title = f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}"
+    write_report(run.path, title, paths, measured, _notes(recipe))
     return str(run.path / "report.html")
 
 
-def write_report(folder: Path, title: str, paths: list[Path], measured: dict[str, Any] | None) -> Path:
+def _notes(recipe: Recipe) -> list[str]:
+    """What the recipe's own SFT and reward model are worth, where it has them."""
+    sft, reward = (read_manifest(run_path(recipe, stage)) or {} for stage in ("sft", "reward"))
+    notes = []
+    if sft.get("status") == "finished":
+        notes.append(f"SFT model: perplexity {sft['results']['eval_perplexity']:.1f} on held-out texts.")
+    if reward.get("status") == "finished":
+        results = reward["results"]
+        notes.append(
+            f"Reward model: right on {results['eval_accuracy']:.1%} of {results['eval_pairs']} held-out pairs "
+            f"(trained on {results['train_pairs']})."
+        )
+    return notes
+
+
+def write_report(
+    folder: Path, title: str, paths: list[Path], measured: dict[str, Any] | None, notes: list[str]
+) -> Path:
     """Write the page and its picture for some finished runs of `ppo` or `rloo`.
 
     Args:
@@ -33,6 +51,7 @@ def write_report(folder: Path, title: str, paths: list[Path], measured: dict[str
         title: Heading of the page.
         paths: Run folders.
         measured: What `eval.json` holds about them; None when nothing was evaluated.
+        notes: Sentences about what the runs started from.
 
     Returns:
         Path of the page.
@@ -44,7 +63,7 @@ def write_report(folder: Path, title: str, paths: list[Path], measured: dict[str
     runs = {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
     picture = draw_curves({name: lines for name, (_, lines) in runs.items()}, folder / "curves.png")
     page = folder / "report.html"
-    write_page(page, title, picture, measured, {name: manifest for name, (manifest, _) in runs.items()})
+    write_page(page, title, picture, measured, {name: manifest for name, (manifest, _) in runs.items()}, notes)
     return page
 
 

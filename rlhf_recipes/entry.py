@@ -30,7 +30,12 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="run again; an earlier run is moved aside")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
-    sys.exit(run_stage(stage, main, given.recipe, given.overrides, given.overwrite))
+    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)
+    if code == 0 and _is_distributed():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()  # or its threads abort the interpreter's exit
+    sys.exit(code)
 
 
 def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list[str], overwrite: bool) -> int:
@@ -73,9 +78,13 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         raise
 
 
+def _is_distributed() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _of_main(answer: bool | None) -> bool:
     """The main process's answer, on every rank: the others must not look into a folder that it is changing."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not _is_distributed():
         return answer
     import torch
     from accelerate import PartialState

@@ -41,20 +41,33 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
     return reference
 
 
-def load_tokenizer(key: str, model: str) -> "PreTrainedTokenizerBase":
-    """Load a causal language model's tokenizer, padding on the left; without a pad token it pads with EOS.
+def load_tokenizer(key: str, model: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer; without a pad token it pads with EOS.
+
+    Args:
+        key: Where the model stands in the recipe, for messages.
+        model: Folder or Hub id.
+        classifier: Whether a sequence classifier will read it: then it pads on the right, and a tokenizer without EOS
+            (BERT's) ends texts with its separator. Otherwise it pads on the left, and must have an EOS token of its
+            own that it does not put behind every prompt.
 
     Raises:
-        RecipeError: It cannot be loaded, has no EOS token, or ends every text with EOS by itself.
+        RecipeError: It cannot be loaded, or cannot be used.
     """
     from transformers import AutoTokenizer
 
+    side = "right" if classifier else "left"
     with loading(key, model):
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side=side, truncation_side=side)
+    fix = "Set it in its tokenizer_config.json."
+    if classifier and tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"{key}: the tokenizer of {model} has no EOS token, so no completion could ever end. Set one in its tokenizer_config.json.")
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
-        raise RecipeError(f"{key}: the tokenizer of {model} ends every text with {tokenizer.eos_token}, a prompt too. Turn that off in its tokenizer_config.json.")
+        raise RecipeError(f"{key}: the tokenizer of {model} has no EOS token, so no text could ever end. {fix}")
+    if not classifier and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise RecipeError(
+            f"{key}: the tokenizer of {model} ends every text with {tokenizer.eos_token}, a prompt too. {fix}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -83,7 +83,7 @@ class OnPolicyTrainer(trl.RLOOTrainer):
                     entropies.append(entropy_from_logits(logits))
             if compute_aux_loss:
                 aux_losses.append(outputs.aux_loss)
-            self._after_forward(model)
+            self._after_forward(outputs)
         if self._rollout is not None:
             self._rollout.per_token_logps.append(torch.cat(logps))
         return (
@@ -92,8 +92,8 @@ class OnPolicyTrainer(trl.RLOOTrainer):
             torch.stack(aux_losses).mean() if compute_aux_loss else None,
         )
 
-    def _after_forward(self, model) -> None:
-        """Called after every forward pass over (a part of) a batch; PPO collects its values here."""
+    def _after_forward(self, outputs) -> None:
+        """Called with the model's outputs after every forward pass over (a part of) a batch; PPO collects its values here."""
 
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, completions = super()._generate(prompts)

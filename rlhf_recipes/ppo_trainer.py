@@ -8,6 +8,7 @@ import trl
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from rlhf_recipes.advantages import gae, masked_mean, masked_whiten, token_rewards
 from rlhf_recipes.on_policy import OnPolicyTrainer, Rollout
@@ -39,6 +40,15 @@ class PPOConfig(trl.RLOOConfig):
                 raise
 
 
+@dataclass
+class PolicyOutput(ModelOutput):
+    """Logits (B, T, vocabulary) and values (B, T) of the same states, and a mixture of experts' balancing loss."""
+
+    logits: Tensor | None = None
+    state_values: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
 class ValueHead(nn.Module):
     """A scalar on the hidden state that goes into the LM head: the value of the state in which a token is sampled.
 
@@ -54,15 +64,25 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(lm_head.weight.shape[1], 1, dtype=torch.float32, device=policy.device)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.values: Tensor | None = None
-        # Inside the policy's own forward, so that DDP, DeepSpeed and autocast treat it as any other layer.
-        lm_head.register_forward_pre_hook(lambda module, args: self.read(args[0]))
+        self._hidden_states: Tensor | None = None
+        # Inside the policy's own forward, and among its outputs: so DDP and DeepSpeed see a layer like any other.
+        lm_head.register_forward_pre_hook(self._remember)
+        policy.register_forward_hook(self._add_values, with_kwargs=True)
 
-    def read(self, hidden_states: Tensor) -> None:
-        """Keep the values of these states, (B, T)."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Values (B, T) of the states (B, T, hidden size), in float32."""
         # Not under autocast: in bf16 two neighbouring values differ by 1 %, as much as the advantages themselves.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            self.values = self.linear(hidden_states.to(self.linear.weight.dtype)).squeeze(-1).float()
+            return self.linear(hidden_states.to(self.linear.weight.dtype)).squeeze(-1).float()
+
+    def _remember(self, lm_head: nn.Module, args: tuple) -> None:
+        self._hidden_states = args[0]
+
+    def _add_values(self, policy: nn.Module, args: tuple, kwargs: dict, outputs: ModelOutput) -> ModelOutput:
+        hidden_states, self._hidden_states = self._hidden_states, None
+        if kwargs.get("use_cache") is not False:
+            return outputs  # generation, which needs no values, but every field of the model's own output
+        return PolicyOutput(outputs.logits, self(hidden_states), getattr(outputs, "aux_loss", None))
 
 
 class PPOTrainer(OnPolicyTrainer):
@@ -87,9 +107,9 @@ class PPOTrainer(OnPolicyTrainer):
     def value_head(self) -> ValueHead:
         return self.accelerator.unwrap_model(self.model).value_head
 
-    def _after_forward(self, model) -> None:
-        if model is not self.ref_model:
-            self._values.append(self.value_head.values[:, :-1])
+    def _after_forward(self, outputs: ModelOutput) -> None:
+        if isinstance(outputs, PolicyOutput):  # the reference has no values
+            self._values.append(outputs.state_values[:, :-1])
 
     def _values_of_last_pass(self, passes: int = 1) -> Tensor:
         values, self._values = torch.cat(self._values[:passes]), []

@@ -86,7 +86,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
-def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | None, runs: dict[str, dict[str, Any]]) -> None:
+def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | None, runs: dict[str, dict[str, Any]], notes: list[str]) -> None:
     """Write one self-contained HTML page.
 
     Args:
@@ -95,6 +95,7 @@ def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | 
         picture: Data URI of the curves.
         measured: What `eval.json` holds; None when nothing was evaluated.
         runs: Name -> manifest.
+        notes: Sentences about what the runs started from.
     """
     models = measured["models"] if measured else {}
     columns = _present(models)
@@ -107,6 +108,7 @@ def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | 
         samples=measured["samples"] if measured else [],
         names=list(models),
         runs=runs,
+        notes=notes,
     )
     file.write_text(page, encoding="utf-8")
 

@@ -23,7 +23,7 @@ def main(run: Run) -> str:
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
     model = resolve_model(recipe, "reward.model", reward.model)
-    tokenizer = load_tokenizer("reward.model", model)
+    tokenizer = load_tokenizer("reward.model", model, classifier=True)
     train, held_out = load_rows(recipe)
     train = pairs(recipe, train, reward.pairs)
     held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))

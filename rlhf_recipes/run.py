@@ -190,7 +190,12 @@ def eval_models(recipe: Recipe) -> dict[str, str]:
 
 
 def stages_to_run(recipe: Recipe) -> list[str]:
-    """Stages that the comparison builds on, in order: one that nothing refers to is left out."""
+    """Stages that the comparison builds on, in order: one that nothing refers to is left out.
+
+    A recipe without ppo and rloo has nothing to compare; all of its other stages run.
+    """
+    if recipe.ppo is None and recipe.rloo is None:
+        return [stage for stage in recipe.stages() if stage in ("sft", "reward")]
     needed, waiting = set(), ["compare"]
     while waiting:
         stage = waiting.pop()

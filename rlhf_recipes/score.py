@@ -8,7 +8,8 @@ from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import prepare_hub
-from rlhf_recipes.terminal import hush_libraries, log_to
+from rlhf_recipes.run import is_finished, run_path
+from rlhf_recipes.terminal import hush_libraries, log_to, say
 
 
 def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
@@ -23,22 +24,22 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     rows = [("", text) for text in texts] + (_read(file) if file else [])
     if not rows:
         raise RecipeError('nothing to score: give --text "..." or --file.')
+    stage = next((stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None), None)
+    if stage is None:
+        raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo, so nothing scores its texts.")
     log_to(None)
-    stage = "ppo" if recipe.ppo else "rloo"
     prepare_hub(recipe, stage)
-    from rlhf_recipes.models import load_tokenizer, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
 
     hush_libraries()
     functions = build_reward_funcs(recipe, recipe.reward_funcs)
-    tokenizer = load_tokenizer(f"{stage}.policy", resolve_model(recipe, f"{stage}.policy", getattr(recipe, stage).policy))
     prompts, completions = (list(column) for column in zip(*rows, strict=True))
     scores, by_func = score_all(
         recipe.reward_funcs,
         functions,
         prompts=prompts,
         completions=completions,
-        completion_ids=[tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for c in completions],
+        completion_ids=_completion_ids(recipe, stage, completions),
         finished=[True] * len(rows),
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -49,6 +50,19 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
         values = [scores[i], *(values[i] for values in by_func.values())]
         table.add_row(*("" if value is None else f"{value:.3f}" for value in values), (prompt + completion)[:200])
     Console().print(table)
+
+
+def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[list[int]]:
+    """Token ids of finished completions under the policy's tokenizer, EOS included."""
+    from rlhf_recipes.models import load_tokenizer, resolve_model
+
+    policy = getattr(recipe, stage).policy
+    if policy.startswith("stage:") and not is_finished(run_path(recipe, policy.removeprefix("stage:"))):
+        say(f"note: {stage}.policy ({policy}) has not been trained yet, so its tokens are counted as words.")
+        numbers: dict[str, int] = {}
+        return [[numbers.setdefault(word, len(numbers) + 1) for word in text.split()] + [0] for text in completions]
+    tokenizer = load_tokenizer(f"{stage}.policy", resolve_model(recipe, f"{stage}.policy", policy))
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
 
 
 def _read(file: Path) -> list[tuple[str, str]]:

@@ -11,6 +11,12 @@ from pathlib import Path
 PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Kinds of warnings that concern the authors of libraries, not their users."""
 
+NOISE = (
+    "deprecated",
+    "The tokenizer has new PAD/BOS/EOS tokens",  # says that transformers has put right what differed
+)
+"""In warnings that a library logs: nothing that a user could or should act on."""
+
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -84,4 +90,5 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    return "deprecated" not in record.getMessage().lower()
+    message = record.getMessage()
+    return not any(noise in message for noise in NOISE)

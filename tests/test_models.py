@@ -45,6 +45,13 @@ def test_tokenizers_that_cannot_work_are_refused(tmp_path):
         load_tokenizer("ppo.policy", str(tmp_path / "ends"))
 
 
+def test_a_classifier_without_eos_ends_texts_with_its_separator(classifier_folder):
+    tokenizer = load_tokenizer("reward.model", str(classifier_folder), classifier=True)
+    assert tokenizer.eos_token == "[SEP]" and tokenizer.padding_side == "right"
+    with pytest.raises(RecipeError, match="no EOS"):
+        load_tokenizer("ppo.policy", str(classifier_folder))
+
+
 def test_context_and_vocabulary_are_checked(tmp_path):
     tokenizer = word_tokenizer()
     save_pair(tmp_path, causal_lm(tokenizer), tokenizer)

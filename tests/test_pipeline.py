@@ -152,6 +152,19 @@ def test_accelerate_launch_with_local_stand_ins(stage, stand_ins, tmp_path):
         assert all(line["score/sentiment"] is not None for line in lines(path / "metrics.jsonl"))
 
 
+def test_a_bert_type_reward_model_is_trained_and_used(stand_ins, classifier_folder, tmp_path):
+    """A reward model with another tokenizer than the policy's, and without an EOS of its own."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    bert = tmp_path / "bert"
+    DistilBertModel(DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=64)).save_pretrained(bert)
+    AutoTokenizer.from_pretrained(classifier_folder).save_pretrained(bert)
+    overrides = [*stand_ins, f"reward.model={bert}", "reward_funcs=[{name: reward_model}]"]
+    for stage in ("reward", "rloo"):
+        done = cli(stage, "imdb_positive", *overrides, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 def test_chat_prompts_own_reward_and_eval_through_the_cli(stand_ins, tmp_path, bpe_policy_folder):
     tokenizer = AutoTokenizer.from_pretrained(bpe_policy_folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
