@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.hub import prepare_hub
+from rlhf_recipes.hub import check_references
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
 from rlhf_recipes.run import Run
@@ -51,7 +51,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             if is_main:
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
-        prepare_hub(recipe, stage)
+        check_references(recipe, stage)
         run.start()
         log_to(run.path / "log.txt" if is_main else None)
         hush_libraries()

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, or its absence: which references of a recipe need it, and a clear word within seconds."""
+"""What a stage refers to, data and models: checked before anything heavy is imported, with or without the Hub."""
 
 import os
 import threading
@@ -7,14 +7,15 @@ import urllib.request
 from pathlib import Path
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.data import is_local
+from rlhf_recipes.data import is_local, locate_data
+from rlhf_recipes.models import resolve_model
 from rlhf_recipes.run import eval_models
 
 SECONDS_TO_ANSWER = 5
 
 
-def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
-    """Dotted key -> (Hub id, "model" or "dataset") of everything that a stage would fetch."""
+def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
+    """Dotted key -> (reference, "model" or "dataset") of everything that a stage loads."""
     found = {}
     if stage != "compare":
         found["data.path"] = (recipe.data.path, "dataset")
@@ -32,34 +33,47 @@ def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
             model = spec.args.get("model")
             if spec.name in ("sentiment", "reward_model") and isinstance(model, str):
                 found[f"{key}.{i}.args.model"] = (model, "model")
+    return found
+
+
+def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
+    """Those of `references` that are Hub ids."""
     return {
         key: (reference, kind)
-        for key, (reference, kind) in found.items()
+        for key, (reference, kind) in references(recipe, stage).items()
         if not reference.startswith(("stage:", "package:")) and not is_local(reference)
     }
 
 
-def prepare_hub(recipe: Recipe, stage: str) -> None:
-    """Make sure that everything a stage would fetch can be had; without network, only from the local cache.
+def check_references(recipe: Recipe, stage: str) -> None:
+    """Make sure that everything a stage loads is there; without network, Hub ids only from the local cache.
 
     Call before anything of Hugging Face is imported: without network this sets `HF_HUB_OFFLINE`, which its libraries
     read when they are imported, so that none of them retries for a minute.
 
     Raises:
-        RecipeError: The Hub does not answer, and something is not in the cache; says which keys to set.
+        RecipeError: A file, folder or stage is missing, or the Hub does not answer and something is not in its cache;
+            every finding, with the keys to set.
     """
-    references = hub_references(recipe, stage)
-    if not references or not (os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or not _reachable()):
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    missing = [f"  {key}: {ref}" for key, (ref, kind) in references.items() if not _is_cached(ref, kind)]
-    if missing:
-        raise RecipeError(
-            f"the Hugging Face Hub cannot be reached ({_endpoint()}), and these are not in the local cache:\n"
-            + "\n".join(missing)
-            + "\nSet each key to a local folder or file, such as "
-            + f"{next(iter(references))}=./my-copy, or run once with network."
-        )
+    from_hub = hub_references(recipe, stage)
+    findings = []
+    for key, (reference, kind) in references(recipe, stage).items():
+        try:
+            if key not in from_hub:
+                locate_data(recipe.data) if kind == "dataset" else resolve_model(recipe, key, reference)
+        except RecipeError as error:
+            findings.append(str(error))
+    if from_hub and (os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or not _reachable()):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
+        if missing:
+            findings.append(
+                f"the Hugging Face Hub cannot be reached ({_endpoint()}), and these are not in the local cache:\n"
+                + "".join(f"  {key}: {reference}\n" for key, reference in missing.items())
+                + f"Set each key to a local folder or file, such as {next(iter(missing))}=./my-copy, or run once with network."
+            )
+    if findings:
+        raise RecipeError("\n".join(findings))
 
 
 def _endpoint() -> str:

@@ -97,6 +97,8 @@ class PPOTrainer(OnPolicyTrainer):
     """
 
     _name = "PPO"
+    _tag_names = ["trl", "ppo"]
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(self, *args, **kwargs):
         self._values: list[Tensor] = []

@@ -68,7 +68,7 @@ def sentiment(
     return score
 
 
-def reward_model(model: str = "stage:reward", batch_size: int = 64, max_length: int | None = None) -> Reward:
+def reward_model(model: str, batch_size: int = 64, max_length: int | None = None) -> Reward:
     """Scalar score of a reward model, read where TRL's RewardTrainer trains it: at the EOS of a finished text.
 
     A completion that was cut off gets no EOS, so it is not scored as a finished one. The reward model's own tokenizer
@@ -211,9 +211,9 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         found = _find(spec.name)
         _check_args(spec, found)
         args = dict(spec.args)
-        for name, value in ({"model": "stage:reward"} if found is reward_model else {} | args).items():
-            value = args.get(name, value)
-            if isinstance(value, str) and (value.startswith("stage:") or (name == "model" and spec.name in REWARD_FUNCS)):
+        for name, value in args.items():
+            is_model = name == "model" and spec.name in REWARD_FUNCS
+            if isinstance(value, str) and (is_model or value.startswith("stage:")):
                 args[name] = resolve_model(recipe, f"{key}.{i}.args.{name}", value)
         name = spec.name.rpartition(":")[2]
         names.append(name)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.hub import prepare_hub
+from rlhf_recipes.hub import check_references
 from rlhf_recipes.run import is_finished, run_path
 from rlhf_recipes.terminal import hush_libraries, log_to, say
 
@@ -28,7 +28,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     if stage is None:
         raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo, so nothing scores its texts.")
     log_to(None)
-    prepare_hub(recipe, stage)
+    check_references(recipe, stage)
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
 
     hush_libraries()

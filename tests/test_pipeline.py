@@ -159,7 +159,7 @@ def test_a_bert_type_reward_model_is_trained_and_used(stand_ins, classifier_fold
     bert = tmp_path / "bert"
     DistilBertModel(DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=64)).save_pretrained(bert)
     AutoTokenizer.from_pretrained(classifier_folder).save_pretrained(bert)
-    overrides = [*stand_ins, f"reward.model={bert}", "reward_funcs=[{name: reward_model}]"]
+    overrides = [*stand_ins, f"reward.model={bert}", "reward_funcs=[{name: reward_model, args: {model: stage:reward}}]"]
     for stage in ("reward", "rloo"):
         done = cli(stage, "imdb_positive", *overrides, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
