@@ -109,7 +109,7 @@ def loading(key: str, model: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{key}: {model} cannot be loaded: {str(error)[:400]}") from error
+        raise RecipeError(f"{key}: {model} cannot be used: {str(error)[:400]}") from error
 
 
 def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":

@@ -14,7 +14,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import check_context, load_tokenizer, resolve_model
+    from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
     from rlhf_recipes.reward_funcs import build_reward_funcs
     from rlhf_recipes.trainer_args import trainer_args
@@ -26,9 +26,10 @@ def main(run: Run) -> str:
     tokenizer = load_tokenizer("ppo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
     check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
-    trainer = PPOTrainer(
-        model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
-    )
+    with loading("ppo.policy", policy):
+        trainer = PPOTrainer(
+            model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+        )
     callback = attach(trainer, run)
     trainer.train()
     save_model(trainer, run)

@@ -16,7 +16,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import load_tokenizer, resolve_model
+    from rlhf_recipes.models import load_tokenizer, loading, resolve_model
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -29,7 +29,7 @@ def main(run: Run) -> str:
     held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
-    with expected("LOAD REPORT"):  # the scalar head is new
+    with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new
         trainer = RewardTrainer(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )

@@ -17,7 +17,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, texts
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import load_tokenizer, make_model, make_tokenizer, resolve_model
+    from rlhf_recipes.models import load_tokenizer, loading, make_model, make_tokenizer, resolve_model
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
@@ -31,9 +31,10 @@ def main(run: Run) -> str:
         tokenizer = load_tokenizer("sft.model", model)
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-    )
+    with loading("sft.model", str(sft.model)):
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
     attach(trainer, run)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]

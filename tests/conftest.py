@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# Two test processes on two cores: with more threads than cores, OpenMP's threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -118,8 +120,8 @@ def classifier_folder(tmp_path_factory) -> Path:
 
 
 def run_python(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """Run this Python with one OpenMP thread; two processes with more would wait for each other."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"} | environment
+    """Run this Python as a process of its own, in the tests' environment."""
+    variables = os.environ | {"COLUMNS": "160"} | environment
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -1,7 +1,6 @@
 """The product as users meet it: real commands, real processes, local stand-ins for what comes from the Hub."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -201,12 +200,23 @@ def test_a_bad_reward_function_stops_the_run_with_a_word(function, expected, sta
     assert not (path / "model.safetensors").exists()
 
 
+def test_models_that_cannot_be_used(stand_ins, bpe_policy_folder, classifier_folder, tmp_path):
+    """A folder without weights, and one that holds no causal language model."""
+    import shutil
+
+    shutil.copytree(bpe_policy_folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    weightless = cli("ppo", "imdb_positive", *stand_ins, "ppo.policy=./weightless", cwd=tmp_path)
+    assert weightless.returncode == 2 and "ppo.policy: weightless cannot be used" in weightless.stderr, weightless.stderr
+    bert = cli("rloo", "imdb_positive", *stand_ins, f"rloo.policy={classifier_folder}", cwd=tmp_path)
+    assert bert.returncode == 2 and "rloo.policy" in bert.stderr and "Traceback" not in bert.stderr
+
+
 def test_a_killed_run_is_not_taken_for_finished_and_starts_again(stand_ins, tmp_path):
     (tmp_path / "own.py").write_text("import time\ndef slow(completions):\n    time.sleep(1)\n    return [0.0] * len(completions)\n")
     overrides = [*stand_ins, "reward_funcs=[{name: 'own.py:slow'}]"]
     path = tmp_path / "runs" / "imdb_positive" / "ppo"
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_recipes.ppo", "--recipe", "imdb_positive", *overrides, "episodes=8000"], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "rlhf_recipes.ppo", "--recipe", "imdb_positive", *overrides, "episodes=8000"], cwd=tmp_path
     )
     while not ((path / "metrics.jsonl").exists() and len(lines(path / "metrics.jsonl")) >= 2):
         assert process.poll() is None
