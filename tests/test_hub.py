@@ -23,7 +23,8 @@ def test_local_references_need_no_hub(tmp_path):
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path):
-    recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", "data.path=./nowhere.jsonl"])
+    by_reward_model = "reward_funcs=[{name: reward_model, args: {model: stage:reward}}]"
+    recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", "data.path=./nowhere.jsonl", by_reward_model])
     with pytest.raises(RecipeError) as caught:
         check_references(recipe, "ppo")
     for part in ("data.path: ./nowhere.jsonl does not exist", "rlhf-recipes sft imdb_tiny", "rlhf-recipes reward imdb_tiny"):

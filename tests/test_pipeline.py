@@ -120,7 +120,7 @@ def test_compare_and_score_commands(tiny):
     wrong = cli("compare", "runs/imdb_tiny/sft", cwd=folder)
     assert wrong.returncode == 2 and "stage sft" in wrong.stderr
     scored = cli("score", "imdb_tiny", "--text", "this movie is great .", "--text", "the plot is awful .", cwd=folder)
-    assert scored.returncode == 0 and "reward_model" in scored.stdout and "the plot is awful ." in scored.stdout, scored.stderr
+    assert scored.returncode == 0 and "vader_sentiment" in scored.stdout and "the plot is awful ." in scored.stdout, scored.stderr
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +246,8 @@ def test_wandb_offline_writes_a_run_and_asks_nothing(stand_ins, tmp_path):
         (["ppo", "imdb_tiny", "runs_dir=empty"], "rlhf-recipes sft imdb_tiny"),
         (["reward", "imdb_base"], "has no stage reward"),
         (["ppo", "imdb_tiny", "ppo.trainer.learning_rate=fast"], "ppo.trainer.learning_rate"),
-        (["rloo", "imdb_tiny", "rloo.trainer.num_generations=1"], "rloo.trainer: "),
-        (["rloo", "imdb_tiny", "rloo.trainer.num_generations=5"], "divisible"),
+        (["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=1"], "rloo.trainer: "),
+        (["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=5"], "divisible"),
         (["show", "imdb_tiny", "extends=x"], "extends"),
         (["score", "imdb_tiny"], "nothing to score"),
     ],
