@@ -60,7 +60,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums, center: bool = True) -> Tensor:
+def masked_whiten(
+    x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums, center: bool = True
+) -> Tensor:
     """Scale the entries where `mask` is 1 to variance 1 (biased), and to mean 0 with `center`.
 
     Args:

@@ -64,7 +64,12 @@ class RunCallback(TrainerCallback):
         """What an on-policy stage has to say when it is finished; also kept as the run's results."""
         few = max(1, len(self.scores) // 10)  # single rollouts are noisy
         first, last = (sum(part) / max(len(part), 1) for part in (self.scores[:few], self.scores[-few:]))
-        self.run.results = {"score_first": first, "score_last": last, "kl_last": self.last.get("kl"), "episodes": self.last.get("episodes")}
+        self.run.results = {
+            "score_first": first,
+            "score_last": last,
+            "kl_last": self.last.get("kl"),
+            "episodes": self.last.get("episodes"),
+        }
         return f"score {first:.2f} -> {last:.2f}, KL {self.last.get('kl', 0.0):.1f}, {self.last.get('episodes', 0)} episodes"
 
     def _append(self, name: str, lines: list[dict]) -> None:

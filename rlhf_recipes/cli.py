@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_recipes.config import STAGES, Recipe, RecipeError
+from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import USER_ERROR, load_checked
 from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.report import print_table
@@ -54,7 +54,9 @@ def show(name: Name, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def validate(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="default: all")] = None) -> None:
+def validate(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="default: all")] = None,
+) -> None:
     """Check recipes: every key, every trainer argument, every reward function."""
     errors = 0
     for name in names or recipe_files():
@@ -95,7 +97,9 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
             continue
         code = _launch(stage, name, overrides or [], overwrite)
         if code != 0:
-            complain(f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept.")
+            complain(
+                f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept."
+            )
             raise typer.Exit(code)
     if "compare" in stages:
         _show_results(recipe)
@@ -146,7 +150,9 @@ def score(
     name: Name,
     overrides: Overrides = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="a text to score; may be repeated")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="texts, one a line; or .jsonl with prompt and completion, or text")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="texts, one a line; or .jsonl with prompt and completion, or text")
+    ] = None,
 ) -> None:
     """Try a recipe's reward functions on texts, before a GPU is spent on them."""
     from rlhf_recipes.score import score_texts

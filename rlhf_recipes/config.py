@@ -45,7 +45,7 @@ class Data(Section):
     """
 
     path: str
-    """Hub id, local file (jsonl, json, csv, parquet), local folder, or `package:NAME/FILE` inside an installed package."""
+    """Hub id, local file (jsonl, json, csv, parquet), local folder, or `package:NAME/FILE` of an installed package."""
     config: str | None = None
     """Configuration of a Hub data set (`datasets` calls it `name`)."""
     revision: str | None = None
@@ -67,7 +67,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _ranges_ascend(self):
-        for name, bounds in (("prompt_tokens", self.prompt_tokens), ("sentences.words", self.sentences and self.sentences.words)):
+        for name, bounds in (
+            ("prompt_tokens", self.prompt_tokens),
+            ("sentences.words", self.sentences and self.sentences.words),
+        ):
             if bounds and not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"{name} must be two numbers with 1 <= shortest <= longest, not {bounds}")
         return self
@@ -109,7 +112,9 @@ class Sft(Section):
     @model_validator(mode="after")
     def _one_start(self):
         if (self.model is None) == (self.scratch is None):
-            raise ValueError("set exactly one of model (start from its weights) and scratch (start from random weights)")
+            raise ValueError(
+                "set exactly one of model (start from its weights) and scratch (start from random weights)"
+            )
         return self
 
 

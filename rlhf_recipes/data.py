@@ -186,9 +186,7 @@ def prompts(recipe: Recipe, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase
         cuts = [tokenizer.decode(i[:n]) if len(i) >= n else "" for i, n in zip(ids, wanted, strict=True)]
         return {"prompt": cuts}
 
-    made = rows.map(cut, batched=True).filter(
-        lambda row: row["prompt"].strip() != ""
-    )
+    made = rows.map(cut, batched=True).filter(lambda row: row["prompt"].strip() != "")
     if len(made) == 0:
         raise RecipeError(f"data.prompt_tokens: no text of {recipe.data.path} has {shortest} to {longest} tokens.")
     return made.remove_columns("text")
@@ -215,7 +213,9 @@ def _load(data: Data):
 def _select(data: Data, rows: "Dataset") -> "Dataset":
     for key, value in data.filter.items():
         if key not in rows.column_names:
-            raise RecipeError(f"data.filter: {data.path} has no column {key!r}; it has: {', '.join(rows.column_names)}.")
+            raise RecipeError(
+                f"data.filter: {data.path} has no column {key!r}; it has: {', '.join(rows.column_names)}."
+            )
         rows = rows.filter(lambda row, key=key, value=value: row[key] == value)
     for ours, theirs in data.columns.items():
         if theirs not in rows.column_names:
@@ -246,7 +246,9 @@ def _missing(data: Data, rows: "Dataset", column: str, why: str) -> RecipeError:
 def _label_reader(data: Data) -> Callable[[object], int]:
     def read(label: object) -> int:
         if label not in LABELS:
-            raise RecipeError(f"data: the label column of {data.path} holds {label!r}; known: {', '.join(map(repr, LABELS))}.")
+            raise RecipeError(
+                f"data: the label column of {data.path} holds {label!r}; known: {', '.join(map(repr, LABELS))}."
+            )
         return LABELS[label]
 
     return read

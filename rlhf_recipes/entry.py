@@ -25,9 +25,11 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
         stage: One of `STAGES`.
         main: Does the work in a started run, and returns what the finished stage has to say, in one line.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m rlhf_recipes.{stage}", description=f"Run stage {stage} of a recipe.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m rlhf_recipes.{stage}", description=f"Run stage {stage} of a recipe."
+    )
     parser.add_argument("--recipe", required=True, help="name of a recipe (rlhf-recipes list), or path of a YAML file")
-    parser.add_argument("--overwrite", action="store_true", help="run again; an earlier run is moved aside")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with other settings; it is moved aside")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
     code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)

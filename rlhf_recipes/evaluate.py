@@ -65,7 +65,9 @@ def main(run: Run) -> str:
         model = reference if name == reference_name else load(name)
         tokenizer = load_tokenizer(f"eval.models.{name}", folders[name])
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
-            raise RecipeError(f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them.")
+            raise RecipeError(
+                f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them."
+            )
         check_context(f"eval.models.{name}", folders[name], rows, tokenizer, new_tokens)
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
@@ -79,10 +81,19 @@ def main(run: Run) -> str:
             "finished": samples.finished,
         }
         scores, by_func = score_all(recipe.reward_funcs, funcs["score"], **call)
-        judged, by_judge = score_all(settings.judge_funcs, funcs["judge"], **call) if settings.judge_funcs else (None, {})
+        judged, by_judge = (
+            score_all(settings.judge_funcs, funcs["judge"], **call) if settings.judge_funcs else (None, {})
+        )
         measured[name] = (
             _score_metrics(scores, settings.positive_threshold)
-            | ({} if judged is None else {"judge_mean": _mean(judged), "judge_positive_share": _mean([None if j is None else j > 0 for j in judged])})
+            | (
+                {}
+                if judged is None
+                else {
+                    "judge_mean": _mean(judged),
+                    "judge_positive_share": _mean([None if j is None else j > 0 for j in judged]),
+                }
+            )
             | {f"score/{func}": _mean(values) for func, values in by_func.items()}
             | {f"judge/{func}": _mean(values) for func, values in by_judge.items()}
             | _text_metrics(samples)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, **kwargs: Any) -> tuple[Tensor, Any]:
+def completion_logits(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, **kwargs: Any
+) -> tuple[Tensor, Any]:
     """Logits that predict the last `length` tokens, in float32 and divided by the temperature.
 
     Position ids follow the attention mask, as in generation: with learned positions (GPT-2), a left-padded prompt
@@ -34,7 +36,9 @@ def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, len
     return outputs.logits[:, :-1].float() / temperature, outputs
 
 
-def pad_batch(prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def pad_batch(
+    prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pad prompts on the left and completions on the right.
 
     Returns:

@@ -73,7 +73,9 @@ def load_tokenizer(key: str, model: str, classifier: bool = False) -> "PreTraine
     return tokenizer
 
 
-def check_context(key: str, model: str, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase", new_tokens: int) -> None:
+def check_context(
+    key: str, model: str, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase", new_tokens: int
+) -> None:
     """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
 
     Raises:
@@ -84,7 +86,9 @@ def check_context(key: str, model: str, prompts: "Dataset", tokenizer: "PreTrain
     with loading(key, model):
         config = AutoConfig.from_pretrained(model).get_text_config()
     if len(tokenizer) > config.vocab_size:
-        raise RecipeError(f"{key}: the tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
+        raise RecipeError(
+            f"{key}: the tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}."
+        )
     context = getattr(config, "max_position_embeddings", None)
     longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
     if context is not None and longest + new_tokens > context:
@@ -98,7 +102,9 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) ->
     """Token ids of a prompt, text or chat messages, as TRL's trainers make them."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 @contextmanager

@@ -56,7 +56,9 @@ class OnPolicyTrainer(trl.RLOOTrainer):
         self._rollout: Rollout | None = None
         super().__init__(*args, **kwargs)
         if self._is_vlm:
-            raise ValueError(f"{type(self).__name__} trains on text only; {type(self.processing_class).__name__} is a multimodal processor.")
+            raise ValueError(
+                f"{type(self).__name__} trains on text only; {type(self.processing_class).__name__} is a multimodal processor."
+            )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -157,7 +159,12 @@ class OnPolicyTrainer(trl.RLOOTrainer):
     def sampled_completions(self, number: int) -> list[dict[str, Any]]:
         """The first `number` completions of the last rollout, with their scores and advantages."""
         names = list(self._logs["rewards"])
-        columns = [self._logs["prompt"], self._logs["completion"], self._logs["advantages"], *self._logs["rewards"].values()]
+        columns = [
+            self._logs["prompt"],
+            self._logs["completion"],
+            self._logs["advantages"],
+            *self._logs["rewards"].values(),
+        ]
         return [
             {
                 "step": self.state.global_step,

@@ -193,7 +193,9 @@ class PPOTrainer(OnPolicyTrainer):
     def _log_tokens(self, values: dict[str, Tensor], mask: Tensor) -> None:
         """Log means over all tokens of all processes, each value (B, T)."""
         mode = "train" if self.model.training else "eval"
-        sums = self._sum_over_ranks(torch.stack([*((x * mask).sum().float() for x in values.values()), mask.sum().float()]))
+        sums = self._sum_over_ranks(
+            torch.stack([*((x * mask).sum().float() for x in values.values()), mask.sum().float()])
+        )
         for name, total in zip(values, sums[:-1].tolist(), strict=True):
             self._metrics[mode][name].append(total / max(sums[-1].item(), 1.0))
 
@@ -201,10 +203,14 @@ class PPOTrainer(OnPolicyTrainer):
         """Log 1 - Var(returns - values) / Var(returns): 1 is a perfect value head, 0 one that knows only the mean."""
         mode = "train" if self.model.training else "eval"
         n, *sums = self._sum_over_ranks(
-            torch.stack([mask.sum().float(), *((x * mask).sum() for e in (returns, returns - values) for x in (e, e.square()))])
+            torch.stack(
+                [mask.sum().float(), *((x * mask).sum() for e in (returns, returns - values) for x in (e, e.square()))]
+            )
         ).tolist()
         of_returns, of_errors = (sums[i + 1] / max(n, 1) - (sums[i] / max(n, 1)) ** 2 for i in (0, 2))
-        self._metrics[mode]["explained_variance"].append(1 - of_errors / of_returns if of_returns > 1e-12 else float("nan"))
+        self._metrics[mode]["explained_variance"].append(
+            1 - of_errors / of_returns if of_returns > 1e-12 else float("nan")
+        )
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
@@ -214,7 +220,11 @@ class PPOTrainer(OnPolicyTrainer):
         states = self.model.state_dict() if state_dict is None else state_dict
         head = {name: states[name] for name in states if name.startswith("value_head.")}
         # An adapter's own save picks its tensors itself; a full model's would write the head among the policy's.
-        rest = None if is_peft_model(self.model) and state_dict is None else {k: v for k, v in states.items() if k not in head}
+        rest = (
+            None
+            if is_peft_model(self.model) and state_dict is None
+            else {k: v for k, v in states.items() if k not in head}
+        )
         super()._save(str(folder), rest)
         if self.args.should_save:
             save_file({name: tensor.contiguous().cpu() for name, tensor in head.items()}, folder / VALUE_HEAD_FILE)

@@ -121,7 +121,9 @@ def _read(path: Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}.")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}."
+        )
     return values
 
 
@@ -172,7 +174,9 @@ def _apply(values: dict, override: str) -> None:
     try:
         value = _yaml().load(text) if text else None
     except YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}.") from error
+        raise RecipeError(
+            f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}."
+        ) from error
     *parents, last = key.split(".")
     section: Any = values
     for depth, parent in enumerate(parents):
@@ -229,14 +233,18 @@ def _nearest(key: str, known: Any) -> str:
 
 def _check_trainer(stage: str, trainer: dict) -> list[str]:
     if find_spec("trl") is None:
-        return [f"{stage}.trainer: TRL is not installed (pip install 'trl>=1.16,<1.17'), so its keys cannot be checked."]
+        return [
+            f"{stage}.trainer: TRL is not installed (pip install 'trl>=1.16,<1.17'), so its keys cannot be checked."
+        ]
     fields = trainer_fields(stage)
     findings = []
     for key, value in trainer.items():
         if key in OURS:
             findings.append(f"{stage}.trainer.{key}: not set here; set {OURS[key]}.")
         elif key not in fields:
-            findings.append(f"{stage}.trainer.{key}: unknown key of {CONFIG_CLASSES[stage][1]}{_nearest(str(key), fields)}")
+            findings.append(
+                f"{stage}.trainer.{key}: unknown key of {CONFIG_CLASSES[stage][1]}{_nearest(str(key), fields)}"
+            )
         else:
             try:
                 TypeAdapter(fields[key], config=ConfigDict(strict=True)).validate_python(value)

@@ -66,7 +66,11 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
         for i, (name, lines) in enumerate(runs.items()):
-            points = [(line["episodes"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float)) and "episodes" in line]
+            points = [
+                (line["episodes"], line[metric])
+                for line in lines
+                if isinstance(line.get(metric), (int, float)) and "episodes" in line
+            ]
             if points:
                 x, y = zip(*points, strict=True)
                 color = COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)])
@@ -86,7 +90,14 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
-def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | None, runs: dict[str, dict[str, Any]], notes: list[str]) -> None:
+def write_page(
+    file: Path,
+    title: str,
+    picture: str,
+    measured: dict[str, Any] | None,
+    runs: dict[str, dict[str, Any]],
+    notes: list[str],
+) -> None:
     """Write one self-contained HTML page.
 
     Args:
@@ -99,16 +110,20 @@ def write_page(file: Path, title: str, picture: str, measured: dict[str, Any] | 
     """
     models = measured["models"] if measured else {}
     columns = _present(models)
-    page = _templates().get_template("report.html").render(
-        title=title,
-        picture=picture,
-        columns=columns,
-        rows={name: _cells(metrics, columns) for name, metrics in models.items()},
-        measured=measured,
-        samples=measured["samples"] if measured else [],
-        names=list(models),
-        runs=runs,
-        notes=notes,
+    page = (
+        _templates()
+        .get_template("report.html")
+        .render(
+            title=title,
+            picture=picture,
+            columns=columns,
+            rows={name: _cells(metrics, columns) for name, metrics in models.items()},
+            measured=measured,
+            samples=measured["samples"] if measured else [],
+            names=list(models),
+            runs=runs,
+            notes=notes,
+        )
     )
     file.write_text(page, encoding="utf-8")
 
@@ -124,7 +139,10 @@ def _present(models: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str, str
 
 def _cells(metrics: dict[str, Any], columns: dict[str, tuple[str, str, str]]) -> list[str]:
     values = [metrics.get(key) for key in columns]
-    return ["" if value is None else form.format(value) for value, (_, form, _) in zip(values, columns.values(), strict=True)]
+    return [
+        "" if value is None else form.format(value)
+        for value, (_, form, _) in zip(values, columns.values(), strict=True)
+    ]
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.8) -> list[float]:

@@ -240,11 +240,17 @@ def _find(name: str) -> Callable:
     except RecipeError:
         raise
     except Exception as error:  # a user's module may raise anything when imported
-        raise RecipeError(f"reward function {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise RecipeError(
+            f"reward function {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        there = [n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-        raise RecipeError(f"reward function {name!r}: no function {attribute!r} in {module_name}; it has: {', '.join(there) or 'none'}.")
+        there = [
+            n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
+        raise RecipeError(
+            f"reward function {name!r}: no function {attribute!r} in {module_name}; it has: {', '.join(there) or 'none'}."
+        )
     return function
 
 
@@ -270,7 +276,9 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     of_a_call = {"prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric"}
     itself = _is_reward_itself(found)
-    known = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and not (itself and name in of_a_call)]
+    known = [
+        name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and not (itself and name in of_a_call)
+    ]
     for name, value in spec.args.items():
         if name not in known and not (itself and takes_any):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -281,7 +289,11 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
             raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(allowed)}, not {value!r}.")
     if not itself:
         for name in known:
-            if parameters[name].default is inspect.Parameter.empty and name not in spec.args and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+            if (
+                parameters[name].default is inspect.Parameter.empty
+                and name not in spec.args
+                and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL
+            ):
                 raise RecipeError(f"{spec.name} needs the argument {name!r}.")
 
 
@@ -299,7 +311,9 @@ def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
     except RecipeError:
         raise
     except Exception as error:  # a user's factory may raise anything
-        raise RecipeError(f"reward function {spec.name!r} could not be set up: {type(error).__name__}: {error}") from error
+        raise RecipeError(
+            f"reward function {spec.name!r} could not be set up: {type(error).__name__}: {error}"
+        ) from error
     if not callable(function):
         raise RecipeError(
             f"reward function {spec.name!r} returned {type(function).__name__} when set up; a factory returns a function "
@@ -371,7 +385,9 @@ def _check_values(values: Any, name: str, completions: list, may_skip: bool) -> 
         except (TypeError, ValueError):
             number = math.nan
         if not may_skip and number is None or number is not None and not math.isfinite(number):
-            raise RewardError(f"reward function {name!r} returned {value!r} for sample {i}: {as_text(completions[i])[:120]!r}")
+            raise RewardError(
+                f"reward function {name!r} returned {value!r} for sample {i}: {as_text(completions[i])[:120]!r}"
+            )
         checked.append(number)
     return checked
 
@@ -390,7 +406,9 @@ def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]]) -
     return scores
 
 
-def score_all(specs: list[RewardFunc], functions: list[Reward], **call: Any) -> tuple[list[float | None], dict[str, list[float | None]]]:
+def score_all(
+    specs: list[RewardFunc], functions: list[Reward], **call: Any
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
     """Call every reward function outside a trainer: weighted scores of B completions, and each function's own values."""
     values = []
     for function in functions:

@@ -46,7 +46,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise RecipeError(f"{path / MANIFEST} is damaged ({error}); delete the folder {path} and run its stage again.") from error
+        raise RecipeError(
+            f"{path / MANIFEST} is damaged ({error}); delete the folder {path} and run its stage again."
+        ) from error
 
 
 def is_finished(path: Path) -> bool:
@@ -66,7 +68,9 @@ def require_stage(recipe: Recipe, stage: str, key: str) -> Path:
     state = "was not finished" if path.exists() else "has not run"
     if getattr(recipe, stage, None) is None:
         raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage}.")
-    raise RecipeError(f"{key}: stage {stage} of {recipe.name} {state} ({path}). First: rlhf-recipes {stage} {recipe.name}")
+    raise RecipeError(
+        f"{key}: stage {stage} of {recipe.name} {state} ({path}). First: rlhf-recipes {stage} {recipe.name}"
+    )
 
 
 class Run:

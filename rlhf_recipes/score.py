@@ -78,5 +78,7 @@ def _read(file: Path) -> list[tuple[str, str]]:
             row = json.loads(line)
             rows.append((row.get("prompt", ""), row["completion"] if "completion" in row else row["text"]))
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise RecipeError(f"--file {file}, line {number}: needs an object with completion, or with text.") from error
+            raise RecipeError(
+                f"--file {file}, line {number}: needs an object with completion, or with text."
+            ) from error
     return rows

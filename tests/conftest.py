@@ -70,11 +70,32 @@ def causal_lm(tokenizer, architecture: str = "gpt2", seed: int = 0, **config):
 
     sizes = {
         "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
-        "llama": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64},
-        "gpt_neox": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64},
+        "llama": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "gpt_neox": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
     }[architecture]
     torch.manual_seed(seed)
-    settings = sizes | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": tokenizer.pad_token_id} | config
+    settings = (
+        sizes
+        | {
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | config
+    )
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
 
 
@@ -112,10 +133,24 @@ def classifier_folder(tmp_path_factory) -> Path:
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
     )
     torch.manual_seed(1)
-    config = DistilBertConfig(vocab_size=len(names), dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=2, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    config = DistilBertConfig(
+        vocab_size=len(names),
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=64,
+        num_labels=2,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )
     return save_pair(tmp_path_factory.mktemp("classifier"), DistilBertForSequenceClassification(config), tokenizer)
 
 
@@ -123,7 +158,13 @@ def run_python(*arguments: str, cwd: Path, timeout: int = 300, **environment: st
     """Run this Python as a process of its own, in the tests' environment."""
     variables = os.environ | {"COLUMNS": "160"} | environment
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

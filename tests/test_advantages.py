@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from rlhf_recipes.advantages import gae, masked_mean, masked_whiten, token_rewards
 
-EOS_PLACES = {"middle": [1, 1, 1, 0, 0], "last slot": [1, 1, 1, 1, 1], "first": [1, 0, 0, 0, 0], "masked out": [0, 0, 0, 0, 0]}
+EOS_PLACES = {
+    "middle": [1, 1, 1, 0, 0],
+    "last slot": [1, 1, 1, 1, 1],
+    "first": [1, 0, 0, 0, 0],
+    "masked out": [0, 0, 0, 0, 0],
+}
 
 
 @pytest.mark.parametrize("place", EOS_PLACES)
@@ -34,9 +39,7 @@ def brute_force(rewards, values, gamma, lam):
     return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, T)) for t in range(T)]
 
 
-rows = st.lists(
-    st.lists(st.tuples(*[st.floats(-3, 3, width=32)] * 2), min_size=1, max_size=6), min_size=1, max_size=4
-)
+rows = st.lists(st.lists(st.tuples(*[st.floats(-3, 3, width=32)] * 2), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
 @settings(deadline=None)
@@ -51,7 +54,9 @@ def test_gae_equals_brute_force_on_ragged_rows(rows, gamma, lam):
     for i, row in enumerate(rows):
         expected = brute_force([r for r, _ in row], [v for _, v in row], gamma, lam)
         assert advantages[i, : len(row)].tolist() == pytest.approx(expected, abs=1e-4)
-        assert returns[i, : len(row)].tolist() == pytest.approx([a + v for a, (_, v) in zip(expected, row, strict=True)], abs=1e-4)
+        assert returns[i, : len(row)].tolist() == pytest.approx(
+            [a + v for a, (_, v) in zip(expected, row, strict=True)], abs=1e-4
+        )
     assert (advantages * (1 - mask)).abs().sum() == 0 and (returns * (1 - mask)).abs().sum() == 0
 
 
@@ -96,4 +101,6 @@ def test_masked_whiten_over_two_ranks_equals_one():
     count, total_x = sum(kept[0]), sum(kept[1])
     variance_sum = sum((((a - total_x / count) ** 2) * h).sum() for a, h in halves)
     answers = iter([torch.stack([count, total_x]), variance_sum])
-    assert torch.allclose(masked_whiten(*halves[0], total=lambda sums: next(answers)), masked_whiten(x, mask)[:4], atol=1e-6)
+    assert torch.allclose(
+        masked_whiten(*halves[0], total=lambda sums: next(answers)), masked_whiten(x, mask)[:4], atol=1e-6
+    )

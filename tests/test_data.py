@@ -55,9 +55,19 @@ def test_held_out_rows_are_the_same_for_every_seed(reviews_file):
 
 
 def test_own_columns_filter_and_splits(tmp_path):
-    rows = [{"review": r["text"], "stars": "pos" if r["label"] else "neg", "site": "imdb" if i % 2 else "rt"} for i, r in enumerate(REVIEWS)]
+    rows = [
+        {"review": r["text"], "stars": "pos" if r["label"] else "neg", "site": "imdb" if i % 2 else "rt"}
+        for i, r in enumerate(REVIEWS)
+    ]
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:4])}).save_to_disk(tmp_path / "d")
-    train, held_out = load_rows(recipe(path=str(tmp_path / "d"), eval_split="test", columns={"text": "review", "label": "stars"}, filter={"site": "imdb"}))
+    train, held_out = load_rows(
+        recipe(
+            path=str(tmp_path / "d"),
+            eval_split="test",
+            columns={"text": "review", "label": "stars"},
+            filter={"site": "imdb"},
+        )
+    )
     assert len(train) == 15 and len(held_out) == 2 and {"text", "label", "site"} == set(train.column_names)
 
 
@@ -102,7 +112,9 @@ def test_an_empty_csv_and_a_file_of_unknown_kind(tmp_path):
 
 
 def test_pairs_have_equal_lengths_and_use_no_text_twice():
-    rows = Dataset.from_list([{"text": " ".join(["w"] * n) + f" {i}", "label": i % 2} for i, n in enumerate([3, 3, 5, 4, 9, 2, 7, 7, 1, 6])])
+    rows = Dataset.from_list(
+        [{"text": " ".join(["w"] * n) + f" {i}", "label": i % 2} for i, n in enumerate([3, 3, 5, 4, 9, 2, 7, 7, 1, 6])]
+    )
     made = pairs(recipe(path="x"), rows, None)
     assert len(made) == 5
     for pair in made:
@@ -137,12 +149,19 @@ def test_prompts_are_the_first_tokens_of_texts(tokenizer):
 def test_own_prompts_are_kept_text_or_chat():
     chat = [[{"role": "user", "content": "hi"}]]
     for own in (["the film"], chat):
-        assert prompts(recipe(path="x"), Dataset.from_dict({"prompt": own, "completion": ["x"]}), word_tokenizer())["prompt"][0] == own[0]
+        assert (
+            prompts(recipe(path="x"), Dataset.from_dict({"prompt": own, "completion": ["x"]}), word_tokenizer())[
+                "prompt"
+            ][0]
+            == own[0]
+        )
     assert "empty" in error(prompts, recipe(path="x"), Dataset.from_dict({"prompt": ["", "a"]}), word_tokenizer())
 
 
 def test_texts_too_short_for_a_prompt():
-    assert "2 to 8 tokens" in error(prompts, recipe(path="x"), Dataset.from_dict({"text": ["the", "a"]}), word_tokenizer())
+    assert "2 to 8 tokens" in error(
+        prompts, recipe(path="x"), Dataset.from_dict({"text": ["the", "a"]}), word_tokenizer()
+    )
 
 
 def test_texts_for_sft():
@@ -154,7 +173,14 @@ def test_texts_for_sft():
 
 
 def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
-    rows = [{"text": "Mr. Bean was FUN.<br /><br />I liked it (a lot). Was it good? xylophone was fun. Too long " + "very " * 30 + ".", "label": 1}] * 3
+    rows = [
+        {
+            "text": "Mr. Bean was FUN.<br /><br />I liked it (a lot). Was it good? xylophone was fun. Too long "
+            + "very " * 30
+            + ".",
+            "label": 1,
+        }
+    ] * 3
     file = write_jsonl(tmp_path / "r.jsonl", rows)
     train, _ = load_rows(recipe(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=1000)))
     assert set(train["text"]) == {"mr bean was fun .", "was it good ?", "xylophone was fun ."}

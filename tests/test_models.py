@@ -14,7 +14,12 @@ def metaspace_tokenizer(**special):
     """As SentencePiece has it: a blank belongs to the word behind it, and a decoder drops the first one."""
     inner = Tokenizer(models.Unigram())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    inner.train_from_iterator([" ".join(WORDS)], trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False))
+    inner.train_from_iterator(
+        [" ".join(WORDS)],
+        trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", **special)
 
 
@@ -23,7 +28,10 @@ def test_prompt_plus_continuation_is_the_whole_text(tokenizer):
     whole = tokenizer("the film was great and fun")["input_ids"]
     for cut in range(1, len(whole)):
         prompt = tokenizer.decode(whole[:cut])
-        assert prompt + continuation(tokenizer, whole[:cut], [*whole[cut:], tokenizer.eos_token_id]) == "the film was great and fun"
+        assert (
+            prompt + continuation(tokenizer, whole[:cut], [*whole[cut:], tokenizer.eos_token_id])
+            == "the film was great and fun"
+        )
 
 
 def test_tokenizer_without_pad_pads_with_eos_on_the_left(tmp_path):
@@ -39,7 +47,9 @@ def test_tokenizers_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="ppo.policy.*no EOS"):
         load_tokenizer("ppo.policy", str(tmp_path / "no_eos"))
     ending = bpe_tokenizer()
-    ending._tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)])
+    ending._tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)]
+    )
     ending.save_pretrained(tmp_path / "ends")
     with pytest.raises(RecipeError, match="ends every text"):
         load_tokenizer("ppo.policy", str(tmp_path / "ends"))
@@ -64,7 +74,14 @@ def test_context_and_vocabulary_are_checked(tmp_path):
 
 
 def test_references(tmp_path):
-    recipe = Recipe(name="t", description="t", runs_dir=str(tmp_path), data=Data(path="x.jsonl"), reward_funcs=[{"name": "length"}], sft={"model": "gpt2"})
+    recipe = Recipe(
+        name="t",
+        description="t",
+        runs_dir=str(tmp_path),
+        data=Data(path="x.jsonl"),
+        reward_funcs=[{"name": "length"}],
+        sft={"model": "gpt2"},
+    )
     assert resolve_model(recipe, "ppo.policy", "openai-community/gpt2") == "openai-community/gpt2"
     with pytest.raises(RecipeError, match="ppo.policy.*rlhf-recipes sft t"):
         resolve_model(recipe, "ppo.policy", "stage:sft")
@@ -79,7 +96,10 @@ def test_references(tmp_path):
 
 def test_scratch_model_fits_its_tokenizer_and_the_seed():
     tokenizer = word_tokenizer()
-    scratch = Scratch(architecture="llama", config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32})
+    scratch = Scratch(
+        architecture="llama",
+        config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    )
     first, second = (make_model(scratch, tokenizer, seed=3) for _ in range(2))
     assert first.config.vocab_size == len(tokenizer) and first.config.eos_token_id == tokenizer.eos_token_id
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

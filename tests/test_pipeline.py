@@ -16,8 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 pytestmark = pytest.mark.slow
 
 FEW = [
-    "data.max_rows=1500", "sft.trainer.max_steps=3", "reward.trainer.max_steps=5", "episodes=128",
-    "ppo.trainer.per_device_train_batch_size=32", "rloo.trainer.per_device_train_batch_size=32", "eval.num_prompts=32",
+    "data.max_rows=1500",
+    "sft.trainer.max_steps=3",
+    "reward.trainer.max_steps=5",
+    "episodes=128",
+    "ppo.trainer.per_device_train_batch_size=32",
+    "rloo.trainer.per_device_train_batch_size=32",
+    "eval.num_prompts=32",
 ]
 """imdb_tiny in a few steps: every stage, every file, no learning."""
 
@@ -28,7 +33,16 @@ def lines(path: Path) -> list[dict]:
 
 def launch(module: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """`accelerate launch -m rlhf_recipes.<module> --recipe ...`"""
-    return run_python("-m", "accelerate.commands.launch", "-m", f"rlhf_recipes.{module}", "--recipe", *arguments, cwd=cwd, **environment)
+    return run_python(
+        "-m",
+        "accelerate.commands.launch",
+        "-m",
+        f"rlhf_recipes.{module}",
+        "--recipe",
+        *arguments,
+        cwd=cwd,
+        **environment,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +60,21 @@ def test_run_leaves_everything_it_promises(tiny):
     for stage in ("sft", "reward", "ppo", "rloo"):
         path = root / stage
         found = {p.name for p in path.iterdir()}
-        assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "manifest.json", "metrics.jsonl", "log.txt", "tensorboard"} <= found
+        assert {
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "recipe.yaml",
+            "manifest.json",
+            "metrics.jsonl",
+            "log.txt",
+            "tensorboard",
+        } <= found
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["status"] == "finished" and manifest["command"] and manifest["wall_seconds"] > 0
-        assert [line["step"] for line in lines(path / "metrics.jsonl")] == sorted(line["step"] for line in lines(path / "metrics.jsonl"))
+        assert [line["step"] for line in lines(path / "metrics.jsonl")] == sorted(
+            line["step"] for line in lines(path / "metrics.jsonl")
+        )
         events = EventAccumulator(str(path / "tensorboard"))
         events.Reload()
         assert events.Tags()["scalars"]
@@ -57,7 +82,9 @@ def test_run_leaves_everything_it_promises(tiny):
     for stage in ("ppo", "rloo"):
         metrics, completions = lines(root / stage / "metrics.jsonl"), lines(root / stage / "completions.jsonl")
         assert [line["episodes"] for line in metrics] == [32, 64, 96, 128]  # equal budgets
-        assert all({"score_mean", "kl", "entropy", "eos_rate", "length_mean", "grad_norm"} <= set(line) for line in metrics)
+        assert all(
+            {"score_mean", "kl", "entropy", "eos_rate", "length_mean", "grad_norm"} <= set(line) for line in metrics
+        )
         assert {"prompt", "completion", "scores", "advantage", "step"} <= set(completions[0])
     same = [[line["prompt"] for line in lines(root / stage / "completions.jsonl")] for stage in ("ppo", "rloo")]
     assert same[0] == same[1]  # the same prompts in the same order
@@ -65,7 +92,12 @@ def test_run_leaves_everything_it_promises(tiny):
 
 def test_final_models_load_with_plain_transformers_without_warnings(tiny):
     root = tiny[0] / "runs" / "imdb_tiny"
-    for stage, auto in (("sft", AutoModelForCausalLM), ("ppo", AutoModelForCausalLM), ("rloo", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+    for stage, auto in (
+        ("sft", AutoModelForCausalLM),
+        ("ppo", AutoModelForCausalLM),
+        ("rloo", AutoModelForCausalLM),
+        ("reward", AutoModelForSequenceClassification),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model, info = auto.from_pretrained(root / stage, output_loading_info=True)
@@ -77,7 +109,18 @@ def test_final_models_load_with_plain_transformers_without_warnings(tiny):
 def test_eval_and_report(tiny):
     folder, done = tiny
     measured = json.loads((folder / "runs/imdb_tiny/eval/eval.json").read_text())
-    wanted = {"score_mean", "judge_mean", "positive_share", "kl", "length_mean", "distinct_1", "distinct_2", "repetition", "perplexity", "eos_rate"}
+    wanted = {
+        "score_mean",
+        "judge_mean",
+        "positive_share",
+        "kl",
+        "length_mean",
+        "distinct_1",
+        "distinct_2",
+        "repetition",
+        "perplexity",
+        "eos_rate",
+    }
     assert list(measured["models"]) == ["sft", "ppo", "rloo"]
     for metrics in measured["models"].values():
         assert wanted <= set(metrics) and all(isinstance(metrics[key], float) for key in wanted)
@@ -120,7 +163,9 @@ def test_compare_and_score_commands(tiny):
     wrong = cli("compare", "runs/imdb_tiny/sft", cwd=folder)
     assert wrong.returncode == 2 and "stage sft" in wrong.stderr
     scored = cli("score", "imdb_tiny", "--text", "this movie is great .", "--text", "the plot is awful .", cwd=folder)
-    assert scored.returncode == 0 and "vader_sentiment" in scored.stdout and "the plot is awful ." in scored.stdout, scored.stderr
+    assert scored.returncode == 0 and "vader_sentiment" in scored.stdout and "the plot is awful ." in scored.stdout, (
+        scored.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +178,20 @@ def stand_ins(bpe_policy_folder, classifier_folder, tmp_path_factory):
         write_jsonl(folder / "imdb" / f"{split}.jsonl", rows)
     small = "{per_device_train_batch_size: 8, max_completion_length: 6, num_generations: 4, num_iterations: 1}"
     return [
-        f"sft.model={bpe_policy_folder}", f"reward.model={bpe_policy_folder}", f"ppo.policy={bpe_policy_folder}", f"rloo.policy={bpe_policy_folder}",
-        f"reward_funcs.0.args.model={classifier_folder}", f"data.path={folder / 'imdb'}", "data.columns={text: review, label: stars}",
-        "data.prompt_tokens=[2, 4]", "episodes=16", f"ppo.trainer={small}", f"rloo.trainer={small}",
+        f"sft.model={bpe_policy_folder}",
+        f"reward.model={bpe_policy_folder}",
+        f"ppo.policy={bpe_policy_folder}",
+        f"rloo.policy={bpe_policy_folder}",
+        f"reward_funcs.0.args.model={classifier_folder}",
+        f"data.path={folder / 'imdb'}",
+        "data.columns={text: review, label: stars}",
+        "data.prompt_tokens=[2, 4]",
+        "episodes=16",
+        f"ppo.trainer={small}",
+        f"rloo.trainer={small}",
         "sft.trainer={per_device_train_batch_size: 4, max_steps: 2, max_length: 32}",
-        "reward.trainer={per_device_train_batch_size: 4, max_steps: 2, max_length: 40}", "eval.num_prompts=8",
+        "reward.trainer={per_device_train_batch_size: 4, max_steps: 2, max_length: 40}",
+        "eval.num_prompts=8",
     ]
 
 
@@ -170,10 +224,23 @@ def test_chat_prompts_own_reward_and_eval_through_the_cli(stand_ins, tmp_path, b
     model = tmp_path / "chat-model"
     AutoModelForCausalLM.from_pretrained(bpe_policy_folder).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    write_jsonl(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": f"film {i}"}], "weight": i} for i in range(40)])
-    (tmp_path / "mine.py").write_text("def mine(completions, weight):\n    return [len(c[0]['content']) * w for c, w in zip(completions, weight)]\n")
-    overrides = [*stand_ins, f"ppo.policy={model}", f"rloo.policy={model}", "data.path=./chats.jsonl", "data.columns=null", "data.eval_split=null",
-                 "data.eval_fraction=0.2", "reward_funcs=[{name: './mine.py:mine'}]"]
+    write_jsonl(
+        tmp_path / "chats.jsonl",
+        [{"prompt": [{"role": "user", "content": f"film {i}"}], "weight": i} for i in range(40)],
+    )
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, weight):\n    return [len(c[0]['content']) * w for c, w in zip(completions, weight)]\n"
+    )
+    overrides = [
+        *stand_ins,
+        f"ppo.policy={model}",
+        f"rloo.policy={model}",
+        "data.path=./chats.jsonl",
+        "data.columns=null",
+        "data.eval_split=null",
+        "data.eval_fraction=0.2",
+        "reward_funcs=[{name: './mine.py:mine'}]",
+    ]
     done = cli("run", "imdb_positive", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "score/mine" in lines(tmp_path / "runs/imdb_positive/rloo/metrics.jsonl")[0]
@@ -184,15 +251,19 @@ def test_chat_prompts_own_reward_and_eval_through_the_cli(stand_ins, tmp_path, b
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [("def bad(completions): return [float('nan')] * len(completions)", "returned nan for sample 0"),
-     ("def bad(completions): return [None] * len(completions)", "returned None for sample 0"),
-     ("def bad(completions): return [1.0]", "returned 1 values for 8"),
-     ("def bad(completions): raise RuntimeError('no such thing')", "raised RuntimeError: no such thing")],
+    [
+        ("def bad(completions): return [float('nan')] * len(completions)", "returned nan for sample 0"),
+        ("def bad(completions): return [None] * len(completions)", "returned None for sample 0"),
+        ("def bad(completions): return [1.0]", "returned 1 values for 8"),
+        ("def bad(completions): raise RuntimeError('no such thing')", "raised RuntimeError: no such thing"),
+    ],
 )
 def test_a_bad_reward_function_stops_the_run_with_a_word(function, expected, stand_ins, tmp_path):
     (tmp_path / "own.py").write_text(function)
     done = cli("ppo", "imdb_positive", *stand_ins, "reward_funcs=[{name: 'own.py:bad'}]", cwd=tmp_path)
-    assert done.returncode == 2 and expected in done.stderr and "'bad'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and expected in done.stderr and "'bad'" in done.stderr and "Traceback" not in done.stderr
+    )
     path = tmp_path / "runs" / "imdb_positive" / "ppo"
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["status"] == "failed" and expected in manifest["error"]
@@ -206,17 +277,22 @@ def test_models_that_cannot_be_used(stand_ins, bpe_policy_folder, classifier_fol
 
     shutil.copytree(bpe_policy_folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     weightless = cli("ppo", "imdb_positive", *stand_ins, "ppo.policy=./weightless", cwd=tmp_path)
-    assert weightless.returncode == 2 and "ppo.policy: weightless cannot be used" in weightless.stderr, weightless.stderr
+    assert weightless.returncode == 2 and "ppo.policy: weightless cannot be used" in weightless.stderr, (
+        weightless.stderr
+    )
     bert = cli("rloo", "imdb_positive", *stand_ins, f"rloo.policy={classifier_folder}", cwd=tmp_path)
     assert bert.returncode == 2 and "rloo.policy" in bert.stderr and "Traceback" not in bert.stderr
 
 
 def test_a_killed_run_is_not_taken_for_finished_and_starts_again(stand_ins, tmp_path):
-    (tmp_path / "own.py").write_text("import time\ndef slow(completions):\n    time.sleep(1)\n    return [0.0] * len(completions)\n")
+    (tmp_path / "own.py").write_text(
+        "import time\ndef slow(completions):\n    time.sleep(1)\n    return [0.0] * len(completions)\n"
+    )
     overrides = [*stand_ins, "reward_funcs=[{name: 'own.py:slow'}]"]
     path = tmp_path / "runs" / "imdb_positive" / "ppo"
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_recipes.ppo", "--recipe", "imdb_positive", *overrides, "episodes=8000"], cwd=tmp_path
+        [sys.executable, "-m", "rlhf_recipes.ppo", "--recipe", "imdb_positive", *overrides, "episodes=8000"],
+        cwd=tmp_path,
     )
     while not ((path / "metrics.jsonl").exists() and len(lines(path / "metrics.jsonl")) >= 2):
         assert process.poll() is None
@@ -246,7 +322,10 @@ def test_wandb_offline_writes_a_run_and_asks_nothing(stand_ins, tmp_path):
         (["ppo", "imdb_tiny", "runs_dir=empty"], "rlhf-recipes sft imdb_tiny"),
         (["reward", "imdb_base"], "has no stage reward"),
         (["ppo", "imdb_tiny", "ppo.trainer.learning_rate=fast"], "ppo.trainer.learning_rate"),
-        (["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=1"], "rloo.trainer: "),
+        (
+            ["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=1"],
+            "rloo.trainer: ",
+        ),
         (["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=5"], "divisible"),
         (["show", "imdb_tiny", "extends=x"], "extends"),
         (["score", "imdb_tiny"], "nothing to score"),
@@ -264,7 +343,17 @@ def test_two_processes_are_one_run(stage, stand_ins, tmp_path):
     (tmp_path / "two.yaml").write_text(
         "distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\nmain_process_port: 0\n"
     )
-    command = ["-m", "accelerate.commands.launch", "--config_file", "two.yaml", "-m", f"rlhf_recipes.{stage}", "--recipe", "imdb_positive", *stand_ins]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "two.yaml",
+        "-m",
+        f"rlhf_recipes.{stage}",
+        "--recipe",
+        "imdb_positive",
+        *stand_ins,
+    ]
     done = run_python(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "imdb_positive" / stage

@@ -34,7 +34,9 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
 
 @pytest.mark.slow
 def test_every_command_works(tmp_path):
-    (tmp_path / "my_rewards.py").write_text(re.search(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL)[1])
+    (tmp_path / "my_rewards.py").write_text(
+        re.search(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL)[1]
+    )
     write_jsonl(tmp_path / "reviews.jsonl", [{"review": row["text"], "stars": row["label"]} for row in REVIEWS * 4])
     ran = 0
     for command in COMMANDS:
@@ -73,7 +75,12 @@ def test_every_metric_that_is_logged_is_explained():
     from rlhf_recipes.on_policy import METRIC_NAMES
 
     source = (ROOT / "rlhf_recipes" / "ppo_trainer.py").read_text()
-    logged = {*METRIC_NAMES.values(), *re.findall(r'^ +"([a-z_]+)": [a-z]', source, flags=re.MULTILINE), "explained_variance", "eos_rate"}
+    logged = {
+        *METRIC_NAMES.values(),
+        *re.findall(r'^ +"([a-z_]+)": [a-z]', source, flags=re.MULTILINE),
+        "explained_variance",
+        "eos_rate",
+    }
     assert len(logged) > 15
     for name in logged:
         assert f"`{name}`" in README, name

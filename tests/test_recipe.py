@@ -56,7 +56,12 @@ def test_show_prints_what_loads_back_to_the_same_recipe(write):
 
 def test_extends_merges_mappings_and_replaces_lists(write):
     write(MINIMAL.replace("name: mine", "name: base"), "_base.yaml")
-    recipe = load_recipe(write("extends: _base\nname: child\nppo: {trainer: {beta: 0.2}}\nreward_funcs: [{name: repetition, weight: -1}]", "child.yaml"))
+    recipe = load_recipe(
+        write(
+            "extends: _base\nname: child\nppo: {trainer: {beta: 0.2}}\nreward_funcs: [{name: repetition, weight: -1}]",
+            "child.yaml",
+        )
+    )
     assert recipe.name == "child"
     assert recipe.ppo.trainer == {"learning_rate": 1e-6, "beta": 0.2}
     assert [spec.name for spec in recipe.reward_funcs] == ["repetition"]
@@ -68,7 +73,9 @@ def test_a_child_without_a_name_is_named_after_its_file(write):
 
 
 def test_overrides_follow_yaml_and_reach_into_lists(write):
-    recipe = load_recipe(write(MINIMAL), ["ppo.trainer.beta=1e-3", "reward_funcs.0.weight=2", "data.columns={text: review}", "seed=7"])
+    recipe = load_recipe(
+        write(MINIMAL), ["ppo.trainer.beta=1e-3", "reward_funcs.0.weight=2", "data.columns={text: review}", "seed=7"]
+    )
     assert recipe.ppo.trainer["beta"] == 1e-3 and recipe.reward_funcs[0].weight == 2.0
     assert recipe.data.columns == {"text": "review"} and recipe.seed == 7
     assert load_recipe(write(MINIMAL), ["rloo.trainer.num_generations=4"]).rloo.trainer == {"num_generations": 4}
@@ -136,7 +143,8 @@ def test_unknown_recipe_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"), [("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("rloo", trl.RLOOConfig), ("ppo", PPOConfig)]
+    ("stage", "config"),
+    [("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("rloo", trl.RLOOConfig), ("ppo", PPOConfig)],
 )
 def test_fields_read_off_the_source_are_those_of_the_class(stage, config):
     assert set(trainer_fields(stage)) == {f.name for f in dataclasses.fields(config) if f.init}

@@ -14,11 +14,23 @@ from rlhf_recipes.reward_funcs import REWARD_FUNCS, RewardError, build_reward_fu
 
 
 def recipe(*specs: dict) -> Recipe:
-    return Recipe(name="t", description="t", data=Data(path="x.jsonl"), reward_funcs=[RewardFunc(**spec) for spec in specs])
+    return Recipe(
+        name="t", description="t", data=Data(path="x.jsonl"), reward_funcs=[RewardFunc(**spec) for spec in specs]
+    )
 
 
-def call(prompts=("the film", "it"), completions=(" was good .", " was bad"), ids=((5, 6, 1), (5, 5, 5, 5)), finished=(True, False)):
-    return {"prompts": list(prompts), "completions": list(completions), "completion_ids": [list(i) for i in ids], "finished": list(finished)}
+def call(
+    prompts=("the film", "it"),
+    completions=(" was good .", " was bad"),
+    ids=((5, 6, 1), (5, 5, 5, 5)),
+    finished=(True, False),
+):
+    return {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [list(i) for i in ids],
+        "finished": list(finished),
+    }
 
 
 def values(spec: dict, **arguments) -> list:
@@ -46,9 +58,13 @@ def test_vader():
 
 def test_sentiment_reads_the_named_label_of_any_classifier(classifier_folder):
     args = {"model": str(classifier_folder)}
-    positive, negative, second = (values({"name": "sentiment", "args": args | {"label": label}}) for label in ("POSITIVE", "negative", 1))
+    positive, negative, second = (
+        values({"name": "sentiment", "args": args | {"label": label}}) for label in ("POSITIVE", "negative", 1)
+    )
     assert positive == second and positive != negative
-    shares = [values({"name": "sentiment", "args": args | {"label": label, "output": "probability"}}) for label in (0, 1)]
+    shares = [
+        values({"name": "sentiment", "args": args | {"label": label, "output": "probability"}}) for label in (0, 1)
+    ]
     assert [a + b for a, b in zip(*shares, strict=True)] == pytest.approx([1, 1], abs=1e-5)
     with pytest.raises(RecipeError, match="'HAPPY'.*NEGATIVE, POSITIVE"):
         values({"name": "sentiment", "args": args | {"label": "HAPPY"}})
@@ -56,7 +72,12 @@ def test_sentiment_reads_the_named_label_of_any_classifier(classifier_folder):
 
 def test_sentiment_of_a_text_does_not_depend_on_its_batch(classifier_folder):
     spec = {"name": "sentiment", "args": {"model": str(classifier_folder), "batch_size": 2}}
-    many = call(prompts=["the film"] * 3, completions=[" was good", " was " + "very " * 20, " bad"], ids=[[1]] * 3, finished=[True] * 3)
+    many = call(
+        prompts=["the film"] * 3,
+        completions=[" was good", " was " + "very " * 20, " bad"],
+        ids=[[1]] * 3,
+        finished=[True] * 3,
+    )
     alone = call(prompts=["the film"], completions=[" bad"], ids=[[1]], finished=[True])
     assert values(spec, **many)[2] == pytest.approx(values(spec, **alone)[0], abs=1e-5)
 
@@ -81,7 +102,9 @@ def test_a_reward_model_is_read_where_it_was_trained_to_be_read(reward_model_fol
 
     texts = call(prompts=["the film", "it"], completions=[" was good .", " was bad and very very awful"])
     found = values({"name": "reward_model", "args": {"model": str(reward_model_folder)}}, **texts)
-    args = RewardConfig(output_dir="unused", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True)
+    args = RewardConfig(
+        output_dir="unused", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True
+    )
     pair = Dataset.from_dict({"chosen": ["the film was good ."], "rejected": ["it was bad and very very awful"]})
     trainer = RewardTrainer(model=str(reward_model_folder), args=args, train_dataset=pair)
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -112,7 +135,12 @@ def test_a_classifier_with_two_labels_is_no_reward_model(classifier_folder):
 
 
 def test_chat_messages_are_scored_by_their_contents():
-    chat = call(prompts=[[{"role": "user", "content": "a b"}]], completions=[[{"role": "assistant", "content": "c d e"}]], ids=[[1]], finished=[True])
+    chat = call(
+        prompts=[[{"role": "user", "content": "a b"}]],
+        completions=[[{"role": "assistant", "content": "c d e"}]],
+        ids=[[1]],
+        finished=[True],
+    )
     assert values({"name": "length"}, **chat) == [-3]
     assert values({"name": "vader_sentiment"}, **chat) == [0]
 

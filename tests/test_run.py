@@ -45,7 +45,11 @@ def test_other_settings_are_refused_with_the_difference(load):
     finish(load(), "ppo")
     with pytest.raises(RecipeError) as caught:
         Run(load("ppo.trainer.beta=0.5"), "ppo").is_done()
-    assert "ppo.trainer.beta: " in str(caught.value) and "-> 0.5" in str(caught.value) and "--overwrite" in str(caught.value)
+    assert (
+        "ppo.trainer.beta: " in str(caught.value)
+        and "-> 0.5" in str(caught.value)
+        and "--overwrite" in str(caught.value)
+    )
     assert not Run(load("ppo.trainer.beta=0.5"), "ppo").is_done(overwrite=True)
 
 

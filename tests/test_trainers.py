@@ -25,16 +25,40 @@ def length(completion_ids, **kwargs):
     return [float(len(ids)) for ids in completion_ids]
 
 
-def make(trainer_class, folder, output_dir, reward_funcs=length, prompts=PROMPTS, tokenizer=None, peft_config=None, **settings):
+def make(
+    trainer_class,
+    folder,
+    output_dir,
+    reward_funcs=length,
+    prompts=PROMPTS,
+    tokenizer=None,
+    peft_config=None,
+    **settings,
+):
     config_class = PPOConfig if trainer_class is PPOTrainer else trl.RLOOConfig
     values = {
-        "output_dir": str(output_dir), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
-        "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "disable_dropout": True,
-        "per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 6, "max_steps": 1, "learning_rate": 1e-3,
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_dropout": True,
+        "per_device_train_batch_size": 8,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
     }
     return trainer_class(
-        model=str(folder), reward_funcs=reward_funcs, args=config_class(**values | settings),
-        train_dataset=Dataset.from_dict({"prompt": list(prompts) * 4}), processing_class=tokenizer or word_tokenizer(), peft_config=peft_config,
+        model=str(folder),
+        reward_funcs=reward_funcs,
+        args=config_class(**values | settings),
+        train_dataset=Dataset.from_dict({"prompt": list(prompts) * 4}),
+        processing_class=tokenizer or word_tokenizer(),
+        peft_config=peft_config,
     )
 
 
@@ -64,10 +88,25 @@ def test_the_two_algorithms_log_the_same_names_and_ppo_some_more(policy_folder, 
         trainer.train()
         logged[trainer_class] = trainer.state.log_history[0]
     assert set(logged[RLOOTrainer]) <= set(logged[PPOTrainer])
-    expected = {"score_mean", "score_std", "score/length", "kl", "kl_per_token", "entropy", "eos_rate", "length_mean",
-                "clip_fraction", "episodes", "tokens", "grad_norm", "learning_rate"}
+    expected = {
+        "score_mean",
+        "score_std",
+        "score/length",
+        "kl",
+        "kl_per_token",
+        "entropy",
+        "eos_rate",
+        "length_mean",
+        "clip_fraction",
+        "episodes",
+        "tokens",
+        "grad_norm",
+        "learning_rate",
+    }
     assert expected <= set(logged[RLOOTrainer])
-    assert {"value_loss", "explained_variance", "value_clip_fraction", "value_mean", "return_mean", "approx_kl"} <= set(logged[PPOTrainer])
+    assert {"value_loss", "explained_variance", "value_clip_fraction", "value_mean", "return_mean", "approx_kl"} <= set(
+        logged[PPOTrainer]
+    )
     assert logged[PPOTrainer]["episodes"] == 8
 
 
@@ -78,7 +117,9 @@ def test_logps_do_not_depend_on_padding(architecture):
     alone = pad_batch([[5, 6]], [[7, 8, 9]], tokenizer.pad_token_id)
     among = pad_batch([[5, 6], [9] * 7], [[7, 8, 9], [5] * 6], tokenizer.pad_token_id)
     with torch.no_grad():
-        first, second = (completion_logits(model, ids, mask, completion.size(1), 0.7)[0] for ids, mask, completion in (alone, among))
+        first, second = (
+            completion_logits(model, ids, mask, completion.size(1), 0.7)[0] for ids, mask, completion in (alone, among)
+        )
     assert torch.allclose(first[0], second[0, :3], atol=1e-5)
 
 
@@ -181,7 +222,14 @@ def test_resume_restores_the_value_head(policy_folder, tmp_path):
 
 
 def test_lora_trains_adapter_and_value_head_only(policy_folder, tmp_path):
-    trainer = make(PPOTrainer, policy_folder, tmp_path / "out", max_steps=2, beta=0.1, peft_config=LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    trainer = make(
+        PPOTrainer,
+        policy_folder,
+        tmp_path / "out",
+        max_steps=2,
+        beta=0.1,
+        peft_config=LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM"),
+    )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the adapter switched off
@@ -197,11 +245,23 @@ def test_ppo_takes_one_completion_per_prompt_and_other_bad_values_are_still_refu
     trainer.train()
     assert trainer.state.log_history[0]["episodes"] == 8
     with pytest.raises(ValueError, match="divisible"):
-        PPOConfig(output_dir="x", use_cpu=True, bf16=False, num_generations=1, per_device_train_batch_size=8, generation_batch_size=12)
+        PPOConfig(
+            output_dir="x",
+            use_cpu=True,
+            bf16=False,
+            num_generations=1,
+            per_device_train_batch_size=8,
+            generation_batch_size=12,
+        )
 
 
 def test_a_completion_without_any_score_teaches_nothing(policy_folder, tmp_path):
-    trainer = make(PPOTrainer, policy_folder, tmp_path, reward_funcs=lambda completions, **kwargs: [None] + [1.0] * (len(completions) - 1))
+    trainer = make(
+        PPOTrainer,
+        policy_folder,
+        tmp_path,
+        reward_funcs=lambda completions, **kwargs: [None] + [1.0] * (len(completions) - 1),
+    )
     output = rollout(trainer)
     assert output["advantages"][0].abs().sum() == 0
     assert torch.equal(output["returns"][0], output["old_values"][0])
@@ -216,9 +276,13 @@ def test_finished_is_told_apart_from_cut_off_when_pad_is_eos(bpe_policy_folder, 
         seen.update(ids=completion_ids, finished=finished)
         return [0.0] * len(finished)
 
-    trainer = make(PPOTrainer, bpe_policy_folder, tmp_path, reward_funcs=watch, tokenizer=tokenizer, max_completion_length=40)
+    trainer = make(
+        PPOTrainer, bpe_policy_folder, tmp_path, reward_funcs=watch, tokenizer=tokenizer, max_completion_length=40
+    )
     with torch.no_grad():  # make EOS likely, so that both kinds occur
-        trainer.model.lm_head.weight[tokenizer.eos_token_id] += 0.2 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+        trainer.model.lm_head.weight[tokenizer.eos_token_id] += 0.2 * torch.randn(
+            32, generator=torch.Generator().manual_seed(0)
+        )
     output = rollout(trainer, prompts=PROMPTS * 8)
     assert seen["finished"] == [ids[-1] == tokenizer.eos_token_id for ids in seen["ids"]]
     assert output["completion_mask"].sum(1).tolist() == [len(ids) for ids in seen["ids"]]  # the real EOS counts
@@ -240,7 +304,9 @@ def test_prompt_plus_completion_is_the_sampled_text(policy_folder, tmp_path):
 
 def test_chat_prompts(tmp_path):
     tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}{{ '!' }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}{{ '!' }}{% endif %}"
+    )
     folder = save_pair(tmp_path / "model", causal_lm(tokenizer), tokenizer)
     seen = {}
 
@@ -260,11 +326,22 @@ def test_learns_to_emit_a_word(trainer_class, policy_folder, tmp_path):
     """Emit-token task: the share of `good` among the words must exceed 0.95."""
 
     def share_of_good(completion_ids, completions, **kwargs):
-        return [text.split().count("good") / max(len(ids), 1) for text, ids in zip(completions, completion_ids, strict=True)]
+        return [
+            text.split().count("good") / max(len(ids), 1) for text, ids in zip(completions, completion_ids, strict=True)
+        ]
 
     trainer = make(
-        trainer_class, policy_folder, tmp_path, reward_funcs=share_of_good, beta=0.0, max_steps=250, learning_rate=3e-3,
-        per_device_train_batch_size=32, num_generations=4, max_completion_length=4, lr_scheduler_type="constant",
+        trainer_class,
+        policy_folder,
+        tmp_path,
+        reward_funcs=share_of_good,
+        beta=0.0,
+        max_steps=250,
+        learning_rate=3e-3,
+        per_device_train_batch_size=32,
+        num_generations=4,
+        max_completion_length=4,
+        lr_scheduler_type="constant",
     )
     trainer.train()
     assert trainer.state.log_history[0]["score_mean"] < 0.2
@@ -281,8 +358,18 @@ def test_learns_a_one_token_bandit(trainer_class, policy_folder, tmp_path):
         return [float(c.strip() == best[p]) for p, c in zip(prompts, completions, strict=True)]
 
     trainer = make(
-        trainer_class, policy_folder, tmp_path, reward_funcs=pull, prompts=list(best), beta=0.0, max_steps=200, learning_rate=3e-3,
-        per_device_train_batch_size=64, num_generations=8, max_completion_length=1, lr_scheduler_type="constant",
+        trainer_class,
+        policy_folder,
+        tmp_path,
+        reward_funcs=pull,
+        prompts=list(best),
+        beta=0.0,
+        max_steps=200,
+        learning_rate=3e-3,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=1,
+        lr_scheduler_type="constant",
     )
     trainer.train()
     last = [line["score_mean"] for line in trainer.state.log_history if "score_mean" in line][-5:]
@@ -303,7 +390,14 @@ def test_canary_trl_has_not_moved():
     assert names("_compute_loss") == ["self", "model", "inputs"]
     assert names("log") == ["self", "logs", "start_time"]
     assert names("_get_per_token_logps_and_entropies")[:8] == [
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss",
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
     ]
 
 
