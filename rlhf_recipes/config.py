@@ -157,7 +157,8 @@ class Eval(Section):
     """What the trained models are measured on: held-out prompts, the same for every model."""
 
     models: dict[str, str] | None = None
-    """Name -> model reference. None: the policy that ppo and rloo start from as `sft`, and every one of `ppo` and `rloo` that the recipe has."""
+    """Name -> model reference; KL and perplexity refer to the first. None: as `sft` the policy that training starts
+    from, then `ppo` and `rloo` where the recipe has them."""
     num_prompts: int = Field(default=256, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest completion. None: as in training."""
@@ -185,7 +186,7 @@ class Recipe(Section):
     reward_funcs: list[RewardFunc] = Field(min_length=1)
     """The score is their weighted sum: one for ppo, rloo and eval, so that the comparison is fair."""
     episodes: int | None = Field(default=None, gt=0)
-    """Completions that each of ppo and rloo samples in training: equal budgets. None: the trainer's own epochs or steps."""
+    """Completions that each of ppo and rloo samples in training: equal budgets. None: the trainer's epochs or steps."""
     sft: Sft | None = None
     reward: Reward | None = None
     ppo: Ppo | None = None

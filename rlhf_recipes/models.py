@@ -79,7 +79,7 @@ def check_context(
     """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
 
     Raises:
-        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer is larger than the model's vocabulary.
+        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
     """
     from transformers import AutoConfig
 

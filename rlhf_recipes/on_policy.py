@@ -25,7 +25,10 @@ METRIC_NAMES = {
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "no_signal_fraction",
 }
-"""TRL's name of a metric (and one that TRL uses otherwise) -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
+"""TRL's name of a metric -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`.
+
+`kl_of_sequence` is not TRL's: its `kl` is a mean over tokens, ours a sum over the completion.
+"""
 
 LEFT_OUT = ("clip_ratio/", "completions/", "step_time")
 """Beginnings of TRL's names that say nothing which ours do not."""
@@ -95,7 +98,7 @@ class OnPolicyTrainer(trl.RLOOTrainer):
         )
 
     def _after_forward(self, outputs) -> None:
-        """Called with the model's outputs after every forward pass over (a part of) a batch; PPO collects its values here."""
+        """Called with the model's outputs after every forward pass; PPO collects its values here."""
 
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, completions = super()._generate(prompts)

@@ -124,7 +124,7 @@ class PPOTrainer(OnPolicyTrainer):
     def _finish_rollout(self, output: dict[str, Tensor], rollout: Rollout) -> dict[str, Tensor]:
         mask = output["completion_mask"]
         B = len(mask)
-        # With an adapter switched off as reference, the same model was passed over twice: the first pass is the policy's.
+        # With an adapter switched off as reference, the same model did two passes: the first is the policy's.
         policy_passes = len(self._values) // (2 if self.beta != 0.0 and self.ref_model is None else 1)
         values = self._values_of_last_pass(policy_passes) * mask
         rank = self.accelerator.process_index

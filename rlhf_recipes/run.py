@@ -153,7 +153,7 @@ class Run:
             self._end("failed")
 
     def adopt(self, folder: Path) -> None:
-        """Move the files of `folder`, complete by now, into the run folder, so that no half-written model stands there."""
+        """Move the files of `folder`, complete by now, into the run folder: no half-written model ever stands there."""
         for path in sorted(folder.iterdir()):
             path.replace(self.path / path.name)
         folder.rmdir()
