@@ -17,7 +17,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
     from rlhf_recipes.reward_funcs import build_reward_funcs
-    from rlhf_recipes.trainer_args import trainer_args
+    from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, ppo = run.recipe, run.recipe.ppo
     args = trainer_args(run, PPOConfig)
@@ -25,6 +25,7 @@ def main(run: Run) -> str:
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("ppo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    check_enough_prompts(run, args, train)
     check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("ppo.policy", policy):
         trainer = PPOTrainer(

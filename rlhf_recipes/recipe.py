@@ -177,6 +177,9 @@ def _apply(values: dict, override: str) -> None:
         raise RecipeError(
             f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}."
         ) from error
+    for name in value if isinstance(value, dict) else ():
+        if value[name] is None and ":" in str(name):
+            raise RecipeError(f"override {override!r}: in {{key: value}}, YAML wants a blank behind the colon.")
     *parents, last = key.split(".")
     section: Any = values
     for depth, parent in enumerate(parents):

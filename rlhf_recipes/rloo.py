@@ -19,7 +19,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs
     from rlhf_recipes.rloo_trainer import RLOOTrainer
-    from rlhf_recipes.trainer_args import trainer_args
+    from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, rloo = run.recipe, run.recipe.rloo
     args = trainer_args(run, RLOOConfig)
@@ -27,6 +27,7 @@ def main(run: Run) -> str:
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("rloo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    check_enough_prompts(run, args, train)
     check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("rloo.policy", policy):
         trainer = RLOOTrainer(

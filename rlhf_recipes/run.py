@@ -106,7 +106,7 @@ class Run:
             return False
         found = {"settings": manifest["settings"], "inputs": manifest["inputs"]}
         differences = _differences(found, {"settings": _plain(self.settings), "inputs": self.inputs})
-        if differences and not overwrite:
+        if differences and not overwrite and manifest["status"] != "failed":  # a failed attempt is nothing to keep
             raise RecipeError(
                 f"{self.path} holds a run with other settings:\n  "
                 + "\n  ".join(differences)
@@ -123,7 +123,10 @@ class Run:
             return
         if self.path.exists() and any(self.path.iterdir()):
             self.path.rename(self.path.with_name(f"{self.stage}.{datetime.now():%Y%m%d-%H%M%S-%f}"))
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"runs_dir: {self.path} cannot be made: {error}.") from error
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
         self.manifest = {
             "recipe": self.recipe.name,

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_recipes.config import RecipeError
@@ -54,6 +55,21 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         if run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
             args.max_steps = steps * math.ceil(run.recipe.episodes / args.generation_batch_size)
     return args
+
+
+def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
+    """Refuse data with fewer prompts than one rollout takes: TRL would train for no step at all.
+
+    Raises:
+        RecipeError: Says how many there are and how many are needed.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise RecipeError(
+            f"data: {run.recipe.data.path} gives {len(prompts)} training prompts, but one rollout takes {needed} "
+            f"({args.generation_batch_size} completions, {args.num_generations} a prompt); lower "
+            f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
+        )
 
 
 def effective_batch(args: TrainingArguments) -> int:

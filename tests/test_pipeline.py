@@ -284,6 +284,14 @@ def test_models_that_cannot_be_used(stand_ins, bpe_policy_folder, classifier_fol
     assert bert.returncode == 2 and "rloo.policy" in bert.stderr and "Traceback" not in bert.stderr
 
 
+@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+def test_fewer_prompts_than_a_rollout_takes(stage, stand_ins, tmp_path):
+    write_jsonl(tmp_path / "one.jsonl", [{"prompt": "the film"}, {"prompt": "it was"}])
+    own = ["data.path=one.jsonl", "data.columns=null", "data.eval_split=null"]
+    done = cli(stage, "imdb_positive", *stand_ins, *own, cwd=tmp_path)
+    assert done.returncode == 2 and "1 training prompts, but one rollout takes 2" in done.stderr, done.stderr
+
+
 def test_a_killed_run_is_not_taken_for_finished_and_starts_again(stand_ins, tmp_path):
     (tmp_path / "own.py").write_text(
         "import time\ndef slow(completions):\n    time.sleep(1)\n    return [0.0] * len(completions)\n"

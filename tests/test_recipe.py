@@ -106,6 +106,7 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("name.x=1", ["is a value, not a section"]),
         ("beta", ["dotted.key=value"]),
         ("seed=[1", ["no valid YAML"]),
+        ("data.columns={text:body}", ["blank behind the colon"]),
         ("name=a b", ["name", "pattern"]),
         ("sft={}", ["exactly one of model"]),
         ("description=null", ["description", "missing"]),

@@ -78,6 +78,22 @@ def test_an_earlier_attempt_is_moved_aside_not_deleted(load):
     assert len(aside) == 1 and (aside[0] / "metrics.jsonl").is_file() and not (run.path / "metrics.jsonl").exists()
 
 
+def test_a_failed_attempt_does_not_stand_in_the_way_of_other_settings(load):
+    run = Run(load(), "sft")
+    run.start()
+    run.fail(RuntimeError("boom"))
+    other = Run(load("sft.trainer.max_steps=9"), "sft")
+    assert not other.is_done()
+    other.start()
+    assert any(path.name.startswith("sft.") for path in run.path.parent.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="runs_dir"):
+        Run(load_recipe("imdb_tiny", [f"runs_dir={tmp_path / 'file'}"]), "sft").start()
+
+
 def test_a_folder_of_something_else_is_not_touched(load):
     run = Run(load(), "sft")
     run.path.mkdir(parents=True)
