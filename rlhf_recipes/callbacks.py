@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from rlhf_recipes.run import Run
 
@@ -22,11 +23,11 @@ class RunCallback(TrainerCallback):
 
     Args:
         run: The run whose folder is written to.
+        trainer: The trainer; one that samples is asked for its completions.
     """
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.trainer: Any = None
+    def __init__(self, run: Run, trainer: Any):
+        self.run, self.trainer = run, trainer
         self.scores: list[float] = []
         self.last: dict[str, float] = {}
         self._bar: tqdm | None = None
@@ -83,10 +84,7 @@ def _finite(value: Any) -> Any:
 
 def attach(trainer: Any, run: Run) -> RunCallback:
     """Give a trainer our callback in place of its own printing."""
-    from transformers.trainer_callback import PrinterCallback
-
-    callback = RunCallback(run)
-    callback.trainer = trainer
+    callback = RunCallback(run, trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     return callback

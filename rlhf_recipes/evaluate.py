@@ -46,8 +46,8 @@ def main(run: Run) -> str:
         name: resolve_model(recipe, f"eval.models.{name}", reference) for name, reference in eval_models(recipe).items()
     }
     reference_name = next(iter(folders))
-    scoring = {"score": recipe.reward_funcs, "judge": settings.judge_funcs}
-    funcs = {name: build_reward_funcs(recipe, specs) for name, specs in scoring.items()}
+    score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    judge_funcs = build_reward_funcs(recipe, settings.judge_funcs, key="eval.judge_funcs")
     tokenizer = load_tokenizer(f"eval.models.{reference_name}", folders[reference_name])
     rows = prompts(recipe, load_rows(recipe)[1], tokenizer)
     rows = rows.shuffle(seed=recipe.seed).select(range(min(len(rows), settings.num_prompts)))
@@ -80,9 +80,9 @@ def main(run: Run) -> str:
             "completion_ids": samples.completion_ids,
             "finished": samples.finished,
         }
-        scores, by_func = score_all(recipe.reward_funcs, funcs["score"], **call)
+        scores, by_func = score_all(recipe.reward_funcs, score_funcs, **call)
         judged, by_judge = (
-            score_all(settings.judge_funcs, funcs["judge"], **call) if settings.judge_funcs else (None, {})
+            score_all(settings.judge_funcs, judge_funcs, **call) if settings.judge_funcs else (None, {})
         )
         measured[name] = (
             _score_metrics(scores, settings.positive_threshold)

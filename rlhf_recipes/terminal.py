@@ -46,7 +46,6 @@ def log_to(file: Path | None) -> None:
         everything = logging.FileHandler(file, encoding="utf-8")
         everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(everything)
-    logging.captureWarnings(True)
     warnings.showwarning = _show_warning
 
 
