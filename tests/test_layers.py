@@ -9,7 +9,7 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "metrics", "forward"},
+    {"recipe", "advantages", "metrics", "forward", "reward_calls"},
     {"data", "run"},
     {"models"},
     {"reward_funcs", "hub"},
