@@ -84,6 +84,9 @@ class RewardFunc(Section):
     weight: float = 1.0
     args: dict[str, Any] = {}
     """Keyword arguments of the reward function's factory."""
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds that one call may take, for functions that ask something remote: a call that hangs then stops the run. It
+    is made in a thread of its own, where signals (`signal.alarm`) do not work. None: as long as it takes."""
 
 
 class Scratch(Section):
@@ -126,7 +129,7 @@ class Reward(Section):
     pairs: int | None = Field(default=None, gt=0)
     """Training pairs to draw from texts with labels; held-out pairs: a tenth of it. None: as many as the texts give."""
     center: bool = True
-    """Store the mean score of held-out texts as `score_center`, which the reward function `reward_model` takes away:
+    """Store the mean score of held-out texts in `scoring.json`; the reward function `reward_model` takes it away:
     score > 0 then means better than average (Huang et al. 2024, 2403.17031, detail 8)."""
     trainer: dict[str, Any] = {}
     """TRL's `RewardConfig`."""

@@ -2,8 +2,8 @@
 
     accelerate launch -m rlhf_recipes.reward --recipe imdb_tiny
 
-Reads `data` and `reward`; writes a sequence classifier with one label and its tokenizer to
-`<runs_dir>/<recipe>/reward/`.
+Reads `data` and `reward`; writes a sequence classifier with one label, its tokenizer and `scoring.json` (how it was
+trained to read, which the reward function `reward_model` follows) to `<runs_dir>/<recipe>/reward/`.
 """
 
 from rlhf_recipes.entry import stage_command
@@ -12,11 +12,13 @@ from rlhf_recipes.run import Run
 
 def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
+    from trl.data_utils import is_conversational
 
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, loading, resolve_model
+    from rlhf_recipes.scoring import trained_scoring
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -37,8 +39,8 @@ def main(run: Run) -> str:
     trainer.train()
     measured = trainer.evaluate()
     center = measured["eval_mean_reward"] if reward.center else 0.0
-    # In the configuration, not in a bias: the scalar head of a causal backbone has none.
-    trainer.model.config.score_center = center
+    if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
+        trained_scoring(trainer, is_conversational(train[0]), center).write(run.path)
     run.results = {
         "eval_accuracy": measured["eval_accuracy"],
         "eval_loss": measured["eval_loss"],

@@ -10,8 +10,8 @@ off; `columns` are the data's other columns. None means "does not apply to this 
 make the score; a recipe's only one must not say it.
 """
 
-import asyncio
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -20,21 +20,22 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
 from rlhf_recipes.models import loading, resolve_model
+from rlhf_recipes.reward_calls import (
+    Reward,
+    RewardError,  # noqa: F401  # whoever calls reward functions looks for it here
+    as_text,
+    call_all,
+    callable_name,
+    checked,
+)
+from rlhf_recipes.scoring import reader
 
-Reward = Callable[..., list[float | None]]
-
-
-class RewardError(RecipeError):
-    """A reward function raised, or returned something that is not one finite number per completion."""
-
-
-def as_text(message: str | list[dict]) -> str:
-    """A prompt or completion as plain text; of chat messages, their contents."""
-    return message if isinstance(message, str) else "\n".join(part["content"] for part in message)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sentiment(
@@ -56,6 +57,11 @@ def sentiment(
         max_length: Longer texts are cut to this many tokens.
     """
     classifier, tokenizer = _classifier("sentiment", model)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A classifier on a causal backbone reads the last token that is not padding: it must know which one pads.
+    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     index = _label_index(model, classifier.config, label)
 
     def score(prompts, completions, **columns) -> list[float]:
@@ -69,39 +75,57 @@ def sentiment(
 
 
 def reward_model(model: str, batch_size: int = 64, max_length: int | None = None) -> Reward:
-    """Scalar score of a reward model, read where TRL's RewardTrainer trains it: at the EOS of a finished text.
+    """Scalar score of a reward model, read where it was trained to be read; a cut-off completion is not read as finished.
 
-    A completion that was cut off gets no EOS, so it is not scored as a finished one. The reward model's own tokenizer
-    is used, and its chat template for chat messages.
+    How it was trained stands beside it in `scoring.json`, which stage reward writes and which is followed. Without that
+    file it is read as TRL's RewardTrainer trains: at the EOS behind a finished text. Its own tokenizer is used, and its
+    chat template for chat messages. The log says what is done.
 
     Args:
         model: `stage:reward`, a Hub id or a folder of a sequence classifier with one label.
         batch_size: Texts a forward pass.
-        max_length: Longer texts are cut to this many tokens. None: not cut.
+        max_length: Longer texts lose their beginning. None: as long as the training's, and the model's context.
     """
-    classifier, tokenizer = _classifier("reward_model", model)
-    if classifier.config.num_labels != 1:
+    return reader(model, *_classifier("reward_model", model), batch_size, max_length)
+
+
+def as_reward_func(
+    function: Any, processing_class: Any = None, batch_size: int = 64, max_length: int | None = None
+) -> Callable:
+    """What TRL's trainers take as a reward function, as a function that has a `__name__`: the one that TRL logs it by.
+
+    Args:
+        function: A callable, which comes back as it is (or as a `partial` of it, where it has no name); or a Hub id, a
+            folder or an instance of a sequence classifier with one label: it is read as `reward_model` reads.
+        processing_class: The tokenizer of such a model. None: its own.
+        batch_size: Of such a model: texts a forward pass.
+        max_length: Of such a model: see `reward_model`.
+
+    Raises:
+        RecipeError: The model cannot be used as a reward model, or it is none of these.
+    """
+    from torch import nn
+
+    if isinstance(function, str):
+        model, (classifier, tokenizer) = function, _classifier("reward_model", function, processing_class)
+    elif isinstance(function, nn.Module) and hasattr(function, "config"):  # not only PreTrainedModel: compiled, PEFT
+        model, classifier = function.config._name_or_path, _placed(function)
+        if processing_class is None and not model:
+            raise RecipeError(
+                f"reward_funcs: {type(function).__name__} does not say where it was loaded from; pass its tokenizer too."
+            )
+        tokenizer = processing_class or _tokenizer("reward_model", model)
+    elif callable(function):
+        if not hasattr(function, "__name__"):
+            function, name = functools.partial(function), callable_name(function)
+            function.__name__ = name
+        return function
+    else:
         raise RecipeError(
-            f"reward_funcs: reward_model: {model} has {classifier.config.num_labels} labels, a reward model has one; "
-            "use name: sentiment with one of its labels."
+            f"reward_funcs: {function!r} is no reward function; it must be a callable, or a model, its Hub id or its folder."
         )
-    eos = tokenizer.eos_token or ""
-    center = getattr(classifier.config, "score_center", 0.0)  # what stage reward wrote
-
-    def score(prompts, completions, finished, **columns) -> list[float]:
-        texts = []
-        for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
-            if isinstance(prompt, str):
-                texts.append(prompt + completion + (eos if ended else ""))
-            elif tokenizer.chat_template:
-                texts.append(tokenizer.apply_chat_template(prompt + completion, tokenize=False))
-            else:
-                texts.append(as_text(prompt) + "\n" + as_text(completion) + (eos if ended else ""))
-        values = []
-        for logits in _forward(classifier, tokenizer, texts, batch_size, max_length):
-            values += (logits[:, 0] - center).tolist()
-        return values
-
+    score = reader(model, classifier, tokenizer, batch_size, max_length)
+    score.__name__ = model.split("/")[-1] or type(function).__name__
     return score
 
 
@@ -219,7 +243,7 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         names.append(name)
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
-        built.append(_checked(_bind(spec, found, args), name, may_skip=len(specs) > 1))
+        built.append(checked(_bind(spec, found, args), name, may_skip=len(specs) > 1, timeout=spec.timeout))
     return built
 
 
@@ -299,13 +323,7 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
 
 def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
     if _is_reward_itself(found):
-        if inspect.iscoroutinefunction(found):
-
-            async def bound(**call):
-                return await found(**_accepted(found, call | args))
-
-            return bound
-        return lambda **call: found(**_accepted(found, call | args))
+        return functools.partial(found, **args)
     try:
         function = found(**args)
     except RecipeError:
@@ -322,76 +340,6 @@ def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
     return function
 
 
-def _accepted(function: Callable, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that the function can take: a user need not write `**kwargs`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return call
-    return {p.name: call[p.name] for p in parameters if p.name in call}
-
-
-def _checked(function: Callable, name: str, may_skip: bool) -> Reward:
-    """Wrap a reward function so that whatever is wrong with it is said with its name and the sample.
-
-    Args:
-        function: The reward function.
-        name: What it is called in logs and messages.
-        may_skip: Whether it may say None.
-    """
-
-    def before(error: Exception, call: dict) -> RewardError:
-        if isinstance(error, RewardError):
-            return error
-        first = as_text(call["completions"][0]) if call["completions"] else ""
-        return RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} "
-            f"(on {len(call['completions'])} completions, the first: {first[:80]!r})"
-        )
-
-    if inspect.iscoroutinefunction(function):
-
-        async def reward(prompts, completions, **columns):
-            call = {"prompts": prompts, "completions": completions, **columns}
-            try:
-                values = await function(**_accepted(function, call))
-            except Exception as error:
-                raise before(error, call) from error
-            return _check_values(values, name, completions, may_skip)
-    else:
-
-        def reward(prompts, completions, **columns):
-            call = {"prompts": prompts, "completions": completions, **columns}
-            try:
-                values = function(**_accepted(function, call))
-            except Exception as error:
-                raise before(error, call) from error
-            return _check_values(values, name, completions, may_skip)
-
-    reward.__name__ = name
-    return reward
-
-
-def _check_values(values: Any, name: str, completions: list, may_skip: bool) -> list[float | None]:
-    if hasattr(values, "tolist"):  # a tensor or an array
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(f"reward function {name!r} returned {type(values).__name__}, not a list of numbers.")
-    if len(values) != len(completions):
-        raise RewardError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions.")
-    checked = []
-    for i, value in enumerate(values):
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not may_skip and number is None or number is not None and not math.isfinite(number):
-            raise RewardError(
-                f"reward function {name!r} returned {value!r} for sample {i}: {as_text(completions[i])[:120]!r}"
-            )
-        checked.append(number)
-    return checked
-
-
 def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]]) -> list[float | None]:
     """Weighted sum over reward functions for every completion; None where no function applies.
 
@@ -406,14 +354,30 @@ def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]]) -
     return scores
 
 
+def apply_missing_eos(
+    scores: "Tensor", finished: "Tensor", mode: Literal["replace", "subtract"], value: float
+) -> "Tensor":
+    """Scores in which a completion without EOS pays for it; NaN, where no reward function applies, stays NaN.
+
+    Source: `replace`, with -1, in Huang et al. 2024 (2403.17031); `subtract` as the `missing_eos_penalty` that TRL had.
+
+    Args:
+        scores: (B,).
+        finished: Whether a completion ended with EOS, boolean (B,).
+        mode: `replace` gives an unfinished completion the score `value`; `subtract` takes `value` away from its own.
+        value: The score, or the penalty.
+    """
+    if mode not in ("replace", "subtract"):
+        raise ValueError(f"missing_eos: mode must be replace or subtract, not {mode!r}")
+    unfinished = scores.new_full((), value) if mode == "replace" else scores - value
+    return unfinished.where(~(finished | scores.isnan()), scores)
+
+
 def score_all(
     specs: list[RewardFunc], functions: list[Reward], **call: Any
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
     """Call every reward function outside a trainer: weighted scores of B completions, and each function's own values."""
-    values = []
-    for function in functions:
-        answer = function(**call)
-        values.append(asyncio.run(answer) if inspect.isawaitable(answer) else answer)
+    values = call_all(functions, **call)
     by_name = {function.__name__: value for function, value in zip(functions, values, strict=True)}
     return weighted_scores(specs, values), by_name
 
@@ -431,18 +395,32 @@ def _lengths(unit: str, call: dict[str, Any]) -> list[int]:
     return [len(ids) - ended for ids, ended in zip(call["completion_ids"], call["finished"], strict=True)]
 
 
-def _classifier(name: str, model: str):
-    from accelerate import PartialState
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _classifier(name: str, model: str, tokenizer: Any = None):
+    from transformers import AutoModelForSequenceClassification
 
     with loading(f"reward_funcs: {name}: model", model):
-        classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # A classifier on a causal backbone reads the last token that is not padding: it must know which one pads.
-    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return classifier.to(PartialState().device).eval(), tokenizer
+        classifier, report = AutoModelForSequenceClassification.from_pretrained(
+            model, dtype="float32", output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise RecipeError(
+            f"reward_funcs: {name}: {model} is no trained classifier: it has no {', '.join(sorted(report['missing_keys']))}."
+        )
+    return _placed(classifier), tokenizer or _tokenizer(name, model)
+
+
+def _tokenizer(name: str, model: str):
+    from transformers import AutoTokenizer
+
+    with loading(f"reward_funcs: {name}: model", model):
+        return AutoTokenizer.from_pretrained(model)
+
+
+def _placed(classifier):
+    from accelerate import PartialState
+
+    device = PartialState().device
+    return (classifier if classifier.device == device else classifier.to(device)).eval()
 
 
 def _forward(classifier, tokenizer, texts: list[str], batch_size: int, max_length: int | None) -> Iterator:

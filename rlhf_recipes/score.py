@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import check_references
+from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import is_finished, run_path
 from rlhf_recipes.terminal import hush_libraries, log_to, say
 
@@ -16,7 +17,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     """Print the score of every text, and what each reward function says about it.
 
     Texts count as finished completions. With `file`, its lines are texts; lines of a .jsonl file are objects with
-    `completion` and maybe `prompt`, or with `text`.
+    `completion` and maybe `prompt`, or with `text`; prompt and completion may both be lists of chat messages.
 
     Raises:
         RecipeError: Nothing to score, an unreadable file, or what reward functions raise.
@@ -39,7 +40,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
         functions,
         prompts=prompts,
         completions=completions,
-        completion_ids=_completion_ids(recipe, stage, completions),
+        completion_ids=_completion_ids(recipe, stage, [as_text(completion) for completion in completions]),
         finished=[True] * len(rows),
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -48,7 +49,8 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     table.add_column("text")
     for i, (prompt, completion) in enumerate(rows):
         values = [scores[i], *(values[i] for values in by_func.values())]
-        table.add_row(*("" if value is None else f"{value:.3f}" for value in values), (prompt + completion)[:200])
+        text = as_text(prompt) + as_text(completion)
+        table.add_row(*("" if value is None else f"{value:.3f}" for value in values), text[:200])
     Console().print(table)
 
 
@@ -65,7 +67,7 @@ def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[
     return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
 
 
-def _read(file: Path) -> list[tuple[str, str]]:
+def _read(file: Path) -> list[tuple[str | list[dict], str | list[dict]]]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -76,9 +78,15 @@ def _read(file: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append((row.get("prompt", ""), row["completion"] if "completion" in row else row["text"]))
+            completion = row["completion"] if "completion" in row else row["text"]
+            prompt = row.get("prompt", "" if isinstance(completion, str) else [])
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise RecipeError(
                 f"--file {file}, line {number}: needs an object with completion, or with text."
             ) from error
+        if type(prompt) is not type(completion):
+            raise RecipeError(
+                f"--file {file}, line {number}: prompt and completion must both be texts, or chat messages."
+            )
+        rows.append((prompt, completion))
     return rows

@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "trainer_fields", "terminal"},
     {"recipe", "advantages", "metrics", "forward", "reward_calls"},
     {"data", "run"},
-    {"models"},
+    {"models", "scoring"},
     {"reward_funcs", "hub"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},

@@ -10,7 +10,14 @@ from typer.testing import CliRunner
 
 from rlhf_recipes.cli import app
 from rlhf_recipes.config import Data, Recipe, RecipeError, RewardFunc
-from rlhf_recipes.reward_funcs import REWARD_FUNCS, RewardError, build_reward_funcs, check_reward_funcs, score_all
+from rlhf_recipes.reward_funcs import (
+    REWARD_FUNCS,
+    RewardError,
+    apply_missing_eos,
+    build_reward_funcs,
+    check_reward_funcs,
+    score_all,
+)
 
 
 def recipe(*specs: dict) -> Recipe:
@@ -166,6 +173,7 @@ def nan(completions): return [0.0, float("nan")]
 def none(completions): return [0.0, None]
 def text(completions): return ["x", 1.0]
 def nothing(completions): return None
+def hangs(completions): import time; time.sleep(3600)
 def raises(completions): raise KeyError("oops")
 """
 
@@ -191,6 +199,18 @@ def test_async_functions_and_weights(own):
     made = recipe({"name": own + "slow", "weight": 2.0}, {"name": "length", "weight": 0.5})
     scores, by_func = score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), **call())
     assert scores == [0.5, 1.0] and by_func == {"slow": [1, 1], "length": [-3, -2]}
+
+
+def test_a_recipe_sets_the_timeout_of_a_function(own):
+    with pytest.raises(RewardError, match="'hangs' did not answer within 0.1 s"):
+        values({"name": own + "hangs", "timeout": 0.1})
+    for wrong in (0, -1.0, float("inf"), "5"):
+        with pytest.raises(ValueError, match="timeout"):
+            RewardFunc(name="length", timeout=wrong)
+
+
+def test_an_argument_of_the_recipe_counts_more_than_a_column_of_that_name(own):
+    assert values({"name": own + "with_argument", "args": {"scale": 0.5}}, **call(), scale=[7, 7]) == [0.5, 0.5]
 
 
 def test_names_stay_apart(own):
@@ -219,6 +239,21 @@ def test_none_means_does_not_apply_as_long_as_another_function_does(own):
     alone = recipe({"name": own + "none"})
     with pytest.raises(RewardError, match="'none' returned None for sample 1"):
         build_reward_funcs(alone, alone.reward_funcs)[0](**call())
+
+
+def test_missing_eos_by_hand():
+    """Four completions: finished, cut off, cut off without a score, finished without a score."""
+    nan = float("nan")
+    finished = torch.tensor([True, False, False, True])
+    for dtype in (torch.float32, torch.float64):
+        scores = torch.tensor([2.0, 3.0, nan, nan], dtype=dtype)
+        replaced = apply_missing_eos(scores, finished, "replace", -1.0)
+        subtracted = apply_missing_eos(scores, finished, "subtract", 0.5)
+        torch.testing.assert_close(replaced, torch.tensor([2.0, -1.0, nan, nan], dtype=dtype), equal_nan=True)
+        torch.testing.assert_close(subtracted, torch.tensor([2.0, 2.5, nan, nan], dtype=dtype), equal_nan=True)
+        assert scores[1] == 3.0  # the given scores stay as they are
+    with pytest.raises(ValueError, match="replace or subtract, not 'remove'"):
+        apply_missing_eos(scores, finished, "remove", 1.0)
 
 
 @pytest.mark.parametrize(
