@@ -80,3 +80,55 @@ def masked_whiten(
     variance = total(((x - mean).square() * mask).sum()) / count.clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if center else whitened + mean) * mask
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """For every completion, the mean reward of its prompt's other completions.
+
+    Args:
+        rewards: (P, G); NaN where a completion has no score: it is nobody's baseline.
+
+    Returns:
+        (P, G); NaN where a completion has no score, or no sibling with one.
+
+    Source: Kool et al. 2019 (Buy 4 REINFORCE samples), equation 6; Ahmadian et al. 2024 (2402.14740), equation 8.
+    """
+    scored = (~torch.isnan(rewards)).sum(1, keepdim=True)
+    return (torch.nansum(rewards, 1, keepdim=True) - rewards) / (scored - 1)
+
+
+def group_mean(rewards: Tensor) -> Tensor:
+    """The mean reward of each prompt's completions, (P, G): leave-one-out times (G - 1) / G, as in GRPO."""
+    return torch.nanmean(rewards, 1, keepdim=True).expand_as(rewards)
+
+
+def batch_mean(rewards: Tensor) -> Tensor:
+    """The mean reward of the whole rollout, (P, G)."""
+    return torch.nanmean(rewards).expand_as(rewards)
+
+
+BASELINES = {"leave_one_out": leave_one_out, "group_mean": group_mean, "batch_mean": batch_mean}
+"""Baselines that are made of one rollout's rewards alone."""
+
+
+class RunningMoments:
+    """Mean and variance of all numbers seen so far, kept by Welford's update; NaN is not counted."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 1 as long as there is no spread."""
+        return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
+
+    def add(self, values: Tensor) -> None:
+        values = values[~torch.isnan(values)].double()
+        n = values.numel()
+        if n == 0:
+            return
+        mean = values.mean().item()
+        difference, total = mean - self.mean, self.count + n
+        self.squares += (values - mean).square().sum().item() + difference**2 * self.count * n / total
+        self.mean += difference * n / total
+        self.count = total

@@ -141,9 +141,8 @@ def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float,
 def sequence_logps(model, tokenizer, samples: Samples, temperature: float, batch_size: int) -> "Tensor":
     """Log-probability of every whole completion under a model, (number of prompts,), on the CPU."""
     import torch
-    from trl.trainer.utils import selective_log_softmax
 
-    from rlhf_recipes.forward import completion_logits, pad_batch
+    from rlhf_recipes.forward import completion_logits, pad_batch, sampled_logps
 
     sums = []
     for start in range(0, len(samples.prompt_ids), batch_size):
@@ -151,8 +150,9 @@ def sequence_logps(model, tokenizer, samples: Samples, temperature: float, batch
         batch = pad_batch(samples.prompt_ids[part], samples.completion_ids[part], tokenizer.pad_token_id)
         ids, attention_mask, mask = (tensor.to(model.device) for tensor in batch)
         with torch.inference_mode():
-            logits, _ = completion_logits(model, ids, attention_mask, mask.size(1), temperature)
-            sums.append((selective_log_softmax(logits, ids[:, -mask.size(1) :]) * mask).sum(1).cpu())
+            logits, _ = completion_logits(model, ids, attention_mask, mask.size(1))
+            logps, _ = sampled_logps(logits, ids[:, -mask.size(1) :], temperature)
+            sums.append((logps * mask).sum(1).cpu())
     return torch.cat(sums)
 
 

@@ -1,39 +1,117 @@
 """One forward pass over prompts and completions, as sampling saw them; for training and for evaluation alike."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CHUNK = 2**21
+"""Logits that are worked on at once: what is temporary stays small, and in cache on a CPU."""
+
 
 def completion_logits(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, **kwargs: Any
+    model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Logits that predict the last `length` tokens, in float32 and divided by the temperature.
+    """Logits that predict the last `length` tokens.
 
     Position ids follow the attention mask, as in generation: with learned positions (GPT-2), a left-padded prompt
-    would otherwise be read at other positions than it was continued from. The LM head runs on `length` + 1 positions.
+    would otherwise be read at other positions than it was continued from. The LM head runs on `length` positions.
 
     Args:
         model: Causal language model, wrapped or not.
         input_ids: Left-padded prompts and right-padded completions, (B, P + T).
         attention_mask: 1 for tokens that are no padding, (B, P + T).
         length: T.
-        temperature: The one that completions are sampled with.
         kwargs: Further arguments of the model's forward.
 
     Returns:
         Logits, (B, T, vocabulary), and the model's own outputs.
     """
+    if takes_position_ids(model):
+        kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    end = input_ids.size(1) - 1  # the position before a token is the one that predicts it
     outputs = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=length + 1,  # the position before a token is the one that predicts it
+        logits_to_keep=torch.arange(end - length, end, device=input_ids.device),
         use_cache=False,
         **kwargs,
     )
-    return outputs.logits[:, :-1].float() / temperature, outputs
+    return outputs.logits, outputs
+
+
+def takes_position_ids(model: Any) -> bool:
+    """Whether the model's forward has them; models whose positions are relative to the mask (BLOOM) have not."""
+    while hasattr(model, "module"):  # DDP, DeepSpeed
+        model = model.module
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def sampled_logps(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens under logits / temperature, and the entropies of those distributions.
+
+    In float32 whatever the logits' type. Besides logits and their gradient no tensor of that size is made.
+
+    Args:
+        logits: (B, T, vocabulary).
+        tokens: (B, T).
+        temperature: The one that completions are sampled with.
+        entropy: Whether entropies are wanted; without, they are empty.
+
+    Returns:
+        Both (B, T), in nats.
+    """
+    return _SampledLogps.apply(logits, tokens, temperature, entropy)
+
+
+class _SampledLogps(torch.autograd.Function):
+    """log p_y and H = -sum p log p of p = softmax(logits / temperature), with gradients by hand.
+
+    d log p_y / dz_j = [j = y] - p_j   and   dH / dz_j = -p_j (log p_j + H),   z = logits / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool):
+        logsumexp = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
+        logps, entropies = torch.empty_like(logsumexp), torch.empty_like(logsumexp) if entropy else logsumexp.new_empty(0)
+        for rows in rows_at_once(logits):
+            z = _scaled(logits[rows], temperature)
+            logsumexp[rows] = torch.logsumexp(z, -1)
+            logps[rows] = z.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1) - logsumexp[rows]
+            if entropy:
+                p = (z - logsumexp[rows].unsqueeze(-1)).exp_()
+                entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z)
+        ctx.save_for_backward(logits, tokens, logsumexp, entropies)
+        ctx.temperature = temperature
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, of_logps: Tensor, of_entropies: Tensor):
+        logits, tokens, logsumexp, entropies = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in rows_at_once(logits):
+            g = (of_logps[rows] / ctx.temperature).unsqueeze(-1)
+            log_p = _scaled(logits[rows], ctx.temperature) - logsumexp[rows].unsqueeze(-1)
+            if entropies.numel():
+                g_entropy = (of_entropies[rows] / ctx.temperature).unsqueeze(-1)
+                of_z = -log_p.exp() * (g + g_entropy * (log_p + entropies[rows].unsqueeze(-1)))
+            else:
+                of_z = log_p.exp_().mul_(-g)
+            gradient[rows] = of_z.scatter_add_(-1, tokens[rows].unsqueeze(-1), g)
+        return gradient, None, None, None
+
+
+def rows_at_once(logits: Tensor) -> list[slice]:
+    """Slices of the batch, of about `CHUNK` logits each."""
+    step = max(1, CHUNK // max(1, logits[0].numel()))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def pad_batch(
@@ -52,3 +130,9 @@ def pad_batch(
         attention.append([0] * left + [1] * (len(prompt) + len(completion)) + [0] * right)
     mask = torch.tensor(attention)
     return torch.tensor(ids), mask, mask[:, P:]
+
+
+def longest(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
+    """How many columns, on the right of the prompts and on the left of the completions, hold all tokens of a batch."""
+    P, T = prompt_mask.sum(1).max(), completion_mask.sum(1).max()
+    return int(P), max(int(T), 1)

@@ -2,96 +2,62 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import trl
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from rlhf_recipes.advantages import gae, masked_mean, masked_whiten, token_rewards
-from rlhf_recipes.on_policy import OnPolicyTrainer, Rollout
-
-VALUE_HEAD_FILE = "value_head.safetensors"
+from rlhf_recipes.advantages import gae, masked_whiten, token_rewards
+from rlhf_recipes.on_policy import Forward, OnPolicyTrainer, Rollout
+from rlhf_recipes.on_policy_config import OnPolicyConfig
+from rlhf_recipes.value_model import FOLDER, ValueNetwork, copy_of_policy, load_value_model
 
 
 @dataclass
-class PPOConfig(trl.RLOOConfig):
+class PPOConfig(OnPolicyConfig):
     """TRL's `RLOOConfig` and PPO's own settings; `epsilon` is the policy clip, `num_iterations` the epochs per rollout.
 
     Defaults are those of Huang et al. 2024 (2403.17031), table 1, where they are not TRL's.
     """
 
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt; PPO needs no second one."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the first ratio differ from 1."})
     gamma: float = field(default=1.0, metadata={"help": "Discount factor per token."})
     lam: float = field(default=0.95, metadata={"help": "GAE: 0 trusts the value network, 1 the sampled return."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    ent_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Rewards of all tokens scaled to variance 1, their mean kept."}
+    )
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0, variance 1 over the rollout's tokens."})
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start that train the value network alone."}
+    )
 
-    def __post_init__(self):
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # TRL's last check refuses one completion per prompt, which only a leave-one-out baseline needs to.
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
-
-
-@dataclass
-class PolicyOutput(ModelOutput):
-    """Logits (B, T, vocabulary) and values (B, T) of the same states, and a mixture of experts' balancing loss."""
-
-    logits: Tensor | None = None
-    state_values: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-
-class ValueHead(nn.Module):
-    """A scalar on the hidden state that goes into the LM head: the value of the state in which a token is sampled.
-
-    It starts at 0 everywhere, so that the first advantages are plain returns instead of noise.
-
-    Args:
-        policy: The causal language model that it reads; its parameters become part of that model.
-    """
-
-    def __init__(self, policy: nn.Module):
-        super().__init__()
-        lm_head = policy.get_output_embeddings()
-        self.linear = nn.Linear(lm_head.weight.shape[1], 1, dtype=torch.float32, device=policy.device)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self._hidden_states: Tensor | None = None
-        # Inside the policy's own forward, and among its outputs: so DDP and DeepSpeed see a layer like any other.
-        lm_head.register_forward_pre_hook(self._remember)
-        policy.register_forward_hook(self._add_values, with_kwargs=True)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Values (B, T) of the states (B, T, hidden size), in float32."""
-        # Not under autocast: in bf16 two neighbouring values differ by 1 %, as much as the advantages themselves.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.linear(hidden_states.to(self.linear.weight.dtype)).squeeze(-1).float()
-
-    def _remember(self, lm_head: nn.Module, args: tuple) -> None:
-        self._hidden_states = args[0]
-
-    def _add_values(self, policy: nn.Module, args: tuple, kwargs: dict, outputs: ModelOutput) -> ModelOutput:
-        hidden_states, self._hidden_states = self._hidden_states, None
-        if kwargs.get("use_cache") is not False:
-            return outputs  # generation, which needs no values, but every field of the model's own output
-        return PolicyOutput(outputs.logits, self(hidden_states), getattr(outputs, "aux_loss", None))
+    @property
+    def needs_siblings(self) -> bool:
+        return False
 
 
 class PPOTrainer(OnPolicyTrainer):
     """Proximal policy optimization: clipped policy and value losses per token, advantages by GAE.
 
     The one thing that differs from `RLOOTrainer` is where advantages come from, and that they belong to tokens: KL is
-    a reward of each token, the score one of the last token, and a value head on the policy is the baseline.
+    a reward of each token, the score one of the last token, and a value network is the baseline.
 
-    Checkpoints hold the policy as a plain causal language model, and the value head in a file of its own.
+    Checkpoints and the final model hold the policy as a plain causal language model, and the value network in the
+    folder `value_model` beside it.
+
+    Args:
+        model: The policy: Hub id, folder or instance.
+        reward_funcs: As TRL takes them; a reward model is read where it was trained to be read.
+        args: Settings; None: the defaults.
+        more: TRL's other arguments, in TRL's order: `train_dataset`, `eval_dataset`, `processing_class`, ...
+        value_model: `shared` (a head on the policy), `policy` (a copy of the policy with a head), or a sequence
+            classifier with the policy's tokenizer, as Hub id, folder or instance (copied).
 
     Source: Schulman et al. 2017 (1707.06347), equations 7 and 9; Huang et al. 2024 (2403.17031).
     """
@@ -99,137 +65,141 @@ class PPOTrainer(OnPolicyTrainer):
     _name = "PPO"
     _tag_names = ["trl", "ppo"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+    config_class = PPOConfig
+    reshuffles = True
 
-    def __init__(self, *args, **kwargs):
-        self._values: list[Tensor] = []
-        super().__init__(*args, **kwargs)
-        self.model.add_module("value_head", ValueHead(self.model))
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: PPOConfig | None = None, *more, value_model: Any = "shared", **kwargs
+    ):
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        ValueNetwork(self.model, self._separate_value_model(value_model))
+        self.add_callback(_FreezePolicy(self))
+
+    def _separate_value_model(self, source: str | PreTrainedModel) -> PreTrainedModel | None:
+        if source == "shared":
+            return None
+        if source == "policy":
+            policy = self.model
+            if is_peft_model(policy):  # the layers below the adapter
+                policy = create_model_from_path(get_config_model_id(policy.config), **(self.args.model_init_kwargs or {}))
+            model = copy_of_policy(policy)
+        else:
+            model = load_value_model(source, self._tokenizer)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(model)
+        if self.args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return model
 
     @property
-    def value_head(self) -> ValueHead:
-        return self.accelerator.unwrap_model(self.model).value_head
+    def value_network(self) -> ValueNetwork:
+        return self.accelerator.unwrap_model(self.model).value_network
 
-    def _after_forward(self, outputs: ModelOutput) -> None:
-        if isinstance(outputs, PolicyOutput):  # the reference has no values
-            self._values.append(outputs.state_values[:, :-1])
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the value network is trained as yet."""
+        return self.state.global_step < self.args.value_warmup_steps
 
-    def _values_of_last_pass(self, passes: int = 1) -> Tensor:
-        values, self._values = torch.cat(self._values[:passes]), []
-        return values
+    def _forward(self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False) -> Forward:
+        # The reference may be the policy without its adapter: then it has the hook, but no values of interest.
+        self.value_network.active = self._rollout is None or not self._rollout.passes
+        return super()._forward(model, input_ids, attention_mask, length, entropy)
 
-    def _generate_and_score_completions(self, inputs):
-        self._values = []
-        return super()._generate_and_score_completions(inputs)
-
-    def _finish_rollout(self, output: dict[str, Tensor], rollout: Rollout) -> dict[str, Tensor]:
-        mask = output["completion_mask"]
-        B = len(mask)
-        # With an adapter switched off as reference, the same model did two passes: the first is the policy's.
-        policy_passes = len(self._values) // (2 if self.beta != 0.0 and self.ref_model is None else 1)
-        values = self._values_of_last_pass(policy_passes) * mask
-        rank = self.accelerator.process_index
-        scores = rollout.rewards_per_func[rank * B : (rank + 1) * B]
-        unscored = scores.isnan().all(1)
-        scores = (scores * self.reward_weights.to(scores.device)).nansum(1)
-        if self.reward_clip_range:
-            scores = scores.clamp(*self.reward_clip_range)
-        rewards = token_rewards(scores, self._per_token_kl(rollout), mask, self.beta)
-        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
+    def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
+        mask, scores = output["completion_mask"], self._mine(rollout.scores)
+        values = rollout.passes[0].values * mask
         # A completion to which no reward function applies teaches nothing: neither policy nor value may move on it.
-        counts = mask * ~unscored[:, None]
-        returns = torch.where(unscored[:, None], values, returns)
-        self._log_tokens({"value_mean": values, "return_mean": returns}, counts)
-        self._log_explained_variance(values, returns, counts)
+        counts = mask * ~scores.isnan()[:, None]
+        rewards = token_rewards(scores.nan_to_num(), rollout.kl, mask, self.beta)
+        if self.args.whiten_rewards:
+            rewards = masked_whiten(rewards, counts, total=self._over_ranks, center=False)
+        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
         if self.args.whiten_advantages:
-            advantages = masked_whiten(advantages, counts, total=self._sum_over_ranks)
+            advantages = masked_whiten(advantages, counts, total=self._over_ranks)
         output["advantages"] = advantages * counts
-        output["old_per_token_logps"] = rollout.per_token_logps[0]
-        output["old_values"] = values
-        output["returns"] = returns
-        return output
+        output["old_values"], output["returns"], output["loss_mask"] = values, returns, counts
+        self._mean("value_mean", values, counts)
+        self._mean("return_mean", returns, counts)
+        for name, x in (("returns", returns), ("errors", returns - values)):
+            self._mean(f"{name}_1", x, counts)
+            self._mean(f"{name}_2", x.square(), counts)
+        return self.accelerator.gather(output["advantages"].sum(1) / counts.sum(1).clamp(min=1))
 
-    def _compute_loss(self, model, inputs):
-        mask = inputs["completion_mask"]
-        per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+    def _derive(self, metrics: dict[str, list[float]]) -> None:
+        if "returns_1" in metrics:
+            moments = [metrics.pop(f"{name}_{power}")[0] for name in ("returns", "errors") for power in (1, 2)]
+            of_returns, of_errors = moments[1] - moments[0] ** 2, moments[3] - moments[2] ** 2
+            if of_returns > 1e-12:
+                metrics["explained_variance"] = [1 - of_errors / of_returns]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        mask = inputs["loss_mask"]
+        self.value_network.detached = self.warming_up
+        now = self._forward(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], mask], dim=1),
-            logits_to_keep=mask.size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask.size(1),
+            entropy=self.args.ent_coef != 0.0,
         )
-        values = self._values_of_last_pass()
         advantages, returns, old_values = inputs["advantages"], inputs["returns"], inputs["old_values"]
 
-        log_ratio = (per_token_logps - inputs["old_per_token_logps"]) * mask
+        log_ratio = (now.logps - inputs["old_per_token_logps"]) * mask
         ratio = log_ratio.exp()
         clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         policy_losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)
 
         clip = self.args.cliprange_value
-        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
-        value_losses = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
+        clipped_values = old_values + (now.values - old_values).clamp(-clip, clip)
+        value_losses = 0.5 * torch.max((now.values - returns).square(), (clipped_values - returns).square())
 
-        policy_loss, value_loss = masked_mean(policy_losses, mask), masked_mean(value_losses, mask)
-        loss = policy_loss + self.args.vf_coef * value_loss
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss
+        policy_terms = policy_losses if now.entropies is None else policy_losses - self.args.ent_coef * now.entropies
+        if self.warming_up:
+            policy_terms = 0.0 * policy_terms  # not left out: DDP waits for every parameter's gradient
+        terms = policy_terms + self.args.vf_coef * value_losses
+        # A mean over the tokens of the whole optimizer step: the trainer takes the mean over this process's
+        # micro-batches, and over processes, which is undone here.
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes if self.model.training else 1
+        loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
+        if now.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * now.aux_loss
 
-        with torch.no_grad():
-            self._log_tokens(
-                {
-                    "policy_loss": policy_losses,
-                    "value_loss": value_losses,
-                    "entropy": entropies,
-                    "ratio": ratio,
-                    "approx_kl": ratio - 1 - log_ratio,  # k3, never negative: joschu.net/blog/kl-approx.html
-                    "clip_fraction": (-advantages * clipped_ratio > -advantages * ratio).float(),
-                    "value_clip_fraction": ((values - old_values).abs() > clip).float(),
-                },
-                mask,
-            )
+        self._mean("policy_loss", policy_losses, mask)
+        self._mean("value_loss", value_losses, mask)
+        self._mean("ratio", ratio, mask)
+        self._mean("clip_fraction", (-advantages * clipped_ratio > -advantages * ratio).float(), mask)
+        self._mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
+        self._log_update(log_ratio, mask)
         return loss
-
-    def _log_tokens(self, values: dict[str, Tensor], mask: Tensor) -> None:
-        """Log means over all tokens of all processes, each value (B, T)."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._sum_over_ranks(
-            torch.stack([*((x * mask).sum().float() for x in values.values()), mask.sum().float()])
-        )
-        for name, total in zip(values, sums[:-1].tolist(), strict=True):
-            self._metrics[mode][name].append(total / max(sums[-1].item(), 1.0))
-
-    def _log_explained_variance(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """Log 1 - Var(returns - values) / Var(returns): 1 is a perfect value head, 0 one that knows only the mean."""
-        mode = "train" if self.model.training else "eval"
-        n, *sums = self._sum_over_ranks(
-            torch.stack(
-                [mask.sum().float(), *((x * mask).sum() for e in (returns, returns - values) for x in (e, e.square()))]
-            )
-        ).tolist()
-        of_returns, of_errors = (sums[i + 1] / max(n, 1) - (sums[i] / max(n, 1)) ** 2 for i in (0, 2))
-        self._metrics[mode]["explained_variance"].append(
-            1 - of_errors / of_returns if of_returns > 1e-12 else float("nan")
-        )
-
-    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         states = self.model.state_dict() if state_dict is None else state_dict
-        head = {name: states[name] for name in states if name.startswith("value_head.")}
-        # An adapter's own save picks its tensors itself; a full model's would write the head among the policy's.
+        ours = {name: states[name] for name in states if name.startswith("value_network.")}
+        # An adapter's own save picks its tensors itself; a full model's would write the network among the policy's.
         rest = (
             None
             if is_peft_model(self.model) and state_dict is None
-            else {k: v for k, v in states.items() if k not in head}
+            else {k: v for k, v in states.items() if k not in ours}
         )
         super()._save(str(folder), rest)
         if self.args.should_save:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in head.items()}, folder / VALUE_HEAD_FILE)
+            states = {name.removeprefix("value_network."): tensor for name, tensor in ours.items()}
+            self.value_network.save(folder / FOLDER, states, self._tokenizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        states = load_file(Path(resume_from_checkpoint) / VALUE_HEAD_FILE)
-        self.value_head.load_state_dict({name.removeprefix("value_head."): tensor for name, tensor in states.items()})
+        self.value_network.load(Path(resume_from_checkpoint) / FOLDER)
+
+
+class _FreezePolicy(TrainerCallback):
+    """Takes the policy's gradients away while the value network warms up: 0 would still let weight decay move it."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._trainer.warming_up:
+            for name, parameter in self._trainer.accelerator.unwrap_model(self._trainer.model).named_parameters():
+                if not name.startswith("value_network."):
+                    parameter.grad = None

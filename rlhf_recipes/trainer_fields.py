@@ -12,12 +12,13 @@ from typing import Any, Literal
 CONFIG_CLASSES = {
     "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
     "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
-    "rloo": ("trl/trainer/rloo_config.py", "RLOOConfig"),
+    "rloo": ("rlhf_recipes/rloo_trainer.py", "RLOOConfig"),
     "ppo": ("rlhf_recipes/ppo_trainer.py", "PPOConfig"),
 }
 """Stage -> the configuration class behind its `trainer:`, as (file, class)."""
 
 _PARENTS = {
+    "OnPolicyConfig": "rlhf_recipes/on_policy_config.py",
     "RLOOConfig": "trl/trainer/rloo_config.py",
     "_BaseConfig": "trl/trainer/base_config.py",
     "TrainingArguments": "transformers/training_args.py",

@@ -9,10 +9,10 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "metrics", "forward", "reward_calls"},
-    {"data", "run"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config"},
+    {"data", "run", "sampling"},
     {"models", "scoring"},
-    {"reward_funcs", "hub"},
+    {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},

@@ -1,0 +1,52 @@
+"""Why the KL to the reference is not what it must be: the likely causes, found by looking."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from rlhf_recipes.on_policy_config import distortions
+
+
+def kl_suspects(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tensor, at_start: bool) -> list[str]:
+    """Causes that apply to this run, each a clause; empty when none does.
+
+    Args:
+        trainer: The on-policy trainer.
+        log_ratio: log pi - log pi_ref of the sampled tokens, (B, T).
+        mask: Completion tokens, (B, T).
+        prompt_mask: (B, P).
+        at_start: Whether nothing was trained yet, so that policy and reference must be equal.
+    """
+    model, found = trainer.accelerator.unwrap_model(trainer.model), []
+    effective = trainer.generation_config.to_dict() if not trainer.use_vllm else {}
+    inherited = {k: v for k, v in model.generation_config.to_dict().items() if effective.get(k) is None}
+    if names := distortions(effective | inherited):
+        found.append(f"sampling: {', '.join(names)} draws from another distribution than the model's")
+    sampled_at = effective.get("temperature", trainer.temperature)
+    if sampled_at != trainer.temperature:
+        found.append(f"temperature: {sampled_at} in generation, {trainer.temperature} in training")
+    active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
+    if active:
+        found.append(f"dropout: it is on in {len(active)} layers ({active[0]}); set disable_dropout=True")
+    by_row = (log_ratio.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
+    padded = (prompt_mask == 0).any(1)
+    if padded.any() and (~padded).any() and by_row[padded].mean() > 10 * by_row[~padded].mean():
+        found.append("padding: only completions of padded prompts differ, so the model's positions depend on padding")
+    if at_start and is_peft_model(model):
+        if "ref" not in model.peft_config and any(
+            "lora_B" in name and p.abs().max() > 0 for name, p in model.named_parameters()
+        ):
+            found.append(
+                "adapter: it is not 0, but the reference is the model without it; to go on from an adapter, pass the "
+                "model with the adapter loaded and no peft_config"
+            )
+    elif at_start and trainer.ref_model is not None:
+        reference = dict(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+        other = [n for n, p in model.named_parameters() if n in reference and not torch.equal(p, reference[n])]
+        if other:
+            found.append(f"weights: policy and reference differ in {len(other)} tensors ({other[0]})")
+    if trainer.use_vllm:
+        found.append("vLLM: it computes in other kernels, and perhaps in another precision")
+    return found
