@@ -272,6 +272,18 @@ def test_the_trained_pad_token_counts_whatever_the_tokenizers_files_say(trained)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     assert scores(reward_model(str(folder)), [""] * 4, CHOSEN) == pytest.approx(before, abs=1e-6)
+    change(folder / "config.json", pad_token_id=None)
+    assert scores(reward_model(str(folder)), [""] * 4, CHOSEN) == pytest.approx(before, abs=1e-6)
+
+
+def test_without_a_file_the_models_own_pad_token_counts(trained):
+    folder, _ = trained
+    (folder / FILE).unlink()
+    before = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    assert scores(reward_model(str(folder)), [""] * 4, CHOSEN) == pytest.approx(before, abs=1e-6)
 
 
 def test_longer_texts_lose_their_beginning_and_keep_their_end(trained, caplog):
@@ -406,3 +418,18 @@ def test_from_the_real_stage_to_the_score(kind, tmp_path, policy_folder):
     expected = [value - written["center"] for value in as_trained(trainer)]
     found = scores(reward_model(str(folder)), columns["prompt"] * 2, columns["chosen"] + columns["rejected"])
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_score_command_takes_chat_messages(tmp_path, policy_folder):
+    (tmp_path / "r.yaml").write_text(
+        "name: r\ndescription: d\ndata: {path: none.jsonl}\nreward_funcs: [{name: length}]\n"
+        f"rloo: {{policy: {policy_folder}}}\n"
+    )
+    write_jsonl(tmp_path / "none.jsonl", [])
+    chat = {"prompt": chats(["it"], "user")[0], "completion": chats(["a b c"], "assistant")[0]}
+    done = cli("score", "r.yaml", "--file", str(write_jsonl(tmp_path / "chats.jsonl", [chat])), cwd=tmp_path)
+    assert done.returncode == 0 and "-3.000" in done.stdout, done.stderr
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [chat | {"prompt": "it"}])
+    done = cli("score", "r.yaml", "--file", str(mixed), cwd=tmp_path)
+    assert done.returncode == 2 and "line 1: prompt and completion must both be texts" in done.stderr
