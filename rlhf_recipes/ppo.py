@@ -12,6 +12,7 @@ from rlhf_recipes.run import Run
 
 def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
@@ -28,11 +29,11 @@ def main(run: Run) -> str:
     check_enough_prompts(run, args, train)
     check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("ppo.policy", policy):
-        trainer = PPOTrainer(
+        trainer = resumable(PPOTrainer)(
             model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )
     callback = attach(trainer, run)
-    trainer.train()
+    trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)
     return callback.summary()
 

@@ -14,6 +14,7 @@ def main(run: Run) -> str:
     from trl import RLOOConfig
 
     from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
@@ -30,11 +31,11 @@ def main(run: Run) -> str:
     check_enough_prompts(run, args, train)
     check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("rloo.policy", policy):
-        trainer = RLOOTrainer(
+        trainer = resumable(RLOOTrainer)(
             model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )
     callback = attach(trainer, run)
-    trainer.train()
+    trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)
     return callback.summary()
 

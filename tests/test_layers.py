@@ -9,8 +9,8 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "metrics", "forward"},
-    {"data", "run"},
+    {"recipe", "advantages", "metrics", "forward", "disk"},
+    {"data", "run", "checkpoints"},
     {"models"},
     {"reward_funcs", "hub"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
