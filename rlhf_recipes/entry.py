@@ -90,6 +90,11 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         complain("interrupted.")
         return 130
     except SystemExit as leaving:
+        if leaving.code not in (STOPPED, USER_ERROR):  # a library's
+            if run is not None:
+                run.fail(leaving)
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
         if leaving.code == STOPPED and is_main and run is not None:
             run.stop()
             saved = checkpoints(run.path)

@@ -167,8 +167,8 @@ class Run:
             )
         elif process["pid"] != os.getpid() and _is_alive(process):
             raise RecipeError(
-                f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it "
-                f"(kill {process['pid']}), which saves a checkpoint; then the same command goes on from there."
+                f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it with "
+                f"kill {process['pid']}; after that, the same command goes on from its last checkpoint."
             )
 
     def _go_on(self, manifest: dict[str, Any], checkpoint: Path) -> None:
@@ -218,7 +218,7 @@ class Run:
         self._give_up("failed", error=f"{type(error).__name__}: {error}"[:2000])
 
     def _give_up(self, status: str, **more: str) -> None:
-        if not self.is_main or not hasattr(self, "manifest"):
+        if not self.is_main or not hasattr(self, "manifest") or self.manifest["status"] == "finished":
             return
         self.manifest |= more
         try:

@@ -186,7 +186,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
     while len(kills) < 3:
         process = launcher.start(stage, name)
         launcher.wait_for_checkpoint(stage, name, process, after=last)
-        time.sleep(random.random() * 0.5)
+        time.sleep(random.random() * 0.1)
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was faster
