@@ -2,14 +2,22 @@
 
 import json
 import math
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from rlhf_recipes.disk import append_lines, write_whole, writing
 from rlhf_recipes.run import Run
+
+METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+
+SIZES = "log_sizes.json"
+"""In a checkpoint: bytes of both files when it was saved. Without it, the process was killed before it wrote more."""
 
 SHOWN = ("score_mean", "kl", "loss", "accuracy", "mean_token_accuracy")
 """Metrics in the progress bar, where the stage has them."""
@@ -20,6 +28,8 @@ COMPLETIONS_PER_LOG = 8
 
 class RunCallback(TrainerCallback):
     """Writes a line of metrics for every logged step, some completions with it, and keeps one progress bar.
+
+    A run that goes on from a checkpoint first drops what was written after it: those steps are coming again.
 
     Args:
         run: The run whose folder is written to.
@@ -35,9 +45,33 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = time.monotonic()
-        if state.is_world_process_zero:
-            # disable=None: no bar where the output is not a terminal.
-            self._bar = tqdm(total=state.max_steps, desc=f"{self.run.stage:<7}", unit="step", disable=None, leave=False)
+        if not state.is_world_process_zero:
+            return
+        if self.run.checkpoint is not None:
+            self._go_on(self.run.checkpoint, state.global_step)
+        # disable=None: no bar where the output is not a terminal.
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=f"{self.run.stage:<7}",
+            unit="step",
+            disable=None,
+            leave=False,
+        )
+
+    def _go_on(self, checkpoint: Path, step: int) -> None:
+        sizes = {}
+        if (checkpoint / SIZES).is_file():
+            sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
+        _drop_later(self.run.path / COMPLETIONS, sizes.get(COMPLETIONS), step)
+        for line in _drop_later(self.run.path / METRICS, sizes.get(METRICS), step):
+            self._remember(line)
+            self._started = time.monotonic() - line["seconds"]
+
+    def _remember(self, logs: dict[str, Any]) -> None:
+        self.last |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        if isinstance(logs.get("score_mean"), float):
+            self.scores.append(logs["score_mean"])
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -46,16 +80,24 @@ class RunCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the last: a summary, no step
             return
-        self.last |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-        if isinstance(logs.get("score_mean"), float):
-            self.scores.append(logs["score_mean"])
+        self._remember(logs)
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
         line |= {key: _finite(value) for key, value in logs.items()}
-        self._append("metrics.jsonl", [line])
+        self._append(METRICS, [line])
         if self._bar is not None:
             self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in SHOWN if key in self.last})
         if hasattr(self.trainer, "sampled_completions"):
-            self._append("completions.jsonl", self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
+            self._append(COMPLETIONS, self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            files = [path for path in (self.run.path / METRICS, self.run.path / COMPLETIONS) if path.exists()]
+            checkpoint = self.run.path / f"checkpoint-{state.global_step}"
+            with writing(checkpoint.name, checkpoint):
+                for path in files:
+                    with open(path, "r+b") as file:
+                        os.fsync(file.fileno())
+                write_whole(checkpoint / SIZES, json.dumps({path.name: path.stat().st_size for path in files}))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -74,8 +116,24 @@ class RunCallback(TrainerCallback):
         return f"score {first:.2f} -> {last:.2f}, KL {self.last.get('kl', 0.0):.1f}, {self.last.get('episodes', 0)} episodes"
 
     def _append(self, name: str, lines: list[dict]) -> None:
-        with open(self.run.path / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with writing(name, self.run.path / name):
+            append_lines(self.run.path / name, lines)
+
+
+def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
+    """Cut from a jsonl file what was written after a checkpoint, half a line included; returns what is left.
+
+    Args:
+        path: The file; without it there is nothing to cut.
+        size: Its bytes when the checkpoint was saved, where known.
+        step: The checkpoint's step.
+    """
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_bytes()[:size].split(b"\n")[:-1] if json.loads(line)["step"] <= step]
+    with writing(path.name, path):
+        write_whole(path, b"".join(line + b"\n" for line in whole).decode())
+    return [json.loads(line) for line in whole]
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.entry import USER_ERROR, load_checked
+from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
 from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
@@ -96,10 +97,11 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
         code = _launch(stage, name, overrides or [], overwrite)
-        if code != 0:
+        if code not in (0, STOPPED):
             complain(
                 f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept."
             )
+        if code != 0:
             raise typer.Exit(code)
     if "compare" in stages:
         _show_results(recipe)
@@ -108,7 +110,17 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
 def _launch(stage: str, name: str, overrides: list[str], overwrite: bool) -> int:
     module = f"rlhf_recipes.{MODULES.get(stage, stage)}"
     command = [sys.executable, "-m", module, "--recipe", name, *overrides, *(["--overwrite"] if overwrite else [])]
-    return subprocess.run(command, check=False).returncode
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            if process.poll() is None:  # Ctrl-C reached it too, `kill -INT` of this process did not
+                process.send_signal(signal.SIGINT)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            return code if code >= 0 else 128 - code  # as a shell says it: ended by signal 9 is 137
 
 
 def _show_results(recipe: Recipe) -> None:

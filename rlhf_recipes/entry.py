@@ -1,13 +1,19 @@
 """What happens around every stage, whether started by the CLI or as `python -m rlhf_recipes.<stage>`."""
 
 import argparse
+import ctypes
+import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.hub import check_references
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
@@ -16,6 +22,9 @@ from rlhf_recipes.terminal import complain, hush_libraries, log_to, say
 
 USER_ERROR = 2
 """Exit code for everything that the user can mend."""
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a stage that was asked to stop; the same command goes on with it."""
 
 
 def stage_command(stage: str, main: Callable[[Run], str]) -> None:
@@ -33,7 +42,7 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
     code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)
-    if code == 0 and _is_distributed():
+    if code in (0, STOPPED) and _is_distributed():
         from accelerate import PartialState
 
         PartialState().destroy_process_group()  # or its threads abort the interpreter's exit
@@ -45,18 +54,25 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
     is_main = os.environ.get("RANK", "0") == "0"
     run = None
     try:
+        signal.signal(signal.SIGTERM, _leave)
+        _end_with_launcher()
+        logging.raiseExceptions = False  # a full disk is said once, not for every line of log.txt
         recipe = load_checked(name, overrides)
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
         run = Run(recipe, stage, is_main)
-        if _of_main(run.is_done(overwrite) if is_main else None):
+        if _of_main(lambda: run.is_done(overwrite)):
             if is_main:
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
         check_references(recipe, stage)
-        run.start()
-        log_to(run.path / "log.txt" if is_main else None)
+        log = run.path / "log.txt" if is_main else None
+        log_to(log if log and log.is_file() else None)  # what an earlier attempt left may deserve a warning
+        run.checkpoint = _of_main(lambda: run.start(int(os.environ.get("WORLD_SIZE", "1"))))
+        log_to(log)
         hush_libraries()
+        if is_main and run.checkpoint is not None:
+            say(f"{stage:<8} goes on from {_progress(run.checkpoint)}   {run.path}")
         line = main(run)
         run.finish()
         if is_main:
@@ -73,27 +89,71 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             run.fail(error)
         complain("interrupted.")
         return 130
+    except SystemExit as leaving:
+        if leaving.code not in (STOPPED, USER_ERROR):  # a library's
+            if run is not None:
+                run.fail(leaving)
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
+        if leaving.code == STOPPED and is_main and run is not None:
+            run.stop()
+            saved = checkpoints(run.path)
+            there = f"the same command goes on from step {step_of(saved[-1])}" if saved else "it has no checkpoint yet"
+            say(f"{stage:<8} stopped, {there}   {run.path}")
+        return leaving.code
     except BaseException as error:
         if run is not None:
             run.fail(error)
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
-        raise
+        if run is None or not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
+            raise
+        what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
+        complain(write_error(what, Path(error.filename or run.path), error))
+        return USER_ERROR
+
+
+def _leave(number, frame) -> None:
+    raise SystemExit(STOPPED)
+
+
+def _end_with_launcher() -> None:
+    """Take the death of `accelerate launch` for a SIGTERM (Linux): for one process it passes none on, and leaves it."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by the launcher
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _progress(checkpoint: Path) -> str:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return f"step {state['global_step']} of {state['max_steps']}"
 
 
 def _is_distributed() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _of_main(answer: bool | None) -> bool:
-    """The main process's answer, on every rank: the others must not look into a folder that it is changing."""
+def _of_main(question: Callable[[], Any]) -> Any:
+    """The main process's answer, on every rank: the others must not look into a folder that it is changing.
+
+    When the answer is an error, the main process raises it, and the others end without a word.
+    """
     if not _is_distributed():
-        return answer
+        return question()
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=not torch.accelerator.is_available())
-    return broadcast_object_list([answer])[0]
+    answer = error = None
+    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        try:
+            answer = question()
+        except RecipeError as caught:
+            error = caught
+    answer, failed = broadcast_object_list([answer, error is not None])
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(USER_ERROR)
+    return answer
 
 
 def load_checked(name: str, overrides: list[str]) -> Recipe:

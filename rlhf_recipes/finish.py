@@ -16,8 +16,7 @@ def save_model(trainer: Any, run: Run) -> None:
     for config in (trainer.model.config, getattr(trainer.model, "generation_config", None)):
         if config is not None:
             config.use_cache = True
-    trainer.save_model(str(folder))
-    trainer.accelerator.wait_for_everyone()
+    trainer.write_together("the final model", folder, lambda: trainer.save_model(str(folder)))
     if run.is_main:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same, readably
         run.adopt(folder)

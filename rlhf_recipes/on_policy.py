@@ -5,7 +5,6 @@ import logging
 import math
 import random
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from rlhf_recipes.advantages import RunningMoments
+from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.diagnosis import kl_suspects
 from rlhf_recipes.forward import completion_logits, longest, pad_batch, sampled_logps
 from rlhf_recipes.kl import ESTIMATORS, adapted_beta, adapted_lr_factor, k3
@@ -78,7 +78,7 @@ class Rollout:
     """KL estimate of every token, (B, T), 0 outside of completions and without a reference."""
 
 
-class OnPolicyTrainer(trl.RLOOTrainer):
+class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     """TRL's `RLOOTrainer`, with what an exact comparison of algorithms needs.
 
     1. Log-probabilities are computed at the positions that completions were sampled at (`completion_logits`); TRL's
@@ -578,11 +578,7 @@ class OnPolicyTrainer(trl.RLOOTrainer):
             "step": self._step,
             "batch": self._batch if within else None,
             "order": self._order if within else None,
-            "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
             "logs": {k: {n: list(d) for n, d in v.items()} if isinstance(v, dict) else list(v) for k, v in self._logs.items()},
-            "loss": self._tr_loss.item(),
-            "loss_total": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
         }  # fmt: skip
         torch.save(state, Path(output_dir) / STATE_FILE.format(rank=self.accelerator.process_index))
 
@@ -599,16 +595,12 @@ class OnPolicyTrainer(trl.RLOOTrainer):
         if self._batch is not None:
             self._order = state["order"].cpu()
             self._micro_batches = self._cut(self._batch, self._order)
-        for mode, metrics in state["metrics"].items():
-            self._metrics[mode] = defaultdict(list, metrics)
         for name, values in state["logs"].items():
             if isinstance(values, dict):
                 for key, column in values.items():
                     self._logs[name][key].extend(column)
             else:
                 self._logs[name].extend(values)
-        self._tr_loss.fill_(state["loss"])
-        self._total_loss_scalar, self._globalstep_last_logged = state["loss_total"], state["last_logged"]
 
 
 @dataclass

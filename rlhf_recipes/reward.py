@@ -15,6 +15,7 @@ def main(run: Run) -> str:
     from trl.data_utils import is_conversational
 
     from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, loading, resolve_model
@@ -32,11 +33,11 @@ def main(run: Run) -> str:
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new
-        trainer = RewardTrainer(
+        trainer = resumable(RewardTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     attach(trainer, run)
-    trainer.train()
+    trainer.train(run.checkpoint and str(run.checkpoint))
     measured = trainer.evaluate()
     center = measured["eval_mean_reward"] if reward.center else 0.0
     if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none

@@ -32,7 +32,7 @@ def main(run: Run) -> str:
             model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )
     callback = attach(trainer, run)
-    trainer.train()
+    trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)
     return callback.summary()
 

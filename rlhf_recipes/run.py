@@ -4,6 +4,7 @@ A folder counts as finished only when its manifest says so, and the manifest is 
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -19,7 +20,10 @@ from uuid import uuid4
 import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.disk import checkpoints, last_complete, require_processes, step_of, write_whole, writing
 from rlhf_recipes.recipe import to_yaml
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
@@ -43,7 +47,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a run folder; None when there is none."""
     try:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise RecipeError(
@@ -81,9 +85,14 @@ class Run:
         stage: One of `STAGES`.
         is_main: Whether this process writes; the other ranks of a distributed launch only read.
 
+    Attributes:
+        checkpoint: Where the run goes on from, once it has started; None when it starts anew.
+
     Raises:
         RecipeError: The folder holds a run with other settings, and `overwrite` was not asked for.
     """
+
+    checkpoint: Path | None = None
 
     def __init__(self, recipe: Recipe, stage: str, is_main: bool = True):
         self.recipe, self.stage, self.is_main = recipe, stage, is_main
@@ -101,11 +110,10 @@ class Run:
         """
         manifest = read_manifest(self.path)
         if manifest is None:
-            if self.path.exists() and any(self.path.iterdir()) and not overwrite:
+            if self.path.exists() and any(p.name != f".{MANIFEST}" for p in self.path.iterdir()) and not overwrite:
                 raise RecipeError(f"{self.path} holds files of something else. Set another runs_dir or name.")
             return False
-        found = {"settings": manifest["settings"], "inputs": manifest["inputs"]}
-        differences = _differences(found, {"settings": _plain(self.settings), "inputs": self.inputs})
+        differences = self._differences_to(manifest)
         if differences and not overwrite and manifest["status"] != "failed":  # a failed attempt is nothing to keep
             raise RecipeError(
                 f"{self.path} holds a run with other settings:\n  "
@@ -114,20 +122,69 @@ class Run:
             )
         return manifest["status"] == "finished" and not differences
 
-    def start(self) -> None:
-        """Make the folder, with the resolved recipe and a manifest that says `running`.
+    def start(self, world_size: int = 1) -> Path | None:
+        """Go on with this very run from its last whole checkpoint, or make the folder for a new one.
 
-        What an earlier attempt left is moved to `<stage>.<time>`, never deleted.
+        A new one begins with the resolved recipe and a manifest that says `running`; what an earlier attempt left is
+        moved to `<stage>.<time>`, never deleted.
+
+        Args:
+            world_size: Number of processes of this launch.
+
+        Returns:
+            The checkpoint to go on from, None for a new run.
+
+        Raises:
+            RecipeError: Another process is at this run, the checkpoint was saved by another number of processes, or
+                the folder cannot be written.
         """
         if not self.is_main:
+            return None
+        earlier = read_manifest(self.path)
+        if earlier is not None:
+            self._refuse_company(earlier)
+        if earlier is not None and earlier["status"] != "finished" and not self._differences_to(earlier):
+            self.checkpoint = last_complete(self.path)
+        with writing("runs_dir: the run's folder", self.path):
+            if self.checkpoint is None:
+                self._begin()
+            else:
+                require_processes(self.checkpoint, world_size)
+                self._go_on(earlier, self.checkpoint)
+        return self.checkpoint
+
+    def _refuse_company(self, manifest: dict[str, Any]) -> None:
+        process = manifest.get("process")
+        if manifest["status"] != "running" or process is None:
             return
+        if process["host"] != platform.node():
+            logger.warning(
+                "%s was started on %s (process %d) and has not ended in its manifest; should it still run there, stop "
+                "one of the two.",
+                self.path,
+                process["host"],
+                process["pid"],
+            )
+        elif process["pid"] != os.getpid() and _is_alive(process):
+            raise RecipeError(
+                f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it with "
+                f"kill {process['pid']}; after that, the same command goes on from its last checkpoint."
+            )
+
+    def _go_on(self, manifest: dict[str, Any], checkpoint: Path) -> None:
+        for later in checkpoints(self.path):
+            if step_of(later) > step_of(checkpoint):  # torn, or it would be the one to go on from
+                shutil.rmtree(later)
+        shutil.rmtree(self.path / ".final", ignore_errors=True)  # half a final model
+        manifest.pop("error", None)
+        manifest.setdefault("resumed", []).append({"time": _now(), "step": step_of(checkpoint)})
+        self.manifest = manifest | {"status": "running", "process": _this_process()}
+        self._write()
+
+    def _begin(self) -> None:
         if self.path.exists() and any(self.path.iterdir()):
             self.path.rename(self.path.with_name(f"{self.stage}.{datetime.now():%Y%m%d-%H%M%S-%f}"))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"runs_dir: {self.path} cannot be made: {error}.") from error
-        (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
+        self.path.mkdir(parents=True, exist_ok=True)
         self.manifest = {
             "recipe": self.recipe.name,
             "stage": self.stage,
@@ -137,23 +194,37 @@ class Run:
             "inputs": self.inputs,
             "seed": self.recipe.seed,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": _now(),
+            "process": _this_process(),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
             "git_commit": _git_commit(),
             "hardware": _hardware(),
         }
-        self._write()
+        self._write()  # first: without a manifest, a folder is taken for something else's
+        (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
 
     def finish(self) -> None:
         """Say in the manifest that the run is complete; nothing may be written to the folder after this."""
         if self.is_main:
-            self._end("finished")
+            with writing("the manifest", self.path / MANIFEST):
+                self._end("finished")
+
+    def stop(self) -> None:
+        """Say in the manifest that the run was asked to stop; the same command goes on with it."""
+        self._give_up("stopped")
 
     def fail(self, error: BaseException) -> None:
         """Say in the manifest what stopped the run; everything written so far stays."""
-        if self.is_main and hasattr(self, "manifest"):
-            self.manifest["error"] = f"{type(error).__name__}: {error}"[:2000]
-            self._end("failed")
+        self._give_up("failed", error=f"{type(error).__name__}: {error}"[:2000])
+
+    def _give_up(self, status: str, **more: str) -> None:
+        if not self.is_main or not hasattr(self, "manifest") or self.manifest["status"] == "finished":
+            return
+        self.manifest |= more
+        try:
+            self._end(status)
+        except OSError as error:  # the caller has something more important to say
+            logger.info("the manifest still says that the run is running: %s", error)
 
     def adopt(self, folder: Path) -> None:
         """Move the files of `folder`, complete by now, into the run folder: no half-written model ever stands there."""
@@ -176,9 +247,11 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        temporary = self.path / f".{MANIFEST}"
-        temporary.write_text(json.dumps(self.manifest, indent=2), encoding="utf-8")
-        os.replace(temporary, self.path / MANIFEST)  # at every moment the old or the new manifest, never half of one
+        write_whole(self.path / MANIFEST, json.dumps(self.manifest, indent=2))
+
+    def _differences_to(self, manifest: dict[str, Any]) -> list[str]:
+        found = {"settings": manifest["settings"], "inputs": manifest["inputs"]}
+        return _differences(found, {"settings": _plain(self.settings), "inputs": self.inputs})
 
 
 def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -252,6 +325,23 @@ def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
     if key.startswith("inputs."):
         return [f"stage {key.removeprefix('inputs.')} has run anew since"]
     return [f"{key.removeprefix('settings.')}: {found!r} -> {wanted!r}"]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
+
+
+def _is_alive(process: dict[str, Any]) -> bool:
+    """Whether a process of this host still runs; numbers are used again, hence its start time (in seconds)."""
+    try:
+        found = psutil.Process(process["pid"])
+        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["since"]) < 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _version(package: str) -> str | None:

@@ -15,6 +15,7 @@ def main(run: Run) -> str:
     from trl import SFTConfig, SFTTrainer
 
     from rlhf_recipes.callbacks import attach
+    from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, texts
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, loading, make_model, make_tokenizer, resolve_model
@@ -32,11 +33,11 @@ def main(run: Run) -> str:
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("sft.model", str(sft.model)):
-        trainer = SFTTrainer(
+        trainer = resumable(SFTTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     attach(trainer, run)
-    trainer.train()
+    trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]
     run.results = {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
     save_model(trainer, run)

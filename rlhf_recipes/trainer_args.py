@@ -13,11 +13,12 @@ from rlhf_recipes.config import RecipeError
 from rlhf_recipes.run import Run
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {"logging_steps": 10},
-    "reward": {"logging_steps": 10},
+    # Ten checkpoints a run: to be killed costs a tenth of it at most.
+    "sft": {"logging_steps": 10, "save_steps": 0.1},
+    "reward": {"logging_steps": 10, "save_steps": 0.1},
     # Dropout off: it would make a policy differ from itself (ratio != 1 and KL != 0 before the first step).
-    "ppo": {"disable_dropout": True},
-    "rloo": {"disable_dropout": True},
+    "ppo": {"disable_dropout": True, "save_steps": 0.1},
+    "rloo": {"disable_dropout": True, "save_steps": 0.1},
 }
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 

@@ -137,7 +137,7 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
             model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
         name, stored = source, stored_scoring(source)
         if stored is not None:
-            model.config.score_center = stored.score_center  # values start as stage reward's model scores
+            model.config.score_center = stored.center  # values start as stage reward's model scores
     else:
         model, name = copy.deepcopy(source), source.config.name_or_path or type(source).__name__
         if Path(name).is_dir() and (Path(name) / "tokenizer_config.json").is_file():

@@ -9,8 +9,8 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config"},
-    {"data", "run", "sampling"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk"},
+    {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},

@@ -1,10 +1,13 @@
 """Run folders: what counts as finished, what may be reused, and that nothing is lost."""
 
 import json
+import os
 
+import psutil
 import pytest
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.disk import mark_complete
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
 
@@ -76,6 +79,86 @@ def test_an_earlier_attempt_is_moved_aside_not_deleted(load):
     again.start()
     aside = [path for path in run.path.parent.iterdir() if path.name.startswith("sft.")]
     assert len(aside) == 1 and (aside[0] / "metrics.jsonl").is_file() and not (run.path / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def killed(load, tmp_path):
+    """A run of stage sft that was killed after its checkpoint of step 20."""
+    run = Run(load(), "sft")
+    run.start()
+    (run.path / "checkpoint-20").mkdir()
+    (run.path / "checkpoint-20" / "model.safetensors").write_bytes(b"weights")
+    mark_complete(run.path / "checkpoint-20", world_size=1)
+    return run
+
+
+def change_manifest(run: Run, **process) -> None:
+    manifest = read_manifest(run.path)
+    manifest["process"] |= process
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_killed_run_goes_on_in_its_folder(killed, load):
+    (killed.path / "checkpoint-30").mkdir()  # torn
+    (killed.path / ".final").mkdir()
+    again = Run(load("rloo.trainer.beta=0.5"), "sft")  # not a setting of this stage
+    assert not again.is_done() and again.start() == killed.path / "checkpoint-20" == again.checkpoint
+    again.finish()
+    manifest = read_manifest(killed.path)
+    assert manifest["id"] == killed.manifest["id"] and manifest["status"] == "finished"
+    assert [entry["step"] for entry in manifest["resumed"]] == [20] and manifest["resumed"][0]["time"]
+    assert not (killed.path / "checkpoint-30").exists() and not (killed.path / ".final").exists()
+    assert [path.name for path in killed.path.parent.iterdir()] == ["sft"]
+
+
+def test_a_run_that_failed_or_was_stopped_goes_on_too(killed, load):
+    for end in (lambda run: run.fail(RuntimeError("disk full")), Run.stop):
+        run = Run(load(), "sft")
+        run.start()
+        end(run)
+        assert read_manifest(run.path)["status"] in ("failed", "stopped")
+    run = Run(load(), "sft")
+    assert run.start() is not None and "error" not in read_manifest(run.path)
+    assert [entry["step"] for entry in read_manifest(run.path)["resumed"]] == [20, 20, 20]
+
+
+def test_other_settings_inputs_or_processes_do_not_go_on(killed, load):
+    with pytest.raises(RecipeError, match="other settings"):
+        Run(load("sft.trainer.max_steps=9"), "sft").is_done()
+    with pytest.raises(RecipeError, match="saved by 1 process.*has 2"):
+        Run(load(), "sft").start(world_size=2)
+    other = Run(load("sft.trainer.max_steps=9"), "sft")
+    assert not other.is_done(overwrite=True) and other.start() is None
+    assert any((path / "checkpoint-20").is_dir() for path in killed.path.parent.iterdir() if path.name != "sft")
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(killed, load, caplog):
+    parent = psutil.Process(os.getppid())
+    change_manifest(killed, pid=parent.pid, since=parent.create_time())
+    for settings in ([], ["sft.trainer.max_steps=9"]):
+        with pytest.raises(RecipeError, match=f"process {parent.pid} is still at this run"):
+            Run(load(*settings), "sft").start()
+    change_manifest(killed, since=parent.create_time() - 100)  # its number, used again
+    assert Run(load(), "sft").start() is not None and not caplog.records
+    change_manifest(killed, host="elsewhere")
+    assert Run(load(), "sft").start() is not None
+    assert "was started on elsewhere" in caplog.text
+
+
+def test_the_first_error_is_not_hidden_by_a_manifest_that_cannot_be_written(killed, monkeypatch):
+    monkeypatch.setattr("rlhf_recipes.run.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    killed.fail(RuntimeError("the first error"))
+    with pytest.raises(RecipeError, match="the manifest could not be written.*No space left.*last: checkpoint-20"):
+        killed.finish()
+
+
+def test_a_start_that_was_cut_off_does_not_stand_in_the_way(load):
+    run = Run(load(), "sft")
+    run.path.mkdir(parents=True)
+    (run.path / ".manifest.json").write_text('{"status":')
+    assert not run.is_done()
+    run.start()
+    assert read_manifest(run.path)["status"] == "running"
 
 
 def test_a_failed_attempt_does_not_stand_in_the_way_of_other_settings(load):
