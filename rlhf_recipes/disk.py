@@ -90,8 +90,8 @@ def require_processes(checkpoint: Path, world_size: int) -> None:
     saved_by = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["world_size"]
     if saved_by != world_size:
         raise RecipeError(
-            f"{checkpoint} was saved by {saved_by} process(es), and this launch has {world_size}. Go on with {saved_by}, "
-            "or start anew: under another name (name=...), or after moving that folder away."
+            f"{checkpoint} was saved by {saved_by} process(es), and this launch has {world_size}. Go on with "
+            f"{saved_by}, or start anew: under another name (name=...), or after moving that folder away."
         )
 
 
@@ -122,8 +122,8 @@ def write_error(what: str, path: Path, error: Exception) -> str:
     # What torch and safetensors say instead of the system's word is for log.txt.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else "only a part of it was taken"
     return (
-        f"{what} could not be written to {path}: {reason}; {shutil.disk_usage(there).free / 2**30:.2f} GiB are free there, "
-        f"{kept}. Make it writable, with room for that, then give the same command again."
+        f"{what} could not be written to {path}: {reason}; {shutil.disk_usage(there).free / 2**30:.2f} GiB are free "
+        f"there, {kept}. Make it writable, with room for that, then give the same command again."
     )
 
 
