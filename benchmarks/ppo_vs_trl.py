@@ -186,12 +186,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     rate = run(options, "matrix_rate")["rate"]
-    sizes = {}
-    print("Warm-up, and the micro-batch for TRL:")
-    for contender in options.contenders:
-        tried = options.trl_micro_batches if contender in TRLS else [options.micro_batch]
-        speeds = {} if options.quick else {size: run(options, contender, size)["episodes"] for size in tried}
-        sizes[contender] = max(speeds, key=speeds.get, default=options.micro_batch)
+    sizes = dict.fromkeys(options.contenders, options.micro_batch)
+    if not options.quick:
+        print("Warm-up, and the micro-batch for TRL:")
+        for contender in options.contenders:
+            tried = options.trl_micro_batches if contender in TRLS else [options.micro_batch]
+            speeds = {size: run(options, contender, size)["episodes"] for size in tried}
+            sizes[contender] = max(speeds, key=speeds.get)
     runs = {contender: [] for contender in options.contenders}
     for number in range(options.rounds):
         print(f"Round {number + 1}:")
