@@ -1,0 +1,45 @@
+"""A virtual environment with TRL 1.12.0, the last release that has PPO, beside the one of this project."""
+
+import argparse
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DEFAULT_VENV = ROOT / ".venv-trl-1.12"
+TRL = "1.12.0"
+
+
+def add_venv_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help=f"folder of the environment with TRL {TRL}")
+
+
+def venv_python(folder: Path) -> Path:
+    """The Python of the environment in `folder`, which is made first if it is not there."""
+    python = folder.absolute() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    done = folder / f".installed-trl-{TRL}"
+    if done.exists():
+        return python
+    print(f"Installing TRL {TRL} into {folder}: a few minutes, once ...", file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    # Everything but TRL itself as this project has it, so that a comparison compares trainers.
+    pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("trl==")]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(pins) + "\n", "utf-8")
+    packages = [f"trl=={TRL}", "torch", "transformers", "accelerate", "peft", "datasets"]
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "--constraint", constraints, *packages], check=True)
+    done.touch()
+    return python
+
+
+def rerun_under_trl_1_12(script: str) -> None:
+    """Run `script` again with the Python of its `--venv` and exit with its status, unless TRL is 1.12.0 already."""
+    if version("trl") == TRL:
+        return
+    parser = argparse.ArgumentParser(add_help=False)
+    add_venv_option(parser)
+    python = venv_python(parser.parse_known_args()[0].venv)
+    raise SystemExit(subprocess.run([python, script, *sys.argv[1:]], check=False).returncode)
