@@ -113,7 +113,8 @@ class RunCallback(TrainerCallback):
             "kl_last": self.last.get("kl"),
             "episodes": self.last.get("episodes"),
         }
-        return f"score {first:.2f} -> {last:.2f}, KL {self.last.get('kl', 0.0):.1f}, {self.last.get('episodes', 0)} episodes"
+        kl = f"KL {self.last['kl']:.1f}, " if "kl" in self.last else ""  # without a reference it is not known
+        return f"score {first:.2f} -> {last:.2f}, {kl}{self.last.get('episodes', 0)} episodes"
 
     def _append(self, name: str, lines: list[dict]) -> None:
         with writing(name, self.run.path / name):

@@ -89,6 +89,15 @@ class RewardFunc(Section):
     is made in a thread of its own, where signals (`signal.alarm`) do not work. None: as long as it takes."""
 
 
+class MissingEos(Section):
+    """What a completion scores that was cut off before it ended with EOS."""
+
+    mode: Literal["replace", "subtract"]
+    """`replace`: it scores `value`, whatever the reward functions say (Huang et al. 2024, 2403.17031: -1). `subtract`:
+    `value` less than they say (TRL's former `missing_eos_penalty`)."""
+    value: float
+
+
 class Scratch(Section):
     """A new model with random weights, and a tokenizer trained on the recipe's texts."""
 
@@ -145,6 +154,9 @@ class OnPolicy(Section):
 class Ppo(OnPolicy):
     """Proximal policy optimization with a learned value baseline and per-token credit."""
 
+    value_model: str = "shared"
+    """Where the value network starts from: `shared` is a head on the policy, `policy` a copy of the policy with a head;
+    or a reward model (`stage:reward`, a Hub id, a folder) with the policy's tokenizer. Shared costs least."""
     trainer: dict[str, Any] = {}
     """Our `PPOConfig`: TRL's `RLOOConfig` and PPO's own keys."""
 
@@ -152,8 +164,13 @@ class Ppo(OnPolicy):
 class Rloo(OnPolicy):
     """REINFORCE leave-one-out: the other completions of a prompt are the baseline."""
 
+    baseline: Literal["leave_one_out", "group_mean", "batch_mean", "moving_average", "constant", "none"] = (
+        "leave_one_out"
+    )
+    """What is taken away from a completion's reward; `none` is plain REINFORCE. All but the first two work with one
+    completion a prompt (`trainer.num_generations: 1`)."""
     trainer: dict[str, Any] = {}
-    """TRL's `RLOOConfig`."""
+    """Our `RLOOConfig`: TRL's, and keys that PPO has too."""
 
 
 class Eval(Section):
@@ -188,6 +205,9 @@ class Recipe(Section):
     data: Data
     reward_funcs: list[RewardFunc] = Field(min_length=1)
     """The score is their weighted sum: one for ppo, rloo and eval, so that the comparison is fair."""
+    missing_eos: MissingEos | None = None
+    """For ppo and rloo alike; eval reports the plain score and `eos_rate`. None: a cut-off completion scores what the
+    reward functions say."""
     episodes: int | None = Field(default=None, gt=0)
     """Completions that each of ppo and rloo samples in training: equal budgets. None: the trainer's epochs or steps."""
     sft: Sft | None = None

@@ -13,6 +13,9 @@ from rlhf_recipes.run import eval_models
 
 SECONDS_TO_ANSWER = 5
 
+OWN_VALUE_MODELS = ("shared", "policy")
+"""Values of `ppo.value_model` that refer to the policy itself."""
+
 
 def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """Dotted key -> (reference, "model" or "dataset") of everything that a stage loads."""
@@ -20,8 +23,8 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     if stage != "compare":
         found["data.path"] = (recipe.data.path, "dataset")
     section = getattr(recipe, stage, None)
-    for key in ("model", "policy"):
-        if getattr(section, key, None) is not None:
+    for key in ("model", "policy", "value_model"):
+        if getattr(section, key, None) not in (None, *OWN_VALUE_MODELS):
             found[f"{stage}.{key}"] = (getattr(section, key), "model")
     if stage == "eval":
         found |= {f"eval.models.{name}": (reference, "model") for name, reference in eval_models(recipe).items()}

@@ -48,6 +48,9 @@ LEFT_OUT = ("clip_ratio/", "completions/", "step_time", "kl", "frac_reward_zero_
 PHASES = ("generate", "score", "forward", "update")
 """Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""
 
+TABLE_ROWS = 64
+"""Completions in each table of W&B."""
+
 STATE_FILE = "on_policy_{rank}.pt"
 """In a checkpoint, what a rank needs to go on exactly where it stopped."""
 
@@ -512,7 +515,25 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             if "train_runtime" not in logs:  # not the summary at the end
                 self._log_times(logs)
         super().log(logs, start_time)
-        self._since = time.perf_counter() if mode == "train" else self._since
+        if mode == "train" and "train_runtime" not in logs:
+            self._log_table()
+            self._since = time.perf_counter()
+
+    def _log_table(self) -> None:
+        """Completions of the last rollout as a table of W&B's, and all of its curves over episodes."""
+        if "wandb" not in self.args.report_to or self.args.log_completions:  # the latter: TRL makes a table itself
+            return
+        import wandb
+
+        if wandb.run is None:  # another process than the main one, or W&B is disabled
+            return
+        wandb.define_metric("train/*", step_metric="train/episodes")
+        names = ("step", "prompt", "completion", "advantage")
+        table = wandb.Table([*names, *self._logs["rewards"]])
+        for row in self.sampled_completions(TABLE_ROWS):
+            texts = {"prompt": str(row["prompt"]), "completion": str(row["completion"])}  # of chats, lists of messages
+            table.add_data(*((row | texts)[name] for name in names), *row["scores"].values())
+        wandb.log({"completions": table})
 
     def _derive(self, metrics: dict[str, list[float]]) -> None:
         """Add metrics that follow from other means of the same line."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import trl
 
 NEUTRAL = {
@@ -38,6 +39,9 @@ def distortions(settings: dict[str, Any]) -> list[str]:
 class OnPolicyConfig(trl.RLOOConfig):
     """Settings that PPO and RLOO share, beyond TRL's."""
 
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Trades time for GPU memory. None: where there is a GPU, as TRL does."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the first ratio differ from 1."})
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k1", metadata={"help": "Which estimate of the KL is taken from the reward; see kl.py."}
@@ -70,6 +74,11 @@ class OnPolicyConfig(trl.RLOOConfig):
     )
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu and self.bf16 is None:
+            self.bf16 = False
+        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
+            self.gradient_checkpointing = not self.use_cpu
         try:
             super().__post_init__()
         except ValueError as error:

@@ -2,8 +2,8 @@
 
     accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive
 
-Reads `data`, `reward_funcs`, `episodes` and `ppo`; writes the trained policy, its tokenizer and the value head to
-`<runs_dir>/<recipe>/ppo/`.
+Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `ppo`; writes the trained policy and its tokenizer to
+`<runs_dir>/<recipe>/ppo/`, and the value network to `value_model/` in it.
 """
 
 from rlhf_recipes.entry import stage_command
@@ -14,6 +14,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
+    from rlhf_recipes.hub import OWN_VALUE_MODELS
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
     from rlhf_recipes.reward_funcs import build_reward_funcs
@@ -22,6 +23,9 @@ def main(run: Run) -> str:
     recipe, ppo = run.recipe, run.recipe.ppo
     args = trainer_args(run, PPOConfig)
     policy = resolve_model(recipe, "ppo.policy", ppo.policy)
+    value_model = ppo.value_model
+    if value_model not in OWN_VALUE_MODELS:
+        value_model = resolve_model(recipe, "ppo.value_model", value_model)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("ppo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
@@ -29,7 +33,12 @@ def main(run: Run) -> str:
     check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("ppo.policy", policy):
         trainer = PPOTrainer(
-            model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+            model=policy,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train,
+            processing_class=tokenizer,
+            value_model=value_model,
         )
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))

@@ -18,6 +18,9 @@ OURS = {
     "seed": "seed",
     "run_name": "name",
     "reward_weights": "reward_funcs[].weight",
+    "reward_timeout": "reward_funcs[].timeout",
+    "missing_eos": "missing_eos, beside reward_funcs: it is the same for ppo and rloo",
+    "baseline": "rloo.baseline",
     "report_to": "nothing: TensorBoard is always on, W&B when you are logged in or WANDB_MODE is set",
     "disable_tqdm": "nothing: each stage has its own progress bar",
 }

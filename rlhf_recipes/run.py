@@ -31,8 +31,8 @@ PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "r
 SETTINGS = {
     "sft": ("seed", "data", "sft"),
     "reward": ("seed", "data", "reward"),
-    "ppo": ("seed", "data", "reward_funcs", "episodes", "ppo"),
-    "rloo": ("seed", "data", "reward_funcs", "episodes", "rloo"),
+    "ppo": ("seed", "data", "reward_funcs", "missing_eos", "episodes", "ppo"),
+    "rloo": ("seed", "data", "reward_funcs", "missing_eos", "episodes", "rloo"),
     "eval": ("seed", "data", "reward_funcs", "eval"),
     "compare": ("eval",),
 }

@@ -16,9 +16,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     # Ten checkpoints a run: to be killed costs a tenth of it at most.
     "sft": {"logging_steps": 10, "save_steps": 0.1},
     "reward": {"logging_steps": 10, "save_steps": 0.1},
-    # Dropout off: it would make a policy differ from itself (ratio != 1 and KL != 0 before the first step).
-    "ppo": {"disable_dropout": True, "save_steps": 0.1},
-    "rloo": {"disable_dropout": True, "save_steps": 0.1},
+    "ppo": {"save_steps": 0.1},
+    "rloo": {"save_steps": 0.1},
 }
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 
@@ -40,6 +39,9 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     }
     if run.stage in ("ppo", "rloo"):
         values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
+        values["missing_eos"] = run.recipe.missing_eos and run.recipe.missing_eos.model_dump()
+    if run.stage == "rloo":
+        values["baseline"] = run.recipe.rloo.baseline
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     os.environ.setdefault("WANDB_DIR", str(run.path))
     os.environ.setdefault("WANDB_PROJECT", "rlhf_recipes")

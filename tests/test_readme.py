@@ -28,6 +28,7 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     "accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive": None,
     "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
     "run": FEW,
+    "ppo": ["data.max_rows=1500", "episodes=32", "ppo.trainer.per_device_train_batch_size=32"],
     "rloo": ["data.max_rows=1500", "episodes=32", "rloo.trainer.per_device_train_batch_size=32"],
 }
 
@@ -72,18 +73,23 @@ def test_recipe_table_and_file_tree_are_complete():
 
 
 def test_every_metric_that_is_logged_is_explained():
-    from rlhf_recipes.on_policy import METRIC_NAMES
+    from test_on_policy import OF_PPO, OF_RLOO, SHARED  # which a test there holds to what is logged
 
-    source = (ROOT / "rlhf_recipes" / "ppo_trainer.py").read_text()
-    logged = {
-        *METRIC_NAMES.values(),
-        *re.findall(r'^ +"([a-z_]+)": [a-z]', source, flags=re.MULTILINE),
-        "explained_variance",
-        "eos_rate",
-    }
-    assert len(logged) > 15
-    for name in logged:
-        assert f"`{name}`" in README, name
+    assert len(SHARED) > 20
+    for name in SHARED | OF_PPO | OF_RLOO:
+        assert f"`{name.replace('/length', '/NAME')}`" in README, name
+
+
+@pytest.mark.slow
+def test_the_script_runs_as_it_stands(tmp_path):
+    script = re.search(r"```python\n# my_ppo.py\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert len([line for line in script.splitlines() if line]) <= 15
+    (tmp_path / "my_ppo.py").write_text(script)
+    done = run_python("my_ppo.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-ppo/model.safetensors").is_file() and (tmp_path / "my-ppo/value_model/config.json").is_file()
+    scores = [float(score) for score in re.findall(r"'score_mean': '([-.\de]+)'", done.stdout)]
+    assert len(scores) >= 2 and scores[-1] > scores[0]
 
 
 def test_module_help(tmp_path):
