@@ -29,7 +29,7 @@ from transformers import (
 )
 
 RAGGED_EOS = 0.04
-"""Probability of EOS at every token with `--ragged`: half of the completions are done after 17 tokens, 14 % after 48."""
+"""Probability of EOS at every token with `--ragged`: half of the completions end within 17 tokens, 14 % not in 48."""
 
 
 class Meter(TrainerCallback):
@@ -82,9 +82,8 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def make_config(task: SimpleNamespace, tokenizer: PreTrainedTokenizerFast, **more) -> AutoConfig:
-    return AutoConfig.for_model(
-        **task.model, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **more
-    )
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return AutoConfig.for_model(**task.model, **special, **more)
 
 
 def make_policy(task: SimpleNamespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -131,7 +131,7 @@ def operations_per_update(options: argparse.Namespace, contender: str, tokens: f
 
 
 def print_table(options: argparse.Namespace, runs: dict[str, list[dict]], sizes: dict[str, int], rate: float) -> None:
-    print(f"\nMatrix rate {rate / 1e9:.0f} GFLOP/s in the LM head's products; the limit is the arithmetic at that rate.")
+    print(f"\nMatrix rate {rate / 1e9:.0f} GFLOP/s in the LM head's products; the limit is arithmetic at that rate.")
     print("| contender | micro-batch | episodes/s | min-max | memory, GB | limit, episodes/s | reached | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for contender, results in runs.items():
@@ -174,7 +174,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=8, help="of our trainers")
     parser.add_argument("--trl-micro-batches", type=int, nargs="+", default=[32, 8], help="the fastest one is taken")
     parser.add_argument("--contenders", nargs="+", choices=(*TRLS, *OURS), default=["trl_ppo", *OURS, "trl_rloo"])
-    parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny model, one round, without TRL's side")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a tiny model, one round, without TRL's")
     trl_venv.add_venv_option(parser)
     options = parser.parse_args(arguments)
     if options.quick:
