@@ -211,21 +211,19 @@ def trl_rloo(task: SimpleNamespace, folder: str) -> dict:
 
 
 def ours_rloo(task: SimpleNamespace, folder: str) -> dict:
-    from trl import RLOOConfig
+    from rlhf_recipes import RLOOConfig, RLOOTrainer
 
-    from rlhf_recipes.rloo_trainer import RLOOTrainer
-
-    return on_policy(task, folder, RLOOTrainer, RLOOConfig, num_generations=4, disable_dropout=True)
+    return on_policy(task, folder, RLOOTrainer, RLOOConfig, num_generations=4)
 
 
 def ours_ppo_shared(task: SimpleNamespace, folder: str) -> dict:
-    from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
+    from rlhf_recipes import PPOConfig, PPOTrainer
 
     return on_policy(task, folder, PPOTrainer, PPOConfig, num_generations=1)
 
 
 def ours_ppo_separate(task: SimpleNamespace, folder: str) -> dict:
-    from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
+    from rlhf_recipes import PPOConfig, PPOTrainer
 
     return on_policy(task, folder, PPOTrainer, PPOConfig, {"value_model": "policy"}, num_generations=1)
 

@@ -50,7 +50,13 @@ def takes_position_ids(model: Any) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
-def sampled_logps(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False) -> tuple[Tensor, Tensor]:
+PLAIN = ("UnsafeViewBackward0", "ViewBackward0", "MmBackward0", "AddmmBackward0")
+"""Last operations of a linear layer: none of them needs its output for its gradient."""
+
+
+def sampled_logps(
+    logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens under logits / temperature, and the entropies of those distributions.
 
     In float32 whatever the logits' type. Besides logits and their gradient no tensor of that size is made.
@@ -60,11 +66,14 @@ def sampled_logps(logits: Tensor, tokens: Tensor, temperature: float, entropy: b
         tokens: (B, T).
         temperature: The one that completions are sampled with.
         entropy: Whether entropies are wanted; without, they are empty.
+        overwrite: Whether nobody else needs the logits: then their gradient takes their place where that can be done,
+            and a second backward pass is an error.
 
     Returns:
         Both (B, T), in nats.
     """
-    return _SampledLogps.apply(logits, tokens, temperature, entropy)
+    overwrite = overwrite and type(logits.grad_fn).__name__ in PLAIN
+    return _SampledLogps.apply(logits, tokens, temperature, entropy, overwrite)
 
 
 class _SampledLogps(torch.autograd.Function):
@@ -74,7 +83,7 @@ class _SampledLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool):
+    def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, overwrite: bool):
         logsumexp = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
         logps, entropies = torch.empty_like(logsumexp), torch.empty_like(logsumexp) if entropy else logsumexp.new_empty(0)
         for rows in rows_at_once(logits):
@@ -85,13 +94,14 @@ class _SampledLogps(torch.autograd.Function):
                 p = (z - logsumexp[rows].unsqueeze(-1)).exp_()
                 entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z)
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         return logps, entropies
 
     @staticmethod
     def backward(ctx, of_logps: Tensor, of_entropies: Tensor):
         logits, tokens, logsumexp, entropies = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        # Autograd notices that a saved tensor was written to, and would refuse a second pass.
+        gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         for rows in rows_at_once(logits):
             g = (of_logps[rows] / ctx.temperature).unsqueeze(-1)
             log_p = _scaled(logits[rows], ctx.temperature) - logsumexp[rows].unsqueeze(-1)
@@ -101,7 +111,7 @@ class _SampledLogps(torch.autograd.Function):
             else:
                 of_z = log_p.exp_().mul_(-g)
             gradient[rows] = of_z.scatter_add_(-1, tokens[rows].unsqueeze(-1), g)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def rows_at_once(logits: Tensor) -> list[slice]:

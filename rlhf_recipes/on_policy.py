@@ -385,7 +385,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         more = {"output_router_logits": True} if self.aux_loss_enabled and torch.is_grad_enabled() else {}
         with self.accelerator.autocast():
             logits, outputs = completion_logits(model, input_ids, attention_mask, length, **more)
-        logps, entropies = sampled_logps(logits, input_ids[:, -length:], self.temperature, entropy)
+        logps, entropies = sampled_logps(logits, input_ids[:, -length:], self.temperature, entropy, overwrite=True)
         return Forward(
             logps,
             entropies if entropy else None,

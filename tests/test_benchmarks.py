@@ -35,7 +35,7 @@ def arrays():
 def test_benchmark_runs_and_ends_in_json(tmp_path):
     done = run_python(
         str(ROOT / "benchmarks/ppo_vs_trl.py"),
-        *("--quick", "--threads", "1", "--contenders", "ours_ppo_shared", "ours_rloo"),
+        *("--quick", "--threads", "1", "--contenders", "ours_ppo_shared", "ours_ppo_separate", "ours_rloo"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

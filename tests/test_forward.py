@@ -60,6 +60,38 @@ def test_sampled_logps_without_entropy_and_in_chunks(monkeypatch):
     assert torch.equal(logps, again) and torch.equal(whole, logits.grad)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_overwritten_logits_give_the_same_gradients(entropy):
+    hidden = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+    tokens = torch.arange(12).view(3, 4) % 7
+    gradients = []
+    for overwrite in (False, True):
+        head = torch.nn.Linear(5, 7, bias=False)
+        torch.nn.init.constant_(head.weight, 0.3)
+        with torch.no_grad():
+            head.weight[2] = 1.0
+        logits = head(hidden)
+        logps, entropies = sampled_logps(logits, tokens, 0.7, entropy, overwrite)
+        loss = (logps * torch.arange(12).view(3, 4)).sum() + (entropies**2).sum()
+        loss.backward(retain_graph=True)
+        gradients.append(head.weight.grad.clone())
+        if overwrite:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    assert torch.equal(*gradients)
+
+
+def test_logits_that_their_own_gradient_needs_are_not_overwritten():
+    """Gemma's soft cap: the gradient of tanh is made from its output."""
+    gradients = []
+    for overwrite in (False, True):
+        hidden = torch.linspace(-2, 2, 24).view(2, 3, 4).requires_grad_()
+        logps, _ = sampled_logps(torch.tanh(hidden * 3), torch.ones(2, 3, dtype=torch.long), 1.0, overwrite=overwrite)
+        logps.sum().backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+
+
 def test_logps_of_bfloat16_logits_are_float32():
     logits = torch.randn(2, 3, 7).bfloat16().requires_grad_()
     logps, _ = sampled_logps(logits, torch.zeros(2, 3, dtype=torch.long), 1.0)
