@@ -6,10 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**21
-"""Logits that are worked on at once: what is temporary stays small, and in cache on a CPU."""
-
-
 def completion_logits(
     model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, **kwargs: Any
 ) -> tuple[Tensor, Any]:
@@ -73,26 +69,30 @@ def sampled_logps(
         Both (B, T), in nats.
     """
     overwrite = overwrite and type(logits.grad_fn).__name__ in PLAIN
-    return _SampledLogps.apply(logits, tokens, temperature, entropy, overwrite)
+    flat = logits.contiguous().view(-1, logits.size(-1)), tokens.reshape(-1, 1)
+    logps, entropies = _SampledLogps.apply(*flat, temperature, entropy, overwrite)
+    return logps.view_as(tokens), entropies.view_as(tokens) if entropy else entropies
 
 
 class _SampledLogps(torch.autograd.Function):
     """log p_y and H = -sum p log p of p = softmax(logits / temperature), with gradients by hand.
 
     d log p_y / dz_j = [j = y] - p_j   and   dH / dz_j = -p_j (log p_j + H),   z = logits / temperature.
+
+    N = B * T tokens, in the shapes of (N, vocabulary) and (N, 1).
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, overwrite: bool):
         logsumexp = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-        logps, entropies = torch.empty_like(logsumexp), torch.empty_like(logsumexp) if entropy else logsumexp.new_empty(0)
+        logps, entropies = torch.empty_like(logsumexp), torch.empty_like(logsumexp) if entropy else logsumexp[:0]
         for rows in rows_at_once(logits):
             z = _scaled(logits[rows], temperature)
-            logsumexp[rows] = torch.logsumexp(z, -1)
-            logps[rows] = z.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1) - logsumexp[rows]
+            logsumexp[rows] = torch.logsumexp(z, -1, keepdim=True)
+            logps[rows] = z.gather(-1, tokens[rows]) - logsumexp[rows]
             if entropy:
-                p = (z - logsumexp[rows].unsqueeze(-1)).exp_()
-                entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z)
+                p = (z - logsumexp[rows]).exp_()
+                entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z).unsqueeze(-1)
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
         ctx.temperature, ctx.overwrite = temperature, overwrite
         return logps, entropies
@@ -103,20 +103,30 @@ class _SampledLogps(torch.autograd.Function):
         # Autograd notices that a saved tensor was written to, and would refuse a second pass.
         gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         for rows in rows_at_once(logits):
-            g = (of_logps[rows] / ctx.temperature).unsqueeze(-1)
-            log_p = _scaled(logits[rows], ctx.temperature) - logsumexp[rows].unsqueeze(-1)
+            there = gradient[rows]
+            g = of_logps[rows] / ctx.temperature
+            log_p = torch.sub(
+                _scaled(logits[rows], ctx.temperature),
+                logsumexp[rows],
+                out=there if there.dtype == torch.float32 else None,
+            )
             if entropies.numel():
-                g_entropy = (of_entropies[rows] / ctx.temperature).unsqueeze(-1)
-                of_z = -log_p.exp() * (g + g_entropy * (log_p + entropies[rows].unsqueeze(-1)))
+                g_entropy = of_entropies[rows] / ctx.temperature
+                of_z = -log_p.exp() * (g + g_entropy * (log_p + entropies[rows]))
             else:
                 of_z = log_p.exp_().mul_(-g)
-            gradient[rows] = of_z.scatter_add_(-1, tokens[rows].unsqueeze(-1), g)
+            of_z.scatter_add_(-1, tokens[rows], g)
+            if of_z is not there:
+                there.copy_(of_z)
         return gradient, None, None, None, None
 
 
 def rows_at_once(logits: Tensor) -> list[slice]:
-    """Slices of the batch, of about `CHUNK` logits each."""
-    step = max(1, CHUNK // max(1, logits[0].numel()))
+    """Slices of the rows of (N, vocabulary) that are worked on at once.
+
+    So few that what is temporary stays small, and in a CPU's cache; on a GPU enough to keep it busy.
+    """
+    step = max(1, (2**19 if logits.device.type == "cpu" else 2**26) // logits.size(-1))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
