@@ -6,8 +6,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from rlhf_recipes.on_policy_config import distortions
-
 
 def kl_suspects(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tensor, at_start: bool) -> list[str]:
     """Causes that apply to this run, each a clause; empty when none does.
@@ -20,11 +18,9 @@ def kl_suspects(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tens
         at_start: Whether nothing was trained yet, so that policy and reference must be equal.
     """
     model, found = trainer.accelerator.unwrap_model(trainer.model), []
-    effective = trainer.generation_config.to_dict() if not trainer.use_vllm else {}
-    inherited = {k: v for k, v in model.generation_config.to_dict().items() if effective.get(k) is None}
-    if names := distortions(effective | inherited):
-        found.append(f"sampling: {', '.join(names)} draws from another distribution than the model's")
-    sampled_at = effective.get("temperature", trainer.temperature)
+    if trainer.distortions:
+        found.append(f"sampling: {', '.join(trainer.distortions)} draws from another distribution than the model's")
+    sampled_at = trainer.temperature if trainer.use_vllm else trainer.generation_config.temperature
     if sampled_at != trainer.temperature:
         found.append(f"temperature: {sampled_at} in generation, {trainer.temperature} in training")
     active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]

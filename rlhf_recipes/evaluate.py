@@ -107,10 +107,9 @@ def main(run: Run) -> str:
 
 def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float, batch_size: int) -> Samples:
     """Sample one completion for every prompt, from the unchanged distribution (no top-k, no top-p)."""
-    import torch
-
     from rlhf_recipes.forward import pad_batch
     from rlhf_recipes.models import continuation, eos_token_ids, token_ids
+    from rlhf_recipes.sampling import sample_completions
 
     ends = eos_token_ids(model, tokenizer)
     prompt_ids = [token_ids(tokenizer, prompt) for prompt in prompts]
@@ -118,19 +117,9 @@ def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float,
     for start in range(0, len(prompts), batch_size):
         part = prompt_ids[start : start + batch_size]
         ids, attention_mask, _ = pad_batch(part, [[] for _ in part], tokenizer.pad_token_id)
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                max_new_tokens=new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        completion_ids += [_until_eos(row, ends) for row in made[:, ids.size(1) :].tolist()]
+        completion_ids += sample_completions(
+            model, ids.to(model.device), attention_mask.to(model.device), new_tokens, temperature, ends
+        )
     finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
     texts = [continuation(tokenizer, p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     chat = bool(prompts) and not isinstance(prompts[0], str)
@@ -154,13 +143,6 @@ def sequence_logps(model, tokenizer, samples: Samples, temperature: float, batch
             logps, _ = sampled_logps(logits, ids[:, -mask.size(1) :], temperature)
             sums.append((logps * mask).sum(1).cpu())
     return torch.cat(sums)
-
-
-def _until_eos(ids: list[int], ends: list[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[: i + 1]
-    return ids
 
 
 def _training_length(recipe) -> int:

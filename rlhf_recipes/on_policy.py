@@ -141,10 +141,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             raise ValueError(
                 f"{type(self).__name__} trains on text only; {type(self.processing_class).__name__} is a multimodal processor."
             )
-        inherited = distortions(self.model.generation_config.to_dict() | self._sampling_settings())
-        if inherited and not args.allow_truncated_sampling:
+        if self.distortions and not args.allow_truncated_sampling:
             raise ValueError(
-                f"The model's generation_config has {', '.join(inherited)}: completions would not come from the policy's own "
+                f"The model's generation_config has {', '.join(self.distortions)}: completions would not come from the policy's own "
                 "distribution, so that ratios and KL are wrong. Take it out of generation_config.json, or set "
                 "allow_truncated_sampling=True if you mean it."
             )
@@ -170,11 +169,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def _sampling_settings(self) -> dict[str, Any]:
-        """Generation settings that the trainer itself gives; None leaves the model's own in force."""
-        if self.use_vllm:
-            return {}
-        return {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
+    @property
+    def distortions(self) -> list[str]:
+        """Generation settings in force under which tokens do not come from the policy's own distribution."""
+        if self.use_vllm:  # it takes none but the trainer's arguments
+            return distortions({name: getattr(self.args, name) for name in ("top_p", "top_k", "min_p")})
+        ours = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
+        return distortions(self.accelerator.unwrap_model(self.model).generation_config.to_dict() | ours)
 
     @property
     def _optimizer_steps(self) -> int:
@@ -212,9 +213,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         return prompt_ids, completion_ids, completions
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
-        plain = not (distortions(self._sampling_settings()) or self.args.generation_kwargs or self.args.cache_implementation)
+        special = self.distortions or self.args.generation_kwargs or self.args.cache_implementation
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # there, all processes take the same steps
-        if self.use_vllm or self.use_transformers_continuous_batching or sharded or not plain:
+        if self.use_vllm or self.use_transformers_continuous_batching or sharded or special:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         ids, attention_mask, _ = pad_batch(prompt_ids, [[]] * len(prompt_ids), self._tokenizer.pad_token_id)
         with unwrap_model_for_generation(

@@ -159,7 +159,7 @@ class PPOTrainer(OnPolicyTrainer):
         terms = policy_terms + self.args.vf_coef * value_losses
         # A mean over the tokens of the whole optimizer step: the trainer takes the mean over this process's
         # micro-batches, and over processes, which is undone here.
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes if self.model.training else 1
+        parts = self.accelerator.num_processes * (self.args.gradient_accumulation_steps if self.model.training else 1)
         loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
         if now.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * now.aux_loss
