@@ -114,6 +114,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     ):
         if args is None:
             args = self.config_class(f"{Path(model if isinstance(model, str) else 'model').name}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(args).__name__}.")
         if args.steps_per_generation % args.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation ({args.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
@@ -128,7 +130,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._since: float | None = None
         # An instance may hold other weights than its name's on the Hub: its reference is a copy of the instance.
         reference = None
-        if isinstance(model, nn.Module) and args.beta != 0.0 and peft_config is None and not is_peft_model(model):
+        adapter = peft_config is not None or is_peft_model(model)
+        if isinstance(model, nn.Module) and args.beta != 0.0 and not adapter and not args.sync_ref_model:
             reference, args.beta = copy.deepcopy(model).requires_grad_(False), 0.0
         super().__init__(
             model, self._as_reward_funcs(reward_funcs, reward_processing_classes, args), args, *more,
@@ -143,9 +146,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             )
         if self.distortions and not args.allow_truncated_sampling:
             raise ValueError(
-                f"The model's generation_config has {', '.join(self.distortions)}: completions would not come from the policy's own "
-                "distribution, so that ratios and KL are wrong. Take it out of generation_config.json, or set "
-                "allow_truncated_sampling=True if you mean it."
+                f"The model's generation_config has {', '.join(self.distortions)}: completions would not come from the "
+                "policy's own distribution, so that ratios and KL are wrong. Take it out of generation_config.json, or "
+                "set allow_truncated_sampling=True if you mean it."
             )
         if args.lr_kl_target is not None and self._optimizer_steps == 1:
             raise ValueError(

@@ -308,6 +308,13 @@ def test_the_reference_of_an_instance_is_a_copy_of_it(policy_folder, tmp_path):
         assert trainer.beta == trainer.args.beta == 0.1 and not trainer.ref_model.lm_head.weight.requires_grad
 
 
+def test_a_configuration_of_another_trainer_is_refused(policy_folder, tmp_path):
+    for config in (RLOOConfig, trl.RLOOConfig):
+        args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        with pytest.raises(TypeError, match="takes a PPOConfig"):
+            PPOTrainer(str(policy_folder), length, args)
+
+
 def test_evaluation_does_not_advance_the_training_random_numbers(policy_folder, tmp_path):
     losses = []
     for strategy in ("no", "steps"):
