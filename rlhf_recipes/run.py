@@ -229,7 +229,10 @@ class Run:
     def adopt(self, folder: Path) -> None:
         """Move the files of `folder`, complete by now, into the run folder: no half-written model ever stands there."""
         for path in sorted(folder.iterdir()):
-            path.replace(self.path / path.name)
+            target = self.path / path.name
+            if target.is_dir():  # of an attempt that was killed here; only an empty folder can be replaced
+                shutil.rmtree(target)
+            path.replace(target)
         folder.rmdir()
 
     @property

@@ -167,6 +167,9 @@ def weights(file: Path) -> dict:
 def assert_same_run(one: Path, other: Path) -> None:
     files = [path.name for path in one.glob("*.safetensors")]
     assert "model.safetensors" in files
+    if one.name == "ppo":
+        files += [f"value_model/{path.name}" for path in (one / "value_model").glob("*.safetensors")]
+        assert len(files) == 2
     for name in files:
         assert weights(one / name) == weights(other / name), name
     assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
