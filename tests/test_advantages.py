@@ -1,11 +1,23 @@
 """Advantages against brute force, by property and by hand."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_recipes.advantages import gae, masked_mean, masked_whiten, token_rewards
+from rlhf_recipes.advantages import (
+    BASELINES,
+    RunningMoments,
+    gae,
+    group_mean,
+    leave_one_out,
+    masked_mean,
+    masked_whiten,
+    token_rewards,
+)
 
 EOS_PLACES = {
     "middle": [1, 1, 1, 0, 0],
@@ -104,3 +116,42 @@ def test_masked_whiten_over_two_ranks_equals_one():
     assert torch.allclose(
         masked_whiten(*halves[0], total=lambda sums: next(answers)), masked_whiten(x, mask)[:4], atol=1e-6
     )
+
+
+def with_gaps(P=3, G=4):
+    rewards = torch.randn(P, G, generator=torch.Generator().manual_seed(4))
+    rewards[0, 1] = rewards[2, 0] = rewards[2, 2] = rewards[2, 3] = math.nan
+    return rewards
+
+
+def test_baselines_against_brute_force_with_missing_rewards():
+    rewards = with_gaps()
+    rows = rewards.tolist()
+    for name, baseline in BASELINES.items():
+        found = baseline(rewards)
+        assert found.shape == rewards.shape
+        for i, j in itertools.product(range(3), range(4)):
+            group = [r for k, r in enumerate(rows[i]) if r == r and not (name == "leave_one_out" and k == j)]
+            used = [r for row in rows for r in row if r == r] if name == "batch_mean" else group
+            if rows[i][j] == rows[i][j] and used:
+                assert found[i, j].item() == pytest.approx(sum(used) / len(used), abs=1e-6), (name, i, j)
+    assert leave_one_out(rewards)[2, 1].isnan()  # its siblings have no reward: there is no baseline
+
+
+def test_leave_one_out_is_the_mean_of_the_others_and_sums_to_zero_advantage():
+    rewards = torch.randn(5, 4, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose((rewards - leave_one_out(rewards)).sum(1), torch.zeros(5), atol=1e-5)
+    assert torch.allclose((rewards - leave_one_out(rewards)) * 3 / 4, rewards - group_mean(rewards), atol=1e-6)
+
+
+def test_running_moments_are_those_of_everything_seen():
+    moments, seen = RunningMoments(), []
+    assert (moments.mean, moments.std) == (0.0, 1.0)
+    for i, n in enumerate((1, 3, 8, 2)):
+        values = 1e3 + torch.randn(n, generator=torch.Generator().manual_seed(i))
+        seen.append(values)
+        moments.add(torch.cat([values, torch.tensor([math.nan])]))
+        everything = torch.cat(seen).double()
+        assert moments.mean == pytest.approx(everything.mean().item())
+        if i:
+            assert moments.std == pytest.approx(everything.std(correction=0).item(), rel=1e-6)
