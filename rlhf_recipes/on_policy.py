@@ -593,7 +593,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if checkpoint is None:
             return
         file = Path(checkpoint) / STATE_FILE.format(rank=self.accelerator.process_index)
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        # Of several processes on a CPU, the device is cpu:0, which torch cannot load to.
+        state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         self._state = RunState.from_dict(state["ours"])
         self.beta = self._state.beta
         self._step, self._batch = state["step"], state["batch"]

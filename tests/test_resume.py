@@ -390,39 +390,42 @@ def test_two_processes_at_one_run_are_refused(launcher):
 
 @pytest.mark.slow
 def test_two_ranks_go_on_stop_together_and_refuse_another_number(launcher):
-    """DDP on the CPU: killed, then stopped by a signal to one rank only, then finished; as a run never stopped."""
+    """DDP on the CPU: killed, then stopped by a signal to one rank only, then finished; as a run never stopped.
+
+    5 rollouts of 4 steps and of 16 completions, 3 an epoch; the checkpoints lie within rollouts.
+    """
 
     def port() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             return free.getsockname()[1]
 
-    assert launcher.finish("sft", "two-whole", ranks=2, port=port()) == 0, launcher.output("two-whole")
+    assert launcher.finish("ppo", "two-whole", ranks=2, port=port()) == 0, launcher.output("two-whole")
     name = "two"
-    ranks = launcher.start("sft", name, ranks=2, port=port())
-    launcher.wait_for_checkpoint("sft", name, ranks[0])
+    ranks = launcher.start("ppo", name, ranks=2, port=port())
+    launcher.wait_for_checkpoint("ppo", name, ranks[0])
     for process in ranks:
         process.kill()
         process.join()
-    killed_at = launcher.steps("sft", name)[-1]
-    assert launcher.finish("sft", name) == 2
+    killed_at = launcher.steps("ppo", name)[-1]
+    assert launcher.finish("ppo", name) == 2
     assert "was saved by 2 process(es), and this launch has 1" in launcher.output(name)
     # The model fits, the optimizer's state does not: only rank 0 writes it, both stop.
-    both = launcher.start("sft", name, ranks=2, port=port(), largest_file=140_000)
+    both = launcher.start("ppo", name, ranks=2, port=port(), largest_file=140_000)
     for process in both:
         process.join(60)
         assert process.exitcode == 2, launcher.output(name)
-    assert launcher.output(name).count("could not be written") == 1 and launcher.steps("sft", name)[-1] == killed_at
-    ranks = launcher.start("sft", name, ranks=2, port=port())
-    launcher.wait_for_checkpoint("sft", name, ranks[0], after=killed_at)
+    assert launcher.output(name).count("could not be written") == 1 and launcher.steps("ppo", name)[-1] == killed_at
+    ranks = launcher.start("ppo", name, ranks=2, port=port())
+    launcher.wait_for_checkpoint("ppo", name, ranks[0], after=killed_at)
     ranks[1].terminate()
     for process in ranks:
         process.join(60)
         assert process.exitcode == 143, launcher.output(name)
-    assert launcher.manifest("sft", name)["status"] == "stopped"
-    assert launcher.finish("sft", name, ranks=2, port=port()) == 0, launcher.output(name)
-    assert len(launcher.manifest("sft", name)["resumed"]) == 3
-    assert_same_run(launcher.path("sft", "two-whole"), launcher.path("sft", name))
+    assert launcher.manifest("ppo", name)["status"] == "stopped"
+    assert launcher.finish("ppo", name, ranks=2, port=port()) == 0, launcher.output(name)
+    assert len(launcher.manifest("ppo", name)["resumed"]) == 3
+    assert_same_run(launcher.path("ppo", "two-whole"), launcher.path("ppo", name))
 
 
 @pytest.mark.slow
