@@ -42,8 +42,8 @@ METRIC_NAMES = {
 }
 """TRL's name of a metric -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
 
-LEFT_OUT = ("clip_ratio/", "completions/", "step_time", "kl", "frac_reward_zero_std")
-"""Beginnings of TRL's names that say nothing which ours do not."""
+LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
+"""First parts of TRL's names that say nothing which ours do not."""
 
 PHASES = ("generate", "score", "forward", "update")
 """Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""
@@ -505,7 +505,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             elif name.startswith("rewards/"):
                 _, function, statistic = name.split("/", 2)
                 metrics[f"score/{function}" + ("" if statistic == "mean" else f"/{statistic}")] = values
-            elif not name.startswith(LEFT_OUT):
+            elif name.split("/")[0] not in LEFT_OUT:
                 metrics[name] = values
         if sums := self._state.sums.pop(mode):
             totals = self._over_ranks(torch.stack([sums[name] for name in sorted(sums)]))
@@ -603,8 +603,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             "step": self._step,
             "batch": self._batch if within else None,
             "order": self._order if within else None,
-            "logs": {k: {n: list(d) for n, d in v.items()} if isinstance(v, dict) else list(v) for k, v in self._logs.items()},
-        }  # fmt: skip
+            "logs": {
+                name: {key: [_plain(x) for x in of_key] for key, of_key in values.items()}
+                if isinstance(values, dict)
+                else list(values)
+                for name, values in self._logs.items()
+            },
+        }
         torch.save(state, Path(output_dir) / STATE_FILE.format(rank=self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -613,7 +618,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if checkpoint is None:
             return
         file = Path(checkpoint) / STATE_FILE.format(rank=self.accelerator.process_index)
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        # Of several processes on a CPU, the device is cpu:0, which torch cannot load to.
+        state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         self._state = RunState.from_dict(state["ours"])
         self.beta = self._state.beta
         self._step, self._batch = state["step"], state["batch"]
@@ -626,6 +633,12 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
                     self._logs[name][key].extend(column)
             else:
                 self._logs[name].extend(values)
+
+
+def _plain(value: Any) -> Any:
+    """A number or a text, for what a reward function logs with `log_extra`: a checkpoint is read without running code."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from rlhf_recipes.callbacks import RunCallback
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import MARKER, last_complete, mark_complete, require_processes, write_whole, writing
+from rlhf_recipes.disk import MARKER, last_complete, mark_complete, require_processes, step_of, write_whole, writing
 
 PRELOADED = [
     "trl.trainer.sft_trainer",
@@ -35,6 +35,20 @@ PRELOADED = [
 
 TIMES = ("seconds", "runtime", "per_second")
 """In names of metrics that differ from run to run."""
+
+NOISY = """
+import random
+
+import numpy as np
+
+
+def noisy(completions, log_extra, log_metric):
+    draws = np.random.random(len(completions))
+    log_extra("draw", list(draws))
+    log_metric("kl_of_mine", draws.mean())
+    return draws + random.random()
+"""
+"""A reward function that draws from the global random numbers, and logs numpy's numbers."""
 
 
 def run_stage(stage: str, arguments: list[str], cwd: Path, environment: dict[str, str], largest_file: int | None):
@@ -112,6 +126,14 @@ class Launcher:
             assert time.monotonic() < deadline, self.output(name)
             time.sleep(0.01)
 
+    def wait_for_a_save(self, stage: str, name: str, process, after: int) -> None:
+        """Until a checkpoint of a step after `after` is being written, or the process has ended."""
+        while process.is_alive():
+            for folder in self.path(stage, name).glob("checkpoint-*"):
+                if step_of(folder) > after and not (folder / MARKER).exists() and any(folder.iterdir()):
+                    return
+            time.sleep(0.001)
+
     def steps(self, stage: str, name: str) -> list[int]:
         return sorted(int(p.parent.name.split("-")[1]) for p in self.path(stage, name).glob(f"checkpoint-*/{MARKER}"))
 
@@ -122,19 +144,24 @@ def launcher(bpe_policy_folder, classifier_folder, tmp_path_factory) -> Launcher
     (folder / "imdb").mkdir()
     for split in ("train", "test"):
         write_jsonl(folder / "imdb" / f"{split}.jsonl", REVIEWS)
+    (folder / "own.py").write_text(NOISY)
     plain = "per_device_train_batch_size: 2, max_length: 32, num_train_epochs: 3, logging_steps: 4, save_steps: 3"
-    rollouts = "per_device_train_batch_size: 4, max_completion_length: 6, num_generations: 4, num_iterations: 2"
+    # 4 optimizer steps a rollout, 7 rollouts an epoch, 9 in all: neither lines nor checkpoints fall in step with them.
+    rollouts = (
+        "per_device_train_batch_size: 2, gradient_accumulation_steps: 2, steps_per_generation: 4, num_iterations: 2, "
+        "num_generations: 2, max_completion_length: 6, kl_target: 0.5, kl_horizon: 100, logging_steps: 5, save_steps: 3"
+    )
     return Launcher(
         folder,
         [
             *(f"{stage}.model={bpe_policy_folder}" for stage in ("sft", "reward")),
             *(f"{stage}.policy={bpe_policy_folder}" for stage in ("ppo", "rloo")),
             *(f"{stage}.trainer={{{plain}}}" for stage in ("sft", "reward")),
-            *(f"{stage}.trainer={{{rollouts}, save_steps: 4, learning_rate: 1e-3}}" for stage in ("ppo", "rloo")),
-            f"reward_funcs.0.args.model={classifier_folder}",
+            *(f"{stage}.trainer={{{rollouts}, learning_rate: 1e-3}}" for stage in ("ppo", "rloo")),
+            f"reward_funcs=[{{name: sentiment, args: {{model: {classifier_folder}}}}}, {{name: '{folder}/own.py:noisy'}}]",
             f"data.path={folder / 'imdb'}",
             "data.prompt_tokens=[2, 4]",
-            "episodes=60",
+            "episodes=72",
         ],
     )
 
@@ -188,8 +215,11 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
     kills, last = [], 0
     while len(kills) < 3:
         process = launcher.start(stage, name)
-        launcher.wait_for_checkpoint(stage, name, process, after=last)
-        time.sleep(random.random() * 0.1)
+        if len(kills) == 1:
+            launcher.wait_for_a_save(stage, name, process, after=last)
+        else:
+            launcher.wait_for_checkpoint(stage, name, process, after=last)
+            time.sleep(random.random() * 0.1)
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was faster
@@ -208,11 +238,13 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
     said = {line for line in launcher.output(name).splitlines() if torn not in line and line.split()[0] != stage}
     assert said <= set(launcher.output(f"{stage}-whole").splitlines())
     assert_same_run(whole, launcher.path(stage, name))
+    if stage in ("ppo", "rloo"):
+        assert all("kl_of_mine" in line for line in lines(whole / "metrics.jsonl"))
     assert [path.name for path in whole.parent.iterdir()] == [stage]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "rloo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_sigterm_saves_stops_and_the_same_command_goes_on(stage, launcher, uninterrupted):
     whole, name = uninterrupted(stage), f"{stage}-stopped"
     process = launcher.start(stage, name)
@@ -225,10 +257,9 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(stage, launcher, unint
     state = json.loads((last_complete(path) / "trainer_state.json").read_text())
     assert state["global_step"] < state["max_steps"]
     assert f"{stage:<8} stopped, the same command goes on from step {state['global_step']}" in launcher.output(name)
-    if stage == "sft":  # on-policy: exact only where a rollout ends
-        assert launcher.finish(stage, name) == 0, launcher.output(name)
-        assert launcher.manifest(stage, name)["resumed"][0]["step"] == state["global_step"]
-        assert_same_run(whole, path)
+    assert launcher.finish(stage, name) == 0, launcher.output(name)
+    assert launcher.manifest(stage, name)["resumed"][0]["step"] == state["global_step"]
+    assert_same_run(whole, path)
 
 
 @pytest.mark.slow
@@ -359,39 +390,42 @@ def test_two_processes_at_one_run_are_refused(launcher):
 
 @pytest.mark.slow
 def test_two_ranks_go_on_stop_together_and_refuse_another_number(launcher):
-    """DDP on the CPU: killed, then stopped by a signal to one rank only, then finished; as a run never stopped."""
+    """DDP on the CPU: killed, then stopped by a signal to one rank only, then finished; as a run never stopped.
+
+    5 rollouts of 4 steps and of 16 completions, 3 an epoch; the checkpoints lie within rollouts.
+    """
 
     def port() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             return free.getsockname()[1]
 
-    assert launcher.finish("sft", "two-whole", ranks=2, port=port()) == 0, launcher.output("two-whole")
+    assert launcher.finish("ppo", "two-whole", ranks=2, port=port()) == 0, launcher.output("two-whole")
     name = "two"
-    ranks = launcher.start("sft", name, ranks=2, port=port())
-    launcher.wait_for_checkpoint("sft", name, ranks[0])
+    ranks = launcher.start("ppo", name, ranks=2, port=port())
+    launcher.wait_for_checkpoint("ppo", name, ranks[0])
     for process in ranks:
         process.kill()
         process.join()
-    killed_at = launcher.steps("sft", name)[-1]
-    assert launcher.finish("sft", name) == 2
+    killed_at = launcher.steps("ppo", name)[-1]
+    assert launcher.finish("ppo", name) == 2
     assert "was saved by 2 process(es), and this launch has 1" in launcher.output(name)
     # The model fits, the optimizer's state does not: only rank 0 writes it, both stop.
-    both = launcher.start("sft", name, ranks=2, port=port(), largest_file=140_000)
+    both = launcher.start("ppo", name, ranks=2, port=port(), largest_file=140_000)
     for process in both:
         process.join(60)
         assert process.exitcode == 2, launcher.output(name)
-    assert launcher.output(name).count("could not be written") == 1 and launcher.steps("sft", name)[-1] == killed_at
-    ranks = launcher.start("sft", name, ranks=2, port=port())
-    launcher.wait_for_checkpoint("sft", name, ranks[0], after=killed_at)
+    assert launcher.output(name).count("could not be written") == 1 and launcher.steps("ppo", name)[-1] == killed_at
+    ranks = launcher.start("ppo", name, ranks=2, port=port())
+    launcher.wait_for_checkpoint("ppo", name, ranks[0], after=killed_at)
     ranks[1].terminate()
     for process in ranks:
         process.join(60)
         assert process.exitcode == 143, launcher.output(name)
-    assert launcher.manifest("sft", name)["status"] == "stopped"
-    assert launcher.finish("sft", name, ranks=2, port=port()) == 0, launcher.output(name)
-    assert len(launcher.manifest("sft", name)["resumed"]) == 3
-    assert_same_run(launcher.path("sft", "two-whole"), launcher.path("sft", name))
+    assert launcher.manifest("ppo", name)["status"] == "stopped"
+    assert launcher.finish("ppo", name, ranks=2, port=port()) == 0, launcher.output(name)
+    assert len(launcher.manifest("ppo", name)["resumed"]) == 3
+    assert_same_run(launcher.path("ppo", "two-whole"), launcher.path("ppo", name))
 
 
 @pytest.mark.slow
