@@ -130,8 +130,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._since: float | None = None
         # An instance may hold other weights than its name's on the Hub: its reference is a copy of the instance.
         reference = None
-        adapter = peft_config is not None or is_peft_model(model)
-        if isinstance(model, nn.Module) and args.beta != 0.0 and not adapter and not args.sync_ref_model:
+        whole = isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model)
+        if whole and args.beta != 0.0 and not args.sync_ref_model:
             reference, args.beta = copy.deepcopy(model).requires_grad_(False), 0.0
         super().__init__(
             model, self._as_reward_funcs(reward_funcs, reward_processing_classes, args), args, *more,
