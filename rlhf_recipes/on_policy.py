@@ -192,8 +192,10 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if self.model.training:
             self._adapt_learning_rate()
         self._rollout = Rollout()
-        output = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = self._rollout, None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:  # also when a reward function raises: the trainer may go on from a checkpoint
+            rollout, self._rollout = self._rollout, None
         output["old_per_token_logps"] = rollout.passes[0].logps
         rollout.scores = self._shape_scores(rollout)
         self._measure_kl(output, rollout)

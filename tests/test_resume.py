@@ -16,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REVIEWS, write_jsonl
 from safetensors import safe_open
+from tiny_trainers import ALGORITHMS, make
 
 from rlhf_recipes.callbacks import RunCallback
 from rlhf_recipes.config import RecipeError
@@ -452,6 +454,37 @@ def test_launchers_leave_no_orphan(launch, sent, code, status, launcher, tmp_pat
         assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
         time.sleep(0.1)
     assert manifest["status"] == status
+
+
+class FailsOnce:
+    """A reward function that draws random numbers, and raises when it is called for the `at`-th time."""
+
+    __name__ = "fails_once"
+
+    def __init__(self, at: int):
+        self.at, self.calls = at, 0
+
+    def __call__(self, completion_ids):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("no connection")
+        return [len(ids) + random.random() for ids in completion_ids]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_the_same_trainer_goes_on_after_an_error(trainer_class, policy_folder, tmp_path):
+    """As in a notebook: from within the second rollout, behind an error in the third."""
+    settings = {"num_iterations": 4, "max_steps": 12, "save_strategy": "steps", "save_steps": 3}
+    whole = make(trainer_class, policy_folder, tmp_path / "whole", FailsOnce(at=0), **settings)
+    whole.train()
+    trainer = make(trainer_class, policy_folder, tmp_path / "again", FailsOnce(at=3), **settings)
+    with pytest.raises(RecipeError, match="no connection"):
+        trainer.train()
+    assert last_complete(tmp_path / "again").name == "checkpoint-6"
+    trainer.train(resume_from_checkpoint=True)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
 
 def checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
