@@ -54,6 +54,8 @@ class Resumable:
                 raise RecipeError(f"{self.args.output_dir} holds no whole checkpoint to go on from.")
             require_processes(found, self.args.world_size)
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False  # that was at the start
         with (
             self._stop.listening(),
             expected("do not match the ones in the `trainer_state.json`"),  # save_steps: 0.1 is stored as a number

@@ -15,12 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import REVIEWS, write_jsonl
+from conftest import REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
 from safetensors import safe_open
-from tiny_trainers import ALGORITHMS, make
+from tiny_trainers import ALGORITHMS, PROMPTS, make
 
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.callbacks import RunCallback
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import MARKER, last_complete, mark_complete, require_processes, step_of, write_whole, writing
@@ -485,6 +487,49 @@ def test_the_same_trainer_goes_on_after_an_error(trainer_class, policy_folder, t
     trainer.train(resume_from_checkpoint=True)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_evaluation_workers_chats_and_logged_columns_do_not_spoil_a_resume(tmp_path):
+    """4 steps a rollout, 4 rollouts an epoch; a line only every 9 steps; an evaluation before the first and every 5."""
+
+    def reward(completions, log_extra, log_metric):
+        log_extra("words", [np.int64(len(c[0]["content"].split())) for c in completions])
+        log_metric("draw", np.random.random())
+        return [len(c[0]["content"]) + random.random() for c in completions]
+
+    tokenizer = word_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    policy = save_pair(tmp_path / "policy", causal_lm(tokenizer), tokenizer)
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    settings = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_steps": 20,
+        "logging_steps": 9,
+        "log_completions": True,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+    def train(name: str, resume: Path | None = None):
+        trainer = make(PPOTrainer, policy, tmp_path / name, reward, chats, tokenizer, eval_dataset=chats, **settings)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        lines = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in trainer.state.log_history]
+        return trainer, [{k: v for k, v in line.items() if v == v} for line in lines[:-1]]
+
+    whole, lines = train("whole")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 5, 10, 15, 20] and len(lines) == 7
+    for step in (6, 16, 18):  # within an epoch, at its end, and in the next one
+        trainer, again = train(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}")
+        assert again == lines
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, whole.model.state_dict()[name]), (step, name)
 
 
 def checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
