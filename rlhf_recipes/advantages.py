@@ -17,7 +17,7 @@ def token_rewards(scores: Tensor, per_token_kl: Tensor, mask: Tensor, beta: floa
         mask: Completion tokens, the first EOS included, (B, T).
         beta: Weight of the KL.
 
-    Source: Huang et al. 2024 (2403.17031), details 1 and 13; Ziegler et al. 2019 (1909.08593), section 2.
+    Source: Huang et al. 2024 (2403.17031); Ziegler et al. 2019 (1909.08593), section 2.
     """
     rewards = -beta * per_token_kl * mask
     last = mask.sum(1).long() - 1

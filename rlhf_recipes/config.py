@@ -139,7 +139,7 @@ class Reward(Section):
     """Training pairs to draw from texts with labels; held-out pairs: a tenth of it. None: as many as the texts give."""
     center: bool = True
     """Store the mean score of held-out texts in `scoring.json`; the reward function `reward_model` takes it away:
-    score > 0 then means better than average (Huang et al. 2024, 2403.17031, detail 8)."""
+    score > 0 then means better than average (Huang et al. 2024, 2403.17031, detail 15)."""
     trainer: dict[str, Any] = {}
     """TRL's `RewardConfig`."""
 

@@ -81,9 +81,7 @@ def main(run: Run) -> str:
             "finished": samples.finished,
         }
         scores, by_func = score_all(recipe.reward_funcs, score_funcs, **call)
-        judged, by_judge = (
-            score_all(settings.judge_funcs, judge_funcs, **call) if settings.judge_funcs else (None, {})
-        )
+        judged, by_judge = score_all(settings.judge_funcs, judge_funcs, **call) if settings.judge_funcs else (None, {})
         measured[name] = (
             _score_metrics(scores, settings.positive_threshold)
             | (

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 def completion_logits(
     model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, **kwargs: Any
 ) -> tuple[Tensor, Any]:

@@ -14,8 +14,8 @@ import torch
 import trl
 from accelerate.utils import gather_object, is_peft_model, set_seed
 from torch import Tensor, nn
-from trl.data_utils import is_conversational
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
@@ -267,7 +267,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             device=self.accelerator.device,
         ).T
         if local.isnan().all(1).any():
-            self._warn_once("no score", "No reward function applies to some completions; nothing is learned from these.")
+            self._warn_once(
+                "no score", "No reward function applies to some completions; nothing is learned from these."
+            )
         self._rollout.rewards_per_func = self.accelerator.gather(local.contiguous())
         self._rollout.finished = self.accelerator.gather(torch.tensor(finished, device=self.accelerator.device))
         self._book("score")
@@ -313,7 +315,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if not self.model.training:
             return
         state, sums = self._state, log_ratio.sum(1)
-        local = [torch.ones_like(sums).sum(), sums.sum(), sums.square().sum(), log_ratio.abs().sum(), mask.sum().float()]
+        local = [
+            torch.ones_like(sums).sum(),
+            sums.sum(),
+            sums.square().sum(),
+            log_ratio.abs().sum(),
+            mask.sum().float(),
+        ]
         n, total, squares, distance, tokens = self._over_ranks(torch.stack(local)).tolist()
         state.kl_sums = (state.kl_sums + [[n, total, squares]])[-20:]
         seen, mean, square = (sum(column) for column in zip(*state.kl_sums, strict=True))
@@ -322,7 +330,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         at_start = state.episodes == 0
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if at_start and distance / max(tokens, 1) > (1e-4 if exact else 0.05):
-            what = f"before the first step the KL to the reference is not 0: {distance / max(tokens, 1):.2g} nats a token"
+            what = (
+                f"before the first step the KL to the reference is not 0: {distance / max(tokens, 1):.2g} nats a token"
+            )
         elif not at_start and mean < -0.01 and mean < -4 * error:
             what = f"the mean KL of the last {len(state.kl_sums)} rollouts is negative: {mean:.2g} nats a completion"
         else:
@@ -376,7 +386,10 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             part = self._forward(model, input_ids[rows, columns], attention_mask[rows, columns], t, entropy=True)
             short = logits_to_keep - t
             parts.append(
-                [None if x is None else nn.functional.pad(x, (0, short)) for x in (part.logps, part.entropies, part.values)]
+                [
+                    None if x is None else nn.functional.pad(x, (0, short))
+                    for x in (part.logps, part.entropies, part.values)
+                ]
             )
         back = order.argsort()
         whole = [None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)]

@@ -20,7 +20,7 @@ from rlhf_recipes.value_model import FOLDER, ValueNetwork, copy_of_policy, load_
 class PPOConfig(OnPolicyConfig):
     """TRL's `RLOOConfig` and PPO's own settings; `epsilon` is the policy clip, `num_iterations` the epochs per rollout.
 
-    Defaults are those of Huang et al. 2024 (2403.17031), table 1, where they are not TRL's.
+    Defaults are those of Huang et al. 2024 (2403.17031) where they are not TRL's.
     """
 
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt; PPO needs no second one."})
@@ -81,7 +81,9 @@ class PPOTrainer(OnPolicyTrainer):
         if source == "policy":
             policy = self.model
             if is_peft_model(policy):  # the layers below the adapter
-                policy = create_model_from_path(get_config_model_id(policy.config), **(self.args.model_init_kwargs or {}))
+                policy = create_model_from_path(
+                    get_config_model_id(policy.config), **(self.args.model_init_kwargs or {})
+                )
             model = copy_of_policy(policy)
         else:
             model = load_value_model(source, self._tokenizer)
@@ -100,7 +102,9 @@ class PPOTrainer(OnPolicyTrainer):
         """Whether only the value network is trained as yet."""
         return self.state.global_step < self.args.value_warmup_steps
 
-    def _forward(self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False) -> Forward:
+    def _forward(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False
+    ) -> Forward:
         # The reference may be the policy without its adapter: then it has the hook, but no values of interest.
         self.value_network.active = self._rollout is None or not self._rollout.passes
         return super()._forward(model, input_ids, attention_mask, length, entropy)

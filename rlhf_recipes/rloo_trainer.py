@@ -59,7 +59,9 @@ class RLOOTrainer(OnPolicyTrainer):
         no_signal = torch.isclose(advantages, torch.zeros_like(advantages)).view(-1, generations).all(1)
         self._mean("no_signal_fraction", no_signal.float(), local=False)
         if no_signal.all():
-            self._warn_once("no signal", "All completions of each prompt have the same reward: there is nothing to learn.")
+            self._warn_once(
+                "no signal", "All completions of each prompt have the same reward: there is nothing to learn."
+            )
         self._mean("baseline_mean", baselines.nan_to_num(), (~baselines.isnan()).float(), local=False)
         return advantages
 

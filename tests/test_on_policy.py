@@ -318,7 +318,9 @@ def test_a_configuration_of_another_trainer_is_refused(policy_folder, tmp_path):
 def test_evaluation_does_not_advance_the_training_random_numbers(policy_folder, tmp_path):
     losses = []
     for strategy in ("no", "steps"):
-        more = {"eval_strategy": strategy, "eval_steps": 1, "per_device_eval_batch_size": 4} if strategy == "steps" else {}
+        more = (
+            {"eval_strategy": strategy, "eval_steps": 1, "per_device_eval_batch_size": 4} if strategy == "steps" else {}
+        )
         trainer = make(PPOTrainer, policy_folder, tmp_path, max_steps=3, eval_dataset=PROMPTS, **more)
         trainer.train()
         losses.append([line["loss"] for line in logged(trainer) if "loss" in line])
@@ -433,7 +435,9 @@ def test_beta_follows_the_kl_target(trainer_class, policy_folder, tmp_path):
         assert line["beta"] == pytest.approx(beta, rel=1e-5)
         beta = adapted_beta(beta, line["kl"], 0.5, 40, 8)
     assert trainer.beta == pytest.approx(beta, rel=1e-4) and logged(trainer)[1]["beta"] == pytest.approx(0.1 * 0.96)
-    assert max(line["kl"] for line in logged(trainer)) > 0.5 and trainer.beta > min(line["beta"] for line in logged(trainer))
+    assert max(line["kl"] for line in logged(trainer)) > 0.5 and trainer.beta > min(
+        line["beta"] for line in logged(trainer)
+    )
 
 
 def test_learning_rate_follows_the_kl_of_the_update(policy_folder, tmp_path):
@@ -568,5 +572,3 @@ def test_canary_trls_reward_is_ours_where_nothing_is_shaped(policy_folder, tmp_p
         trainer.model.transformer.wpe.weight.mul_(2.0)
     output = rollout(trainer, [p for p in PROMPTS for _ in range(2)])
     assert torch.equal(output["advantages"], theirs["a"]) and theirs["a"].abs().sum() > 0
-
-

@@ -59,7 +59,9 @@ def test_loss_by_hand(policy_folder, tmp_path):
     ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
     attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
     with torch.no_grad():
-        logits = trainer.model(ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0)).logits
+        logits = trainer.model(
+            ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0)
+        ).logits
     p = logits[:, -mask.size(1) - 1 : -1].softmax(-1)
     policy_terms, value_terms, entropies = [], [], []
     for i, t in mask.nonzero().tolist():
@@ -115,7 +117,9 @@ def test_values_do_not_depend_on_padding(value_model, policy_folder, value_folde
     alone = pad_batch([[5, 6]], [[7, 8, 9]], 0)
     among = pad_batch([[5, 6], [9] * 7], [[7, 8, 9], [5] * 6], 0)
     with torch.no_grad():
-        first, second = (trainer._forward(trainer.model, ids, mask, c.size(1)).values for ids, mask, c in (alone, among))
+        first, second = (
+            trainer._forward(trainer.model, ids, mask, c.size(1)).values for ids, mask, c in (alone, among)
+        )
     assert torch.allclose(first[0], second[0, :3], atol=1e-5)
 
 
@@ -159,7 +163,10 @@ def test_trained_once_and_saved_beside_a_plain_policy(value_model, lora, policy_
 
 def test_own_copy_starts_as_the_policy_and_then_goes_its_own_way(policy_folder, tmp_path):
     trainer = ppo(policy_folder, tmp_path, value_model="policy")
-    own, policy = dict(trainer.value_network.model.transformer.named_parameters()), dict(trainer.model.transformer.named_parameters())
+    own, policy = (
+        dict(trainer.value_network.model.transformer.named_parameters()),
+        dict(trainer.model.transformer.named_parameters()),
+    )
     assert all(torch.equal(own[name], policy[name]) and own[name] is not policy[name] for name in policy)
     assert rollout(trainer)["old_values"].abs().sum() == 0
     trainer.train()
@@ -225,7 +232,9 @@ def test_rewards_are_whitened_without_losing_their_mean(policy_folder, tmp_path)
     trainer = ppo(policy_folder, tmp_path, sum_of_ids, whiten_rewards=True, whiten_advantages=False, lam=0.9, gamma=0.8)
     output = rollout(trainer, PROMPTS * 2)
     mask = output["completion_mask"]
-    scores = torch.tensor(sum_of_ids([r[m.bool()].tolist() for r, m in zip(output["completion_ids"], mask, strict=True)]))
+    scores = torch.tensor(
+        sum_of_ids([r[m.bool()].tolist() for r, m in zip(output["completion_ids"], mask, strict=True)])
+    )
     rewards = torch.zeros_like(mask, dtype=torch.float32)
     rewards[torch.arange(len(mask)), mask.sum(1) - 1] = scores
     whitened = masked_whiten(rewards, mask, center=False)

@@ -520,7 +520,9 @@ def test_evaluation_workers_chats_and_logged_columns_do_not_spoil_a_resume(tmp_p
     def train(name: str, resume: Path | None = None):
         trainer = make(PPOTrainer, policy, tmp_path / name, reward, chats, tokenizer, eval_dataset=chats, **settings)
         trainer.train(resume_from_checkpoint=resume and str(resume))
-        lines = [{k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in trainer.state.log_history]
+        lines = [
+            {k: v for k, v in line.items() if not any(t in k for t in TIMES)} for line in trainer.state.log_history
+        ]
         return trainer, [{k: v for k, v in line.items() if v == v} for line in lines[:-1]]
 
     whole, lines = train("whole")

@@ -111,7 +111,9 @@ def test_baselines_by_hand(baseline, policy_folder, tmp_path):
     rewards = [s["scores"]["sum_of_ids"] for s in trainer.sampled_completions(16)]
     used = [BASELINE_BY_HAND[baseline](rewards, i, i // 4) for i in range(16)] if len(rewards) == 16 else None
     if used is None:  # the log holds a rollout of the configured size only
-        rewards = sum_of_ids([r[m.bool()].tolist() for r, m in zip(output["completion_ids"], output["completion_mask"], strict=True)])
+        rewards = sum_of_ids(
+            [r[m.bool()].tolist() for r, m in zip(output["completion_ids"], output["completion_mask"], strict=True)]
+        )
         used = [BASELINE_BY_HAND[baseline](rewards, i, i // 4) for i in range(16)]
     expected = [r - sum(b) / len(b) for r, b in zip(rewards, used, strict=True)]
     assert output["advantages"].tolist() == pytest.approx(expected, abs=1e-5)
