@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from rlhf_recipes.disk import append_lines, write_whole, writing
+from rlhf_recipes.disk import append_lines, step_of, write_whole, writing
 from rlhf_recipes.run import Run
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -121,6 +123,21 @@ class RunCallback(TrainerCallback):
             append_lines(self.run.path / name, lines)
 
 
+class EventsCallback(TensorBoardCallback):
+    """TensorBoard, where a run that goes on looks like one that was never stopped.
+
+    Events of steps that are coming again are left out, and so is the summary at the end, which would be there twice.
+    """
+
+    def __init__(self, run: Run):
+        later = None if run.checkpoint is None else step_of(run.checkpoint) + 1
+        super().__init__(SummaryWriter(str(run.path / "tensorboard"), purge_step=later))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "train_runtime" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
     """Cut from a jsonl file what was written after a checkpoint, half a line included; returns what is left.
 
@@ -142,8 +159,14 @@ def _finite(value: Any) -> Any:
 
 
 def attach(trainer: Any, run: Run) -> RunCallback:
-    """Give a trainer our callback in place of its own printing."""
+    """Give a trainer our callback in place of its own printing, and trackers that go on where the run goes on."""
     callback = RunCallback(run, trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
+    if run.is_main:
+        os.environ.setdefault("WANDB_RUN_ID", run.manifest["id"])
+        if run.checkpoint is not None:
+            os.environ.setdefault("WANDB_RESUME", "allow")
+        trainer.remove_callback(TensorBoardCallback)
+        trainer.add_callback(EventsCallback(run))
     return callback

@@ -651,7 +651,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
 
 def _plain(value: Any) -> Any:
-    """A number or a text, for what a reward function logs with `log_extra`: a checkpoint is read without running code."""
+    """A number or a text, of what a reward function gave to `log_extra`: a checkpoint is read without running code."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
