@@ -79,20 +79,17 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             say(f"{stage:<8} {run.seconds:5.0f} s   {line}   {run.path}")
         return 0
     except RecipeError as error:
-        if run is not None:
-            run.fail(error)
+        _fail(run, error)
         logging.getLogger(__name__).info("stopped by: %s", traceback.format_exc())
         complain(str(error))
         return USER_ERROR
     except KeyboardInterrupt as error:
-        if run is not None:
-            run.fail(error)
+        _fail(run, error)
         complain("interrupted.")
         return 130
     except SystemExit as leaving:
         if leaving.code not in (STOPPED, USER_ERROR):  # a library's
-            if run is not None:
-                run.fail(leaving)
+            _fail(run, leaving)
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
         if leaving.code == STOPPED and is_main and run is not None:
@@ -102,8 +99,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             say(f"{stage:<8} stopped, {there}   {run.path}")
         return leaving.code
     except BaseException as error:
-        if run is not None:
-            run.fail(error)
+        _fail(run, error)
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
         if run is None or not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
             raise
@@ -114,6 +110,12 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
 
 def _leave(number, frame) -> None:
     raise SystemExit(STOPPED)
+
+
+def _fail(run: Run | None, error: BaseException) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all ranks as soon as one of them has ended
+    if run is not None:
+        run.fail(error)
 
 
 def _end_with_launcher() -> None:

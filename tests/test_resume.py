@@ -27,6 +27,7 @@ from rlhf_recipes import PPOTrainer
 from rlhf_recipes.callbacks import RunCallback
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import MARKER, last_complete, mark_complete, require_processes, step_of, write_whole, writing
+from rlhf_recipes.run import Run
 
 PRELOADED = [
     "trl.trainer.sft_trainer",
@@ -484,6 +485,31 @@ def test_launchers_leave_no_orphan(launch, sent, code, status, launcher, tmp_pat
         assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
         time.sleep(0.1)
     assert manifest["status"] == status
+
+
+def fail_under_a_signal(cwd: Path, overrides: list[str]) -> None:
+    """A stage whose rank gets the launcher's SIGTERM when it is about to say in the manifest why it failed."""
+    os.chdir(cwd)
+    fail = Run.fail
+
+    def interrupted(run, error):
+        signal.raise_signal(signal.SIGTERM)
+        fail(run, error)
+
+    def main(run):
+        raise RecipeError("no reward")
+
+    Run.fail = interrupted
+    sys.exit(import_module("rlhf_recipes.entry").run_stage("sft", main, "imdb_positive", overrides, False))
+
+
+@pytest.mark.slow
+def test_the_reason_of_a_failure_is_written_although_the_launcher_ends_all_ranks(launcher, tmp_path):
+    process = launcher.processes.Process(target=fail_under_a_signal, args=(tmp_path, launcher.overrides))
+    process.start()
+    process.join(60)
+    manifest = json.loads((tmp_path / "runs" / "imdb_positive" / "sft" / "manifest.json").read_text())
+    assert process.exitcode == 2 and manifest["status"] == "failed" and "no reward" in manifest["error"]
 
 
 class FailsOnce:
