@@ -6,8 +6,8 @@ import pytest
 import trl
 from ruamel.yaml import YAML
 
+from rlhf_recipes import PPOConfig, RLOOConfig
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.ppo_trainer import PPOConfig
 from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, to_yaml
 from rlhf_recipes.trainer_fields import trainer_fields
 
@@ -145,7 +145,7 @@ def test_unknown_recipe_names_the_nearest():
 
 @pytest.mark.parametrize(
     ("stage", "config"),
-    [("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("rloo", trl.RLOOConfig), ("ppo", PPOConfig)],
+    [("sft", trl.SFTConfig), ("reward", trl.RewardConfig), ("rloo", RLOOConfig), ("ppo", PPOConfig)],
 )
 def test_fields_read_off_the_source_are_those_of_the_class(stage, config):
     assert set(trainer_fields(stage)) == {f.name for f in dataclasses.fields(config) if f.init}
