@@ -247,7 +247,7 @@ def on_policy(
         model=path,
         reward_funcs=parity,
         args=config_class(
-            **common_arguments(task, folder),
+            **common_arguments(task, folder) | {"logging_steps": task.epochs},  # a line for each update
             max_completion_length=task.new_tokens,
             num_iterations=task.epochs,
             max_steps=task.updates * task.epochs,

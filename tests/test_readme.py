@@ -26,6 +26,7 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     "source .venv/bin/activate": None,  # the tests run in that environment
     "accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive": None,  # test_pipeline, with local stand-ins
     "accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive": None,
+    "python benchmarks/ppo_vs_trl.py": None,  # test_benchmarks runs a small one
     "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
     "run": FEW,
     "ppo": ["data.max_rows=1500", "episodes=32", "ppo.trainer.per_device_train_batch_size=32"],
