@@ -41,7 +41,8 @@ class Data(Section):
     """Where rows come from and what is made of them.
 
     Rows need one of these sets of columns: `prompt` (text or chat messages; with `completion` for `sft`),
-    `text` (prompts are its first tokens; with `label` 0/1 for `reward`), or `chosen` and `rejected` for `reward`.
+    `text` (prompts are its first tokens; with `label` 0/1 for `reward`), or, for `reward`, `chosen` and `rejected`, or
+    `completion_0`, `completion_1` and `choice` (0 or 1: which of them was chosen).
     """
 
     path: str
@@ -55,20 +56,37 @@ class Data(Section):
     """Split of held-out rows. None: `eval_fraction` of the training rows is held out, by row; always the same rows."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     columns: dict[str, str] = {}
-    """Our column name -> its name in the data, such as `{text: review, label: sentiment}`."""
+    """Our column name -> its name in the data, such as `{text: review, label: sentiment}`; inside of a column, a path
+    such as `info.title` or `summaries.0.text`."""
     filter: dict[str, str | int | float | bool] = {}
     """Keep rows whose column (its name in the data) equals the value."""
     max_rows: int | None = Field(default=None, gt=0)
     """Use this many rows of each split, drawn with the recipe's seed. None: all."""
+    transform: str | None = None
+    """`module:function` or `path/to/file.py:function` of your own that makes rows of ours from a batch of the data's: it
+    takes and returns a dictionary of column name -> list. It is called before `columns` are looked for."""
     sentences: Sentences | None = None
     """None: texts stay as they are."""
+    prompt_template: str | None = None
+    """Makes `prompt` from other columns, such as `"TITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:"`."""
+    completion_prefix: str = ""
+    """Stands in front of every `completion`, `chosen` and `rejected`: a blank, where prompts end without one."""
+    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    """Longest prompt of a row's own, in tokens of the model. Longer ones are cut by `truncate`, or left out."""
+    truncate: str | None = None
+    """Column in `prompt_template` that loses its last paragraphs, as many as it takes to fit `max_prompt_tokens`."""
     prompt_tokens: Range = [2, 8]
     """Shortest and longest prompt cut from `text`, in tokens of the policy; each length is equally likely."""
+    prompt_words: Range | None = None
+    """The same in words; it takes the place of `prompt_tokens`."""
+    invalid_rows: Literal["refuse", "drop"] = "refuse"
+    """What happens when rows have an empty prompt or completion, or a pair of equal texts; `drop` says how many."""
 
     @model_validator(mode="after")
     def _ranges_ascend(self):
         for name, bounds in (
             ("prompt_tokens", self.prompt_tokens),
+            ("prompt_words", self.prompt_words),
             ("sentences.words", self.sentences and self.sentences.words),
         ):
             if bounds and not 1 <= bounds[0] <= bounds[1]:
@@ -110,14 +128,31 @@ class Scratch(Section):
     """Number of tokens at most, special tokens included."""
 
 
-class Sft(Section):
+class Trained(Section):
+    """What every stage that trains has."""
+
+    peft: dict[str, Any] | None = None
+    """peft's `LoraConfig`: trains an adapter, `{}` one with peft's defaults. None: trains all weights."""
+    quantization: dict[str, Any] | None = None
+    """transformers' `BitsAndBytesConfig`, such as `{load_in_4bit: true}`; it needs `peft`. None: weights as they are."""
+
+    @model_validator(mode="after")
+    def _adapter_on_quantized_weights(self):
+        if self.quantization is not None and self.peft is None:
+            raise ValueError("quantization: quantized weights cannot be trained; add peft, such as peft: {r: 8}")
+        return self
+
+
+class Sft(Trained):
     """Supervised fine-tuning of a language model on `prompt` + `completion`, or on `text`."""
 
     model: str | None = None
-    """Hub id or folder of the model to start from. None: `scratch` makes one."""
+    """Hub id (`name@revision` pins a branch, tag or commit) or folder to start from. None: `scratch` makes one."""
     scratch: Scratch | None = None
     labels: list[int] | None = None
     """Train only on texts with one of these labels, such as `[1]` for positive reviews. None: on all."""
+    rouge_prompts: int = Field(default=0, ge=0)
+    """Held-out prompts, of rows that have a completion, whose sampled completions are measured by ROUGE at the end."""
     trainer: dict[str, Any] = {}
     """TRL's `SFTConfig`."""
 
@@ -130,21 +165,27 @@ class Sft(Section):
         return self
 
 
-class Reward(Section):
+class Reward(Trained):
     """A reward model trained on pairs of a chosen and a rejected text."""
 
     model: str = "stage:sft"
     """Where the backbone starts from; the scalar head is new."""
+    data: Data | None = None
+    """Pairs of a data set of their own. None: the recipe's."""
+    chosen_label: Literal[0, 1] = 1
+    """Texts with this label are the chosen ones, where the data has labels instead of pairs; 0: negative ones."""
     pairs: int | None = Field(default=None, gt=0)
     """Training pairs to draw from texts with labels; held-out pairs: a tenth of it. None: as many as the texts give."""
-    center: bool = True
-    """Store the mean score of held-out texts in `scoring.json`; the reward function `reward_model` takes it away:
-    score > 0 then means better than average (Huang et al. 2024, 2403.17031, detail 15)."""
+    scale_head: bool = False
+    """Whether the new head starts as N(0, 1 / (d + 1)) for d hidden features (Huang et al. 2024, 2403.17031)."""
+    center: Literal["pairs", "reference", "none"] = "pairs"
+    """Whose mean score is stored in `scoring.json`, for the reward function `reward_model` to take away: both texts of
+    held-out pairs, or the completions of the recipe's own held-out rows (Huang et al. 2024, detail 15)."""
     trainer: dict[str, Any] = {}
     """TRL's `RewardConfig`."""
 
 
-class OnPolicy(Section):
+class OnPolicy(Trained):
     """What the stages `ppo` and `rloo` have in common."""
 
     policy: str = "stage:sft"
@@ -203,6 +244,11 @@ class Recipe(Section):
     runs_dir: str = "runs"
     """Runs are written to `<runs_dir>/<name>/<stage>/`."""
     data: Data
+    special_tokens: dict[Literal["pad_token", "eos_token"], str] = {}
+    """For tokenizers that lack one, such as `{pad_token: "[PAD]"}`; a token that is not in the vocabulary is added. A
+    tokenizer without a pad token otherwise pads with EOS, one without EOS is refused."""
+    trust_remote_code: list[str] = []
+    """Model references whose own Python code may run."""
     reward_funcs: list[RewardFunc] = Field(min_length=1)
     """The score is their weighted sum: one for ppo, rloo and eval, so that the comparison is fair."""
     missing_eos: MissingEos | None = None

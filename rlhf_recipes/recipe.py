@@ -159,7 +159,7 @@ def _merge(base: dict, top: dict) -> dict:
     return merged
 
 
-FORWARDED = ("trainer", "args", "config")
+FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are handed on as they are: there, null is a value."""
 
 
