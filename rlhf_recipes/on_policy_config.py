@@ -85,6 +85,11 @@ class OnPolicyConfig(trl.RLOOConfig):
             # TRL's last check refuses one completion per prompt, which only a baseline of siblings needs to.
             if self.needs_siblings or self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}): a rollout is a whole number of optimizer steps."
+            )
         given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given |= {"repetition_penalty": self.repetition_penalty} | (self.generation_kwargs or {})
         if given.get("temperature", self.temperature) != self.temperature:
@@ -108,6 +113,16 @@ class OnPolicyConfig(trl.RLOOConfig):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
         if self.kl_target is not None and self.beta == 0.0:
             raise ValueError("kl_target adapts beta, so beta needs a start above 0, such as 0.05.")
+        if self.lr_kl_target is not None and self.steps_per_rollout == 1:
+            raise ValueError(
+                "lr_kl_target needs more than one optimizer step a rollout (num_iterations, steps_per_generation): in "
+                "the first one the policy has not moved yet."
+            )
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between one sampling of completions and the next."""
+        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
     @property
     def needs_siblings(self) -> bool:

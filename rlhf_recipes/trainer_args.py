@@ -12,13 +12,8 @@ from transformers import TrainingArguments
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.run import Run
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    # Ten checkpoints a run: to be killed costs a tenth of it at most.
-    "sft": {"logging_steps": 10, "save_steps": 0.1},
-    "reward": {"logging_steps": 10, "save_steps": 0.1},
-    "ppo": {"save_steps": 0.1},
-    "rloo": {"save_steps": 0.1},
-}
+# Ten checkpoints a run: to be killed costs a tenth of it at most.
+DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 
 
@@ -29,7 +24,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
     given = dict(getattr(run.recipe, run.stage).trainer)
-    values = DEFAULTS[run.stage] | _for_this_machine(given) | {"save_total_limit": 2} | given
+    values = DEFAULTS | _for_this_machine(given) | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
         "seed": run.recipe.seed,
@@ -52,7 +47,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise RecipeError(f"{run.stage}.trainer: {str(error)[:500]}") from error
     if run.stage in ("ppo", "rloo"):
-        steps = _steps_per_rollout(run, args)
+        steps = args.steps_per_rollout
         if "logging_steps" not in given:
             args.logging_steps = steps  # a line for every rollout: in between there is no new score
         if run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
@@ -78,17 +73,6 @@ def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
 def effective_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _steps_per_rollout(run: Run, args: Any) -> int:
-    """Optimizer steps between one sampling of completions and the next."""
-    micro_steps = args.steps_per_generation * args.num_iterations
-    if micro_steps % args.gradient_accumulation_steps:
-        raise RecipeError(
-            f"{run.stage}.trainer: steps_per_generation ({args.steps_per_generation}) times num_iterations "
-            f"({args.num_iterations}) must be a multiple of gradient_accumulation_steps ({args.gradient_accumulation_steps})."
-        )
-    return micro_steps // args.gradient_accumulation_steps
 
 
 def _for_this_machine(given: dict[str, Any]) -> dict[str, Any]:
