@@ -1,5 +1,6 @@
 """From a recipe's `trainer:` to the trainer's own arguments: the recipe's word, then what fits this machine."""
 
+import logging
 import math
 import os
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from transformers import TrainingArguments
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.run import Run
+
+logger = logging.getLogger(__name__)
 
 # Ten checkpoints a run: to be killed costs a tenth of it at most.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
@@ -45,14 +48,37 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     try:
         args = config_class(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise RecipeError(f"{run.stage}.trainer: {str(error)[:500]}") from error
+        message = str(error)[:500]
+        about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
+        raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
     if run.stage in ("ppo", "rloo"):
-        steps = args.steps_per_rollout
         if "logging_steps" not in given:
-            args.logging_steps = steps  # a line for every rollout: in between there is no new score
-        if run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
-            args.max_steps = steps * math.ceil(run.recipe.episodes / args.generation_batch_size)
+            args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
+        if run.recipe.episodes is not None:
+            _set_budget(run, args, given)
     return args
+
+
+def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
+    """Train for the recipe's `episodes`, in whole rollouts, unless the stage's own `trainer` says for how long."""
+    episodes, of_rollout = run.recipe.episodes, args.generation_batch_size
+    if own := sorted({"max_steps", "num_train_epochs"} & given.keys()):
+        if run.is_main:
+            logger.warning(
+                "%s.trainer.%s: it counts, and not episodes (%d), so that ppo and rloo may have unequal budgets; take "
+                "one of them out.",
+                run.stage,
+                own[0],
+                episodes,
+            )
+    elif episodes < of_rollout:
+        raise RecipeError(
+            f"episodes: {episodes} is less than one rollout of {of_rollout} completions; raise it, or lower "
+            f"{run.stage}.trainer.per_device_train_batch_size ({args.per_device_train_batch_size}) or "
+            f"steps_per_generation ({args.steps_per_generation})."
+        )
+    else:
+        args.max_steps = args.steps_per_rollout * math.ceil(episodes / of_rollout)
 
 
 def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
