@@ -105,7 +105,6 @@ def main(run: Run) -> str:
 
 def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float, batch_size: int) -> Samples:
     """Sample one completion for every prompt, from the unchanged distribution (no top-k, no top-p)."""
-    from rlhf_recipes.forward import pad_batch
     from rlhf_recipes.models import continuation, eos_token_ids, token_ids
     from rlhf_recipes.sampling import sample_completions
 
@@ -114,10 +113,7 @@ def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float,
     completion_ids = []
     for start in range(0, len(prompts), batch_size):
         part = prompt_ids[start : start + batch_size]
-        ids, attention_mask, _ = pad_batch(part, [[] for _ in part], tokenizer.pad_token_id)
-        completion_ids += sample_completions(
-            model, ids.to(model.device), attention_mask.to(model.device), new_tokens, temperature, ends
-        )
+        completion_ids += sample_completions(model, part, tokenizer.pad_token_id, new_tokens, temperature, ends)
     finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
     texts = [continuation(tokenizer, p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     chat = bool(prompts) and not isinstance(prompts[0], str)

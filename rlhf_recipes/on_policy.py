@@ -22,7 +22,7 @@ from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 from rlhf_recipes.advantages import RunningMoments
 from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.diagnosis import kl_suspects
-from rlhf_recipes.forward import completion_logits, longest, pad_batch, sampled_logps
+from rlhf_recipes.forward import completion_logits, longest, sampled_logps
 from rlhf_recipes.kl import ESTIMATORS, adapted_beta, adapted_lr_factor, k3
 from rlhf_recipes.models import continuation
 from rlhf_recipes.on_policy_config import OnPolicyConfig, distortions
@@ -116,11 +116,6 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             args = self.config_class(f"{Path(model if isinstance(model, str) else 'model').name}-{self._name}")
         if not isinstance(args, self.config_class):
             raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, not {type(args).__name__}.")
-        if args.steps_per_generation % args.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation ({args.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
-                f"({args.gradient_accumulation_steps}): a rollout is a whole number of optimizer steps."
-            )
         self._state = RunState(beta=args.beta)
         self._rollout: Rollout | None = None
         self._batch: dict[str, Tensor] | None = None
@@ -150,11 +145,6 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
                 "policy's own distribution, so that ratios and KL are wrong. Take it out of generation_config.json, or "
                 "set allow_truncated_sampling=True if you mean it."
             )
-        if args.lr_kl_target is not None and self._optimizer_steps == 1:
-            raise ValueError(
-                "lr_kl_target needs more than one optimizer step a rollout (num_iterations, steps_per_generation): in "
-                "the first one the policy has not moved yet."
-            )
 
     @staticmethod
     def _as_reward_funcs(reward_funcs: Any, tokenizers: Any, args: OnPolicyConfig) -> list:
@@ -179,11 +169,6 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             return distortions({name: getattr(self.args, name) for name in ("top_p", "top_k", "min_p")})
         ours = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
         return distortions(self.accelerator.unwrap_model(self.model).generation_config.to_dict() | ours)
-
-    @property
-    def _optimizer_steps(self) -> int:
-        """Optimizer steps a rollout."""
-        return self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
 
     # Sampling and scoring
 
@@ -222,17 +207,15 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # there, all processes take the same steps
         if self.use_vllm or self.use_transformers_continuous_batching or sharded or special:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        ids, attention_mask, _ = pad_batch(prompt_ids, [[]] * len(prompt_ids), self._tokenizer.pad_token_id)
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            device = self.accelerator.device
             return sample_completions(
                 model,
-                ids.to(device),
-                attention_mask.to(device),
+                prompt_ids,
+                self._tokenizer.pad_token_id,
                 self.max_completion_length,
                 self.temperature,
                 self.eos_token_ids,
@@ -411,6 +394,35 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             getattr(outputs, "state_values", None),
             outputs.aux_loss if more else None,
         )
+
+    # What both losses are made of
+
+    def _forward_batch(self, model: Any, inputs: dict[str, Tensor], entropy: bool = False) -> Forward:
+        """One pass over a micro-batch."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        return self._forward(model, ids, attention_mask, inputs["completion_ids"].size(1), entropy)
+
+    def _clipped_losses(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Policy loss of every action, clipped, and logged; an action is a token or a whole completion.
+
+        Source: Schulman et al. 2017 (1707.06347), equation 7.
+
+        Args:
+            log_ratio: log pi - log pi_old, of any shape.
+            advantages: Of the same shape.
+            mask: Of the same shape, for the logged means; None: all actions count.
+        """
+        ratio = log_ratio.exp()
+        clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        policy_losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)
+        self._mean("policy_loss", policy_losses, mask)
+        self._mean("ratio", ratio, mask)
+        self._mean("clip_fraction", (-advantages * clipped_ratio > -advantages * ratio).float(), mask)
+        return policy_losses
+
+    def _with_aux_loss(self, loss: Tensor, now: Forward) -> Tensor:
+        return loss if now.aux_loss is None else loss + self.router_aux_loss_coef * now.aux_loss
 
     # Batches
 

@@ -35,6 +35,23 @@ def distortions(settings: dict[str, Any]) -> list[str]:
     return [f"{name}={settings[name]}" for name in NEUTRAL if settings.get(name) not in NEUTRAL[name]]
 
 
+POSITIVE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_generations",
+    "num_iterations",
+    "max_completion_length",
+    "temperature",
+    "kl_target",
+    "kl_horizon",
+    "lr_kl_target",
+    "reward_timeout",
+)
+"""Settings that must be above 0 where they are given: TRL would divide by them, or train on nothing."""
+
+
 @dataclass
 class OnPolicyConfig(trl.RLOOConfig):
     """Settings that PPO and RLOO share, beyond TRL's."""
@@ -74,6 +91,14 @@ class OnPolicyConfig(trl.RLOOConfig):
     )
 
     def __post_init__(self):
+        for name in POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
+        if self.num_generations == 1 and self.needs_siblings:
+            raise ValueError(
+                "num_generations is 1, but the baseline is made of a prompt's other completions: take at least 2 "
+                "generations, or another baseline (in a recipe: rloo.baseline), such as moving_average."
+            )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False
@@ -82,9 +107,14 @@ class OnPolicyConfig(trl.RLOOConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            # TRL's last check refuses one completion per prompt, which only a baseline of siblings needs to.
-            if self.needs_siblings or self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
+            # TRL's last check refuses one completion per prompt, whatever the baseline.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise ValueError(self._explained(str(error))) from error
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}): a rollout is a whole number of optimizer steps."
+            )
         given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given |= {"repetition_penalty": self.repetition_penalty} | (self.generation_kwargs or {})
         if given.get("temperature", self.temperature) != self.temperature:
@@ -103,11 +133,35 @@ class OnPolicyConfig(trl.RLOOConfig):
                 raise ValueError(
                     f"missing_eos must be {{'mode': 'replace' or 'subtract', 'value': number}}, not {self.missing_eos}."
                 )
-        for name in ("kl_target", "kl_horizon", "lr_kl_target", "reward_timeout"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
         if self.kl_target is not None and self.beta == 0.0:
             raise ValueError("kl_target adapts beta, so beta needs a start above 0, such as 0.05.")
+        if self.lr_kl_target is not None and self.steps_per_rollout == 1:
+            raise ValueError(
+                "lr_kl_target needs more than one optimizer step a rollout (num_iterations, steps_per_generation): in "
+                "the first one the policy has not moved yet."
+            )
+
+    def _explained(self, message: str) -> str:
+        """TRL's message; with the settings behind it, if it is on a batch that cannot be divided."""
+        if "must be divisible by the global batch size" in message:
+            return (
+                f"generation_batch_size ({self.generation_batch_size}) must be divisible by "
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) x processes ({self.world_size}); "
+                "change one of them."
+            )
+        if "must be divisible by num_generations" in message:
+            return (
+                f"num_generations ({self.num_generations}): the {self.generation_batch_size} completions of a rollout "
+                f"are not divisible by it; they are per_device_train_batch_size ({self.per_device_train_batch_size}) x "
+                f"steps_per_generation ({self.steps_per_generation}) x processes ({self.world_size}), so change one of "
+                "these."
+            )
+        return message
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between one sampling of completions and the next."""
+        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
     @property
     def needs_siblings(self) -> bool:

@@ -137,21 +137,12 @@ class PPOTrainer(OnPolicyTrainer):
                 metrics["explained_variance"] = [1 - of_errors / of_returns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        mask = inputs["loss_mask"]
         self.value_network.detached = self.warming_up
-        now = self._forward(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            mask.size(1),
-            entropy=self.args.ent_coef != 0.0,
-        )
-        advantages, returns, old_values = inputs["advantages"], inputs["returns"], inputs["old_values"]
+        now = self._forward_batch(model, inputs, entropy=self.args.ent_coef != 0.0)
+        mask, returns, old_values = inputs["loss_mask"], inputs["returns"], inputs["old_values"]
 
         log_ratio = (now.logps - inputs["old_per_token_logps"]) * mask
-        ratio = log_ratio.exp()
-        clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        policy_losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)
+        policy_losses = self._clipped_losses(log_ratio, inputs["advantages"], mask)
 
         clip = self.args.cliprange_value
         clipped_values = old_values + (now.values - old_values).clamp(-clip, clip)
@@ -165,16 +156,11 @@ class PPOTrainer(OnPolicyTrainer):
         # micro-batches, and over processes, which is undone here.
         parts = self.accelerator.num_processes * (self.args.gradient_accumulation_steps if self.model.training else 1)
         loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
-        if now.aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * now.aux_loss
 
-        self._mean("policy_loss", policy_losses, mask)
         self._mean("value_loss", value_losses, mask)
-        self._mean("ratio", ratio, mask)
-        self._mean("clip_fraction", (-advantages * clipped_ratio > -advantages * ratio).float(), mask)
         self._mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
         self._log_update(log_ratio, mask)
-        return loss
+        return self._with_aux_loss(loss, now)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

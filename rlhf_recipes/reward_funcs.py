@@ -227,7 +227,8 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     Each has a `__name__` of its own, under which TRL logs it.
 
     Raises:
-        RecipeError: Unknown name, wrong argument, or a model that cannot be loaded.
+        RecipeError: Unknown name, wrong argument, or a model that cannot be loaded. A key `reward_funcs` at the
+            beginning of a factory's message becomes that of the list's entry, such as `reward_funcs.0`.
         RewardError: Raised by the functions themselves, when called, with the function's name and the sample.
     """
     built, names = [], []
@@ -243,7 +244,13 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         names.append(name)
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
-        built.append(checked(_bind(spec, found, args), name, may_skip=len(specs) > 1, timeout=spec.timeout))
+        try:
+            function = _bind(spec, found, args)
+        except RecipeError as error:  # it cannot know its place in the list
+            message = str(error)
+            where = "" if message.startswith("reward_funcs") else ": "
+            raise RecipeError(f"{key}.{i}{where}{message.removeprefix('reward_funcs')}") from error
+        built.append(checked(function, name, may_skip=len(specs) > 1, timeout=spec.timeout))
     return built
 
 
@@ -446,5 +453,5 @@ def _label_index(model: str, config: Any, label: str | int) -> int:
     if str(label).lower() in by_name:
         return by_name[str(label).lower()]
     raise RecipeError(
-        f"reward_funcs: sentiment: {model} has no label {label!r}; it has: {', '.join(map(str, config.id2label.values()))}."
+        f"reward_funcs.args.label: {model} has no label {label!r}; it has: {', '.join(map(str, config.id2label.values()))}."
     )

@@ -78,22 +78,9 @@ class RLOOTrainer(OnPolicyTrainer):
         return torch.full_like(rewards, self.args.baseline_value if self.args.baseline == "constant" else 0.0)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        mask, advantages = inputs["completion_mask"], inputs["advantages"]
-        now = self._forward(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], mask], dim=1),
-            mask.size(1),
-        )
-        ratio = ((now.logps * mask).sum(1) - inputs["old_logps"]).exp()
-        clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        policy_losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)
-        loss = policy_losses.mean()
-        if now.aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * now.aux_loss
-
-        self._mean("policy_loss", policy_losses)
-        self._mean("ratio", ratio)
-        self._mean("clip_fraction", (-advantages * clipped_ratio > -advantages * ratio).float())
+        mask = inputs["completion_mask"]
+        now = self._forward_batch(model, inputs)
+        log_ratio = (now.logps * mask).sum(1) - inputs["old_logps"]
+        loss = self._clipped_losses(log_ratio, inputs["advantages"]).mean()
         self._log_update((now.logps - inputs["old_per_token_logps"]) * mask, mask)
-        return loss
+        return self._with_aux_loss(loss, now)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.forward import rows_at_once, takes_position_ids
+from rlhf_recipes.forward import pad_batch, rows_at_once, takes_position_ids
 
 
 @torch.no_grad()
 def sample_completions(
     model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    prompt_ids: list[list[int]],
+    pad_token_id: int,
     max_new_tokens: int,
     temperature: float,
     eos_token_ids: list[int],
@@ -25,8 +25,8 @@ def sample_completions(
 
     Args:
         model: The model itself, not wrapped for training.
-        input_ids: Left-padded prompts, (B, P).
-        attention_mask: (B, P).
+        prompt_ids: Token ids of B prompts.
+        pad_token_id: What shorter prompts are padded with, on the left.
         max_new_tokens: Length at which a completion is cut off.
         temperature: Above 0.
         eos_token_ids: Tokens that end a completion.
@@ -34,6 +34,8 @@ def sample_completions(
     Returns:
         B lists of token ids; the last one is EOS unless the completion was cut off.
     """
+    padded = pad_batch(prompt_ids, [[]] * len(prompt_ids), pad_token_id)
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in padded[:2])
     ends = torch.tensor(eos_token_ids, device=input_ids.device)
     sampled = torch.full((len(input_ids), max_new_tokens), -1, device=input_ids.device)
     rows = torch.arange(len(input_ids), device=input_ids.device)

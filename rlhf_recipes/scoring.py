@@ -142,8 +142,8 @@ def reader(
     scoring = stored or assumed_scoring(classifier, tokenizer)
     if classifier.config.num_labels != 1:
         raise RecipeError(
-            f"reward_funcs: reward_model: {model} has {classifier.config.num_labels} labels, a reward model has one; "
-            "use name: sentiment with one of its labels."
+            f"reward_funcs.name: reward_model: {model} has {classifier.config.num_labels} labels, a reward model has "
+            "one; use sentiment with one of its labels."
         )
     if stored:
         _check_tokenizer(model, stored, tokenizer)

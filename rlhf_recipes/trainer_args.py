@@ -1,5 +1,6 @@
 """From a recipe's `trainer:` to the trainer's own arguments: the recipe's word, then what fits this machine."""
 
+import logging
 import math
 import os
 from importlib.util import find_spec
@@ -12,13 +13,10 @@ from transformers import TrainingArguments
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.run import Run
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    # Ten checkpoints a run: to be killed costs a tenth of it at most.
-    "sft": {"logging_steps": 10, "save_steps": 0.1},
-    "reward": {"logging_steps": 10, "save_steps": 0.1},
-    "ppo": {"save_steps": 0.1},
-    "rloo": {"save_steps": 0.1},
-}
+logger = logging.getLogger(__name__)
+
+# Ten checkpoints a run: to be killed costs a tenth of it at most.
+DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 
 
@@ -29,7 +27,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
     given = dict(getattr(run.recipe, run.stage).trainer)
-    values = DEFAULTS[run.stage] | _for_this_machine(given) | {"save_total_limit": 2} | given
+    values = DEFAULTS | _for_this_machine(given) | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
         "seed": run.recipe.seed,
@@ -50,14 +48,37 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     try:
         args = config_class(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise RecipeError(f"{run.stage}.trainer: {str(error)[:500]}") from error
+        message = str(error)[:500]
+        about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
+        raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
     if run.stage in ("ppo", "rloo"):
-        steps = _steps_per_rollout(run, args)
         if "logging_steps" not in given:
-            args.logging_steps = steps  # a line for every rollout: in between there is no new score
-        if run.recipe.episodes is not None and not {"max_steps", "num_train_epochs"} & given.keys():
-            args.max_steps = steps * math.ceil(run.recipe.episodes / args.generation_batch_size)
+            args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
+        if run.recipe.episodes is not None:
+            _set_budget(run, args, given)
     return args
+
+
+def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
+    """Train for the recipe's `episodes`, in whole rollouts, unless the stage's own `trainer` says for how long."""
+    episodes, of_rollout = run.recipe.episodes, args.generation_batch_size
+    if own := sorted({"max_steps", "num_train_epochs"} & given.keys()):
+        if run.is_main:
+            logger.warning(
+                "%s.trainer.%s: it counts, and not episodes (%d), so that ppo and rloo may have unequal budgets; take "
+                "one of them out.",
+                run.stage,
+                own[0],
+                episodes,
+            )
+    elif episodes < of_rollout:
+        raise RecipeError(
+            f"episodes: {episodes} is less than one rollout of {of_rollout} completions; raise it, or lower "
+            f"{run.stage}.trainer.per_device_train_batch_size ({args.per_device_train_batch_size}) or "
+            f"steps_per_generation ({args.steps_per_generation})."
+        )
+    else:
+        args.max_steps = args.steps_per_rollout * math.ceil(episodes / of_rollout)
 
 
 def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
@@ -78,17 +99,6 @@ def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
 def effective_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _steps_per_rollout(run: Run, args: Any) -> int:
-    """Optimizer steps between one sampling of completions and the next."""
-    micro_steps = args.steps_per_generation * args.num_iterations
-    if micro_steps % args.gradient_accumulation_steps:
-        raise RecipeError(
-            f"{run.stage}.trainer: steps_per_generation ({args.steps_per_generation}) times num_iterations "
-            f"({args.num_iterations}) must be a multiple of gradient_accumulation_steps ({args.gradient_accumulation_steps})."
-        )
-    return micro_steps // args.gradient_accumulation_steps
 
 
 def _for_this_machine(given: dict[str, Any]) -> dict[str, Any]:

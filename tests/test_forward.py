@@ -126,5 +126,4 @@ def test_completions_that_leave_the_batch_change_nothing_for_the_others(architec
         first = next((i for i, token in enumerate(row) if token in ends), len(row))
         expected.append(row[: first + 1])
     assert len({len(row) for row in expected}) > 1
-    ids, mask, _ = pad_batch(prompts, [[]] * len(prompts), tokenizer.pad_token_id)
-    assert sample_completions(model, ids, mask, 12, 1e-4, ends) == expected
+    assert sample_completions(model, prompts, tokenizer.pad_token_id, 12, 1e-4, ends) == expected

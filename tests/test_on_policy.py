@@ -6,13 +6,16 @@ import logging
 import pytest
 import torch
 import trl
-from conftest import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
+from conftest import REVIEWS, bpe_tokenizer, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 from peft import LoraConfig, get_peft_model
 from tiny_trainers import ALGORITHMS, PROMPTS, length, make, micro_batches, rollout, sum_of_ids, train_on
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.kl import adapted_beta
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.run import Run
+from rlhf_recipes.trainer_args import trainer_args
 
 SHARED = {
     "score_mean", "score_std", "score/length", "reward_mean", "kl", "kl_per_token", "kl_k3", "kl_k3_per_token", "beta",
@@ -522,6 +525,113 @@ def test_a_negative_mean_kl_is_explained_once(policy_folder, tmp_path, caplog):
     trainer._state.episodes = 8
     text = warnings_of(trainer, caplog, steps=4)
     assert text.count("is negative") == 1 and "sampling: top_k=1" in text
+
+
+# Settings that cannot be
+
+
+@pytest.mark.parametrize("config_class", [PPOConfig, RLOOConfig])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_generations": 0}, "num_generations must be positive, not 0"),
+        ({"max_completion_length": -1}, "max_completion_length must be positive, not -1"),
+        ({"num_iterations": 0}, "num_iterations must be positive, not 0"),
+        ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        (
+            {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_generations": 3},
+            r"num_generations \(3\): the 8 completions .* not divisible .* per_device_train_batch_size \(4\) x "
+            r"steps_per_generation \(2\) x processes \(1\)",
+        ),
+        (
+            {"per_device_train_batch_size": 4, "generation_batch_size": 12, "num_generations": 5},
+            r"num_generations \(5\): the 12 completions .* x steps_per_generation \(3\) x processes \(1\)",
+        ),
+        (
+            {"per_device_train_batch_size": 8, "generation_batch_size": 12},
+            r"generation_batch_size \(12\) must be divisible by per_device_train_batch_size \(8\) x processes \(1\)",
+        ),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, r"steps_per_generation \(3\) must be a mult"),
+        ({"lr_kl_target": 0.1}, "lr_kl_target needs more than one optimizer step"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused_with_their_numbers(config_class, settings, expected):
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        config_class("x", use_cpu=True, bf16=False, **{"num_generations": 2} | settings)
+
+
+def test_trls_other_refusals_are_passed_on():
+    with pytest.raises(ValueError, match="can not be both configured"):
+        RLOOConfig("x", use_cpu=True, bf16=False, generation_batch_size=8, steps_per_generation=1)
+
+
+def args_of(stage, tmp_path, *overrides):
+    run = Run(load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *overrides]), stage)
+    return trainer_args(run, {"ppo": PPOConfig, "rloo": RLOOConfig}[stage])
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+def test_a_recipes_episodes_are_whole_rollouts(stage, tmp_path, caplog):
+    """imdb_tiny: 64 completions a rollout, two optimizer steps each."""
+    for episodes, steps in ((64, 2), (65, 4), (640, 20)):
+        args = args_of(stage, tmp_path, f"episodes={episodes}")
+        assert (args.max_steps, args.logging_steps) == (steps, 2)
+    with pytest.raises(RecipeError, match=rf"^episodes: 63 is less .* of 64 .*{stage}.trainer.per_device_train_batch"):
+        args_of(stage, tmp_path, "episodes=63")
+    assert not caplog.records
+
+
+def test_a_stages_own_budget_counts_and_is_warned_of(tmp_path, caplog):
+    for key in ("max_steps=3", "num_train_epochs=2"):
+        caplog.clear()
+        args = args_of("rloo", tmp_path, f"rloo.trainer.{key}", "episodes=64")
+        assert f"{key.split('=')[0]}={getattr(args, key.split('=')[0])}" == key
+        assert f"rloo.trainer.{key.split('=')[0]}: it counts, and not episodes (64)" in caplog.text
+
+
+def test_a_refused_setting_is_named_by_its_key(tmp_path):
+    for override, expected in (
+        ("rloo.trainer.num_generations=1", "rloo.trainer.num_generations is 1, .* rloo.baseline"),
+        ("rloo.trainer.top_k=5", "rloo.trainer: top_k=5: completions"),
+    ):
+        with pytest.raises(RecipeError, match=f"^{expected}"):
+            args_of("rloo", tmp_path, override)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "override", "expected"),
+    [
+        ("rloo", "rloo.trainer.num_generations=1", "rloo.trainer.num_generations is 1, "),
+        ("ppo", "ppo.trainer.num_generations=5", "ppo.trainer.num_generations (5): the 64 completions of a rollout"),
+        ("rloo", "rloo.trainer.generation_batch_size=65", "rloo.trainer.generation_batch_size (65) must be divisible"),
+        ("ppo", "ppo.trainer.max_completion_length=0", "ppo.trainer.max_completion_length must be positive, not 0"),
+        ("rloo", "episodes=63", "episodes: 63 is less than one rollout of 64 completions"),
+        (
+            "rloo",
+            "reward_funcs=[{{name: length}}, {{name: sentiment, args: {{model: '{classifier}', label: HAPPY}}}}]",
+            "reward_funcs.1.args.label: {classifier} has no label 'HAPPY'; it has: NEGATIVE, POSITIVE",
+        ),
+        (
+            "ppo",
+            "reward_funcs=[{{name: reward_model, args: {{model: '{classifier}'}}}}]",
+            "reward_funcs.0.name: reward_model: {classifier} has 2 labels",
+        ),
+    ],
+)
+def test_mistakes_are_found_before_the_policy_is_loaded(stage, override, expected, classifier_folder, tmp_path):
+    """The policy is a folder that cannot be loaded: whoever tries to fails with another message."""
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    data = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
+    overrides = [f"{stage}.policy={tmp_path / 'policy'}", override.format(classifier=classifier_folder)]
+    done = run_python(
+        "-m", f"rlhf_recipes.{stage}", "--recipe", "imdb_tiny", f"data.path={data}", *overrides, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = done.stderr.splitlines()[-1]  # libraries may have warned of something before
+    assert message.startswith("error: " + expected.format(classifier=classifier_folder)), done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
 
 
 # Canaries

@@ -335,7 +335,7 @@ def test_wandb_offline_writes_a_run_and_asks_nothing(stand_ins, tmp_path):
         (["ppo", "imdb_tiny", "ppo.trainer.learning_rate=fast"], "ppo.trainer.learning_rate"),
         (
             ["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=1"],
-            "rloo.trainer: ",
+            "rloo.trainer.num_generations is 1",
         ),
         (["rloo", "imdb_tiny", "rloo.policy=package:rlhf_recipes/base", "rloo.trainer.num_generations=5"], "divisible"),
         (["show", "imdb_tiny", "extends=x"], "extends"),

@@ -141,6 +141,20 @@ def test_a_classifier_with_two_labels_is_no_reward_model(classifier_folder):
         values({"name": "reward_model", "args": {"model": str(classifier_folder)}})
 
 
+@pytest.mark.parametrize("key", ["reward_funcs", "eval.judge_funcs"])
+def test_what_is_wrong_with_a_model_names_its_key(key, classifier_folder):
+    model = {"model": str(classifier_folder)}
+    for spec, expected in (
+        ({"name": "sentiment", "args": model | {"label": 2}}, "1.args.label: .* has no label 2; it has: NEGATIVE, POS"),
+        ({"name": "reward_model", "args": model}, "1.name: reward_model: .* has 2 labels"),
+        ({"name": "sentiment", "args": {"model": "no/model"}}, "1: sentiment: model: no/model cannot be used"),
+        ({"name": "regex", "args": {"pattern": "("}}, "1: regex: '\\(' is no regular expression"),
+    ):
+        made = recipe({"name": "length"}, spec)
+        with pytest.raises(RecipeError, match=f"^{re.escape(key)}.{expected}"):
+            build_reward_funcs(made, made.reward_funcs, key)
+
+
 def test_chat_messages_are_scored_by_their_contents():
     chat = call(
         prompts=[[{"role": "user", "content": "a b"}]],
