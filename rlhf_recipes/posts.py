@@ -1,0 +1,59 @@
+"""Posts with summaries and comparisons, made of film reviews: small stand-ins for TL;DR, for recipe tldr_tiny.
+
+A review's sentences of 4 to 14 common words, lower case, are taken; the first six of them, where there are three or more.
+The one that shares most words of content with the others is the **summary** and leaves the rest, which is the **post**,
+in paragraphs of two sentences; its **title** is the post's first four words. So a summary is a sentence that a person
+wrote about the same film, but nobody wrote it as a summary: what a model learns here says that the code works, no more.
+
+In a comparison the post's own summary is **chosen** over that of another review which is as long or nearly so; which of
+the two comes first is decided by a checksum of the post. Its columns lie as in openai/summarize_from_feedback.
+
+Used by `data.transform: rlhf_recipes.posts:posts` and `reward.data.transform: rlhf_recipes.posts:comparisons`; both take
+reviews in a column `text`, and make the same of the same reviews.
+"""
+
+import zlib
+
+from rlhf_recipes.data import common_words, whole_sentences
+
+COMMON = 1500
+"""Number of most common words that sentences may consist of, counted over a batch of reviews."""
+
+CONTENT = 100
+"""Words more common than this one say nothing about what a sentence is about."""
+
+
+def posts(batch: dict[str, list]) -> dict[str, list]:
+    """Columns `subreddit`, `title`, `post` and `summary`."""
+    made = {"subreddit": [], "title": [], "post": [], "summary": []}
+    common, empty = (common_words(batch["text"], size) for size in (COMMON, CONTENT))
+    for text in batch["text"]:
+        sentences = [words for words in whole_sentences(text) if 4 <= len(words) <= 14 and common.issuperset(words)][:6]
+        if len(sentences) < 3:
+            continue
+        content = [set(words) - empty for words in sentences]
+        shared = [sum(len(own & other) for other in content) - len(own) for own in content]
+        summary = " ".join(sentences.pop(shared.index(max(shared))))
+        lines = [" ".join(words) for words in sentences]
+        made["subreddit"].append("movies")
+        made["title"].append(" ".join(lines[0].split()[:4]))
+        made["post"].append("\n".join(" ".join(lines[i : i + 2]) for i in range(0, len(lines), 2)))
+        made["summary"].append(summary)
+    return made
+
+
+def comparisons(batch: dict[str, list]) -> dict[str, list]:
+    """Columns `info` (with `subreddit`, `title`, `post`), `summaries` (two, each with `text`, which begins with a blank) and `choice`."""
+    made = {"info": [], "summaries": [], "choice": []}
+    columns = posts(batch)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows.sort(key=lambda row: (len(row["summary"].split()), row["summary"], row["post"]))
+    for row, other in zip(rows, rows[1:] + rows[-2:-1], strict=True):  # the next in length; the last has the one before
+        if row["summary"] == other["summary"]:
+            continue
+        choice = zlib.crc32(row["post"].encode()) % 2
+        pair = [{"text": " " + row["summary"]}, {"text": " " + other["summary"]}]
+        made["info"].append({name: row[name] for name in ("subreddit", "title", "post")})
+        made["summaries"].append(pair[::-1] if choice else pair)
+        made["choice"].append(choice)
+    return made
