@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File name ending -> the `datasets` builder that reads it."""
 
+PARQUET = "refs/convert/parquet"
+"""Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
+
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
 _TITLE = re.compile(r"\b(mr|mrs|ms|dr|st|vs)\.")
@@ -162,16 +165,21 @@ def _load(data: Data, key: str):
 
     path = locate_data(f"{key}.path", data.path)
     try:
+        if path is None and data.revision == PARQUET:  # there, a configuration is a folder
+            return load_dataset(data.path, data_dir=data.config, revision=data.revision)
         if path is None:
             return load_dataset(data.path, data.config, revision=data.revision)
         if path.is_file():
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             return load_from_disk(str(path))
-        return load_dataset(str(path), data.config)
+        # Only a README, as in a copy of a Hub data set, gives a folder configurations.
+        return load_dataset(str(path), data.config if (path / "README.md").is_file() else None)
     except Exception as error:  # datasets raises many types, for unreadable files as for unknown ids
         cause = error.__cause__ or error
         what = "empty or unreadable" if path is not None else "not to be had"
+        if "scripts are no longer supported" in str(cause):
+            what = f"a script, which `datasets` does not run; {key}.revision={PARQUET} is the Hub's copy of its rows"
         raise RecipeError(f"{key}.path: {data.path} is {what} ({type(cause).__name__}: {str(cause)[:300]}).") from error
 
 

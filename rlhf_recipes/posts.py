@@ -1,9 +1,9 @@
 """Posts with summaries and comparisons, made of film reviews: small stand-ins for TL;DR, for recipe tldr_tiny.
 
-A review's sentences of 4 to 14 common words, lower case, are taken; the first six of them, where there are three or more.
-The one that shares most words of content with the others is the **summary** and leaves the rest, which is the **post**,
-in paragraphs of two sentences; its **title** is the post's first four words. So a summary is a sentence that a person
-wrote about the same film, but nobody wrote it as a summary: what a model learns here says that the code works, no more.
+Of a review's sentences, in lower case, those of 5 to 16 common words are taken: the first six, if there are three. The
+one that shares most words of five letters and more with the others is the **summary**; the others are the **post**, in
+paragraphs of two, whose first four words are its **title**. So a summary is a sentence that a person wrote about the
+same film, but not as a summary: what a model learns here says that the code works, no more.
 
 In a comparison the post's own summary is **chosen** over that of another review which is as long or nearly so; which of
 the two comes first is decided by a checksum of the post. Its columns lie as in openai/summarize_from_feedback.
@@ -16,22 +16,19 @@ import zlib
 
 from rlhf_recipes.data import common_words, whole_sentences
 
-COMMON = 1500
-"""Number of most common words that sentences may consist of, counted over a batch of reviews."""
-
-CONTENT = 100
-"""Words more common than this one say nothing about what a sentence is about."""
+COMMON = 2500
+"""Sentences may consist of this many most common words and marks of a batch of reviews."""
 
 
 def posts(batch: dict[str, list]) -> dict[str, list]:
     """Columns `subreddit`, `title`, `post` and `summary`."""
     made = {"subreddit": [], "title": [], "post": [], "summary": []}
-    common, empty = (common_words(batch["text"], size) for size in (COMMON, CONTENT))
+    common = common_words(batch["text"], COMMON)
     for text in batch["text"]:
-        sentences = [words for words in whole_sentences(text) if 4 <= len(words) <= 14 and common.issuperset(words)][:6]
+        sentences = [words for words in whole_sentences(text) if 5 <= len(words) <= 16 and common.issuperset(words)][:6]
         if len(sentences) < 3:
             continue
-        content = [set(words) - empty for words in sentences]
+        content = [{word for word in words if len(word) >= 5} for words in sentences]
         shared = [sum(len(own & other) for other in content) - len(own) for own in content]
         summary = " ".join(sentences.pop(shared.index(max(shared))))
         lines = [" ".join(words) for words in sentences]
@@ -43,12 +40,13 @@ def posts(batch: dict[str, list]) -> dict[str, list]:
 
 
 def comparisons(batch: dict[str, list]) -> dict[str, list]:
-    """Columns `info` (with `subreddit`, `title`, `post`), `summaries` (two, each with `text`, which begins with a blank) and `choice`."""
+    """Columns `info` (`subreddit`, `title`, `post`), `summaries` (two: `text`, with a blank in front) and `choice`."""
     made = {"info": [], "summaries": [], "choice": []}
     columns = posts(batch)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows.sort(key=lambda row: (len(row["summary"].split()), row["summary"], row["post"]))
-    for row, other in zip(rows, rows[1:] + rows[-2:-1], strict=True):  # the next in length; the last has the one before
+    others = rows[1:] + rows[-2:-1]  # the next in length; the last one has the one before, if there is any
+    for row, other in zip(rows, others, strict=False):
         if row["summary"] == other["summary"]:
             continue
         choice = zlib.crc32(row["post"].encode()) % 2
