@@ -126,9 +126,12 @@ def put_column(rows: "Dataset", name: str, values: list) -> "Dataset":
 
     Not by `Dataset.map`, which guesses a column's type from its first thousand values: they may all be null.
     """
-    if name in rows.column_names:
-        rows = rows.remove_columns(name)
-    return rows.add_column(name, values)
+    from datasets import Dataset
+
+    others = [column for column in rows.column_names if column != name]
+    if not others:  # rows without any column are no rows
+        return Dataset.from_dict({name: values})
+    return rows.select_columns(others).add_column(name, values)
 
 
 def missing_column(data: Data, rows: "Dataset", column: str, why: str, key: str) -> RecipeError:

@@ -32,6 +32,8 @@ def posts(batch: dict[str, list]) -> dict[str, list]:
         shared = [sum(len(own & other) for other in content) - len(own) for own in content]
         summary = " ".join(sentences.pop(shared.index(max(shared))))
         lines = [" ".join(words) for words in sentences]
+        if any(summary in line for line in lines):  # some reviews come with a sentence twice
+            continue
         made["subreddit"].append("movies")
         made["title"].append(" ".join(lines[0].split()[:4]))
         made["post"].append("\n".join(" ".join(lines[i : i + 2]) for i in range(0, len(lines), 2)))

@@ -211,7 +211,7 @@ def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Datase
         log.warning("%s: %s and are left out", key, what)
         return rows.select([i for i in range(len(rows)) if i not in faults])
     first = min(faults)
-    content = ", ".join(f"{column} {str(rows[first][column])[:60]!r}" for column in columns)
+    content = ", ".join(f"{column} {rows[first][column]!r:.60}" for column in columns)
     raise RecipeError(
         f"{key}: {what}; the first is row {first + 1} of these: {content}. Correct them, or leave them out with "
         f"{key}.invalid_rows: drop."

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 from conftest import REVIEWS, write_jsonl
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from rlhf_recipes.config import Data, RecipeError, Sentences
 from rlhf_recipes.data import load_rows
@@ -123,3 +123,130 @@ def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
     assert set(train["text"]) == {"mr bean was fun .", "was it good ?", "xylophone was fun ."}
     few, _ = load_rows(Data(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=9)), 0)
     assert "xylophone was fun ." not in set(few["text"])
+
+
+def test_columns_are_copied_and_may_be_swapped(tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)])
+    rows, _ = load_rows(Data(path=str(file), columns={"completion": "chosen"}), 0)
+    assert rows["completion"][:] == rows["chosen"][:]
+    swapped, _ = load_rows(Data(path=str(file), columns={"chosen": "rejected", "rejected": "chosen"}), 0)
+    assert all(row["chosen"].startswith("bad") and row["rejected"].startswith("good") for row in swapped)
+
+
+NESTED = [
+    {"info": {"post": f"p{i}", "to": None}, "summaries": [{"text": "a"}, {"text": "b"}], "a.b": i} for i in range(4)
+]
+
+
+def test_paths_into_columns(tmp_path):
+    columns = {"post": "info.post", "second": "summaries.1.text", "number": "a.b", "nothing": "info.to.name"}
+    rows, _ = load_rows(Data(path=str(write_jsonl(tmp_path / "d.jsonl", NESTED)), columns=columns), 0)
+    for row in rows:
+        assert row["post"] == f"p{row['number']}" and row["second"] == "b" and row["nothing"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("meta.post", "has no column 'meta'; it has: info, summaries, a.b"),
+        ("info.text", "info has no 'text' inside; it has: post, to"),
+        ("summaries.2.text", "summaries has no '2' inside; it is a list of 2"),
+        ("summaries.0.note", "summaries.0 has no 'note' inside; it has: text"),
+        ("info.post.word", "info.post has no 'word' inside; it is 'p"),
+    ],
+)
+def test_paths_that_lead_nowhere(path, expected, tmp_path):
+    data = Data(path=str(write_jsonl(tmp_path / "d.jsonl", NESTED)), columns={"text": path})
+    found = error(load_rows, data, 0)
+    assert found.startswith("data.columns.text: ") and expected in found
+    assert error(load_rows, data, 0, "reward.data").startswith("reward.data.columns.text: ")
+
+
+TRANSFORMS = """
+def doubled(batch):
+    return {"body": [text for text in batch["text"] for _ in range(2)]}
+
+def positive(batch):
+    return {"text": [text for text, label in zip(batch["text"], batch["label"]) if label]}
+
+def fails(batch):
+    return {"text": batch["review"]}
+
+def a_list(batch):
+    return batch["text"]
+
+def no_lists(batch):
+    return {"text": "all of it"}
+
+def ragged(batch):
+    return {"text": batch["text"], "label": batch["label"][1:]}
+
+def mixed(batch):
+    return {"text": [i if i % 2 else str(i) for i in range(len(batch["text"]))]}
+
+def nothing(batch):
+    return {name: [] for name in batch}
+"""
+
+
+def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(reviews_file, tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(TRANSFORMS)
+    doubled = Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:doubled", columns={"text": "body"})
+    rows, held_out = load_rows(doubled, 0)
+    assert len(rows) == 56 and len(held_out) == 4 and set(rows.column_names) == {"body", "text"}
+    assert set(rows["text"]).isdisjoint(held_out["text"])  # held out before rows are made
+    monkeypatch.syspath_prepend(tmp_path)
+    rows, _ = load_rows(Data(path=str(reviews_file), transform="my_rows:positive", eval_fraction=0.5), 0)
+    positive = {row["text"] for row in REVIEWS if row["label"]}
+    assert 0 < len(rows) < 15 and set(rows["text"]) <= positive
+    (tmp_path / "my_rows.py").write_text("def doubled(batch): return {'body': ['new']}\n")
+    assert load_rows(doubled, 0)[0]["text"][:] == ["new"]  # no cache of what the function made before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("absent", "no function 'absent'"),
+        ("fails", "failed on rows with the columns text, label: KeyError: 'review'"),
+        ("a_list", "returned list; it must return a dictionary of column name -> list"),
+        ("no_lists", "returned {'text': 'str'}; it must"),
+        ("ragged", "several lengths: text 28, label 27"),
+        ("mixed", "mix types"),
+        ("nothing", "no training rows are left"),
+    ],
+)
+def test_transforms_that_fail(name, expected, reviews_file, tmp_path):
+    (tmp_path / "my_rows.py").write_text(TRANSFORMS)
+    found = error(load_rows, Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:{name}"), 0)
+    assert "data.transform" in found and expected in found
+
+
+def test_transforms_that_are_not_there(reviews_file):
+    for name in ("no_such_module:f", "./nowhere.py:f", "no_colon"):
+        found = error(load_rows, Data(path=str(reviews_file), transform=name), 0)
+        assert found.startswith("data.transform"), found
+
+
+def test_a_configuration_of_the_hubs_copy_is_a_folder(monkeypatch, tmp_path):
+    for config, column in (("comparisons", "text"), ("axis", "score")):
+        for split in ("train", "validation"):
+            (tmp_path / config / split).mkdir(parents=True)
+            Dataset.from_dict({column: ["a", "b"]}).to_parquet(tmp_path / config / split / "0000.parquet")
+    asked = []
+
+    def hub(path, name=None, revision=None, **more):
+        asked.append((path, revision))
+        return load_dataset(str(tmp_path), name, **more)
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    data = Data(path="some/data", config="comparisons", revision="refs/convert/parquet", eval_split="validation")
+    assert load_rows(data, 0)[0].column_names == ["text"]
+    assert asked == [("some/data", "refs/convert/parquet")]
+
+
+def test_a_data_set_that_is_a_script_is_named(monkeypatch):
+    def hub(*args, **more):
+        raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    assert "data.revision=refs/convert/parquet" in error(load_rows, Data(path="some/data"), 0)

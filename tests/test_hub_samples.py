@@ -103,7 +103,7 @@ def test_comparisons_of_summaries(name):
 
 def test_news_in_the_comparisons_are_refused_unless_dropped():
     data = section("summarize_from_feedback", invalid_rows="refuse")
-    with pytest.raises(RecipeError, match=r"1 of 3 rows .* with an empty prompt.* invalid_rows: drop"):
+    with pytest.raises(RecipeError, match=r"1 of 3 rows .* with an empty prompt.*invalid_rows: drop"):
         pairs(data, load_rows(data, 0)[1], word_tokenizer(), None, 0)
 
 
