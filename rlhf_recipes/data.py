@@ -1,30 +1,26 @@
-"""One loader for every kind of data reference, and one shaping function per use: texts, pairs, prompts.
+"""Rows: one loader for every kind of data reference, which makes them have our column names.
 
 Rows keep every column that they came with, so that reward functions can read them by name.
 """
 
-import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.config import Data, Recipe, RecipeError, Sentences
+from rlhf_recipes.config import Data, RecipeError, Sentences
+from rlhf_recipes.user_code import find_function
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File name ending -> the `datasets` builder that reads it."""
 
-LABELS = {
-    **{value: 1 for value in (1, True, "1", "pos", "positive", "POSITIVE")},
-    **{value: 0 for value in (0, False, "0", "neg", "negative", "NEGATIVE")},
-}
-"""What a `label` column may hold -> 1 for positive, 0 for negative."""
+PARQUET = "refs/convert/parquet"
+"""Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
 
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
@@ -57,201 +53,211 @@ def locate_in_package(key: str, reference: str) -> Path:
     return path
 
 
-def locate_data(data: Data) -> Path | None:
-    """The file or folder behind `data.path`; None when it is a Hub id.
+def locate_data(key: str, reference: str) -> Path | None:
+    """The file or folder behind the `path` of a data section at `key`; None when it is a Hub id.
 
     Raises:
         RecipeError: It is written like a local path, but nothing is there; or its package is not installed.
     """
-    if data.path.startswith("package:"):
-        return locate_in_package("data.path", data.path)
-    if not is_local(data.path):
+    if reference.startswith("package:"):
+        return locate_in_package(key, reference)
+    if not is_local(reference):
         return None
-    path = Path(data.path).expanduser()
+    path = Path(reference).expanduser()
     if not path.exists():
-        raise RecipeError(f"data.path: {data.path} does not exist (looked from {Path.cwd()}).")
+        raise RecipeError(f"{key}: {reference} does not exist (looked from {Path.cwd()}).")
     if path.is_file() and path.suffix not in FILE_FORMATS:
-        raise RecipeError(f"data.path: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
+        raise RecipeError(f"{key}: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
     return path
 
 
-def load_rows(recipe: Recipe) -> tuple["Dataset", "Dataset"]:
-    """Training and held-out rows with our column names, filtered; held out by row, before any shaping.
+def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dataset"]:
+    """Training and held-out rows with our column names, filtered; held out by row, before anything is made of them.
+
+    Args:
+        data: What to load.
+        seed: Draws `data.max_rows` rows.
+        key: Where `data` stands in the recipe, for messages.
 
     Raises:
         RecipeError: No such data, split or column, or no rows; the message says what was found.
     """
     from datasets import DatasetDict
 
-    data = recipe.data
-    loaded = _load(data)
+    loaded = _load(data, key)
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({data.train_split: loaded})
-    for key in ("train_split", "eval_split"):
-        wanted = getattr(data, key)
+    for name in ("train_split", "eval_split"):
+        wanted = getattr(data, name)
         if wanted is not None and wanted not in splits:
-            raise RecipeError(f"data.{key}: {data.path} has no split {wanted!r}; it has: {', '.join(splits)}.")
-    train = _select(data, splits[data.train_split])
+            raise RecipeError(f"{key}.{name}: {data.path} has no split {wanted!r}; it has: {', '.join(splits)}.")
+    train = _filter(data, splits[data.train_split], key)
     if data.eval_split is not None:
-        held_out = _select(data, splits[data.eval_split])
+        held_out = _filter(data, splits[data.eval_split], key)
     else:
         if len(train) < 2:
-            raise RecipeError(f"data.path: {data.path} has {len(train)} row; at least 2 are needed, one to hold out.")
+            raise RecipeError(f"{key}.path: {data.path} has {len(train)} row; at least 2 are needed, one to hold out.")
         # Always the same rows, whatever the recipe's seed: what one run trained on, no other may be measured on.
         parts = train.train_test_split(test_size=max(1, round(len(train) * data.eval_fraction)), seed=0)
         train, held_out = parts["train"], parts["test"]
     if data.max_rows is not None:
         train, held_out = (
-            part.shuffle(seed=recipe.seed).select(range(min(len(part), data.max_rows))) for part in (train, held_out)
+            part.shuffle(seed=seed).select(range(min(len(part), data.max_rows))) for part in (train, held_out)
         )
+    if data.transform is not None:
+        transform = find_function(data.transform, f"{key}.transform")
+        train, held_out = (_transform(data, transform, part, key) for part in (train, held_out))
+    train, held_out = (_with_our_names(data, part, key) for part in (train, held_out))
     if data.sentences is not None:
-        _need(data, train, "text", "data.sentences cuts texts")
-        vocabulary = _common_words(train["text"], data.sentences.vocabulary)
+        if "text" not in train.column_names:
+            raise missing_column(data, train, "text", f"{key}.sentences cuts texts", key)
+        vocabulary = common_words(train["text"], data.sentences.vocabulary)
         train, held_out = (_cut_sentences(part, data.sentences, vocabulary) for part in (train, held_out))
     for part, name in ((train, "training"), (held_out, "held-out")):
         if len(part) == 0:
-            raise RecipeError(f"data: no {name} rows are left of {data.path}; look at data.filter and data.sentences.")
+            raise RecipeError(
+                f"{key}: no {name} rows are left of {data.path}; look at {key}.filter, {key}.transform and "
+                f"{key}.sentences."
+            )
     return train, held_out
 
 
-def texts(recipe: Recipe, rows: "Dataset", labels: list[int] | None = None) -> "Dataset":
-    """Rows for supervised fine-tuning: `prompt` and `completion`, or `messages`, or `text`.
+def put_column(rows: "Dataset", name: str, values: list) -> "Dataset":
+    """Rows with `values` in the column `name`, whatever it held before.
 
-    Args:
-        recipe: The recipe, for its data section.
-        rows: From `load_rows`.
-        labels: Keep only rows with one of these labels; None keeps all.
-    """
-    if labels is not None:
-        _need(recipe.data, rows, "label", "sft.labels selects by it")
-        read = _label_reader(recipe.data)
-        rows = rows.filter(lambda row: read(row["label"]) in labels)
-        if len(rows) == 0:
-            raise RecipeError(f"sft.labels: no row of {recipe.data.path} has one of the labels {labels}.")
-    for columns in (["prompt", "completion"], ["messages"], ["text"]):
-        if all(column in rows.column_names for column in columns):
-            return rows.select_columns(columns)
-    raise _missing(recipe.data, rows, "text (or prompt and completion, or messages)", "sft needs it")
-
-
-def pairs(recipe: Recipe, rows: "Dataset", limit: int | None) -> "Dataset":
-    """Pairs for the reward model: `chosen` and `rejected` (and `prompt`, where the data has one).
-
-    Where the data has labels instead of pairs, a positive text is chosen over a negative one with the same number of
-    words, so that length tells nothing. No text is used twice.
-
-    Args:
-        recipe: The recipe, for its data section and seed.
-        rows: From `load_rows`.
-        limit: Number of pairs at most; None for all.
+    Not by `Dataset.map`, which guesses a column's type from its first thousand values: they may all be null.
     """
     from datasets import Dataset
 
-    if "chosen" in rows.column_names and "rejected" in rows.column_names:
-        kept = [column for column in ("prompt", "chosen", "rejected") if column in rows.column_names]
-        made = rows.select_columns(kept)
-    else:
-        for column in ("text", "label"):
-            _need(recipe.data, rows, column, "reward makes pairs of positive and negative texts")
-        read = _label_reader(recipe.data)
-        by_label: dict[int, list[str]] = {0: [], 1: []}
-        for text, label in zip(rows["text"], rows["label"], strict=True):
-            by_label[read(label)].append(text)
-        made = Dataset.from_list(_match_lengths(by_label[1], by_label[0], random.Random(recipe.seed)))
-        if len(made) == 0:
-            raise RecipeError(
-                f"data: {recipe.data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative texts; "
-                "pairs need both."
-            )
-    return made.select(range(min(len(made), limit))) if limit else made
+    others = [column for column in rows.column_names if column != name]
+    if not others:  # rows without any column are no rows
+        return Dataset.from_dict({name: values})
+    return rows.select_columns(others).add_column(name, values)
 
 
-def prompts(recipe: Recipe, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
-    """Rows with a `prompt`: the data's own (text or chat messages), or the first tokens of each `text`.
+def missing_column(data: Data, rows: "Dataset", column: str, why: str, key: str) -> RecipeError:
+    """What to raise when rows lack a column.
 
-    Prompts cut from a text have `data.prompt_tokens` tokens, every length equally likely; shorter texts are left out.
+    Args:
+        data: The section that the rows come from.
+        rows: As loaded.
+        column: Its name, other possibilities behind it.
+        why: What it is needed for.
+        key: Where `data` stands in the recipe.
     """
-    if "prompt" in rows.column_names:
-        empty = sum(1 for prompt in rows["prompt"] if not prompt)
-        if empty:
-            raise RecipeError(f"data: {empty} of {len(rows)} prompts in {recipe.data.path} are empty.")
-        return rows.remove_columns([column for column in ("completion",) if column in rows.column_names])
-    _need(recipe.data, rows, "text", "prompts are cut from it (or name a prompt column)")
-    shortest, longest = recipe.data.prompt_tokens
-    lengths = random.Random(recipe.seed)
-
-    def cut(batch: dict) -> dict:
-        # Only the beginning is needed; a token is at most a few dozen characters long.
-        ids = tokenizer([text[: 64 * longest] for text in batch["text"]], add_special_tokens=False)["input_ids"]
-        wanted = [lengths.randint(shortest, longest) for _ in ids]
-        cuts = [tokenizer.decode(i[:n]) if len(i) >= n else "" for i, n in zip(ids, wanted, strict=True)]
-        return {"prompt": cuts}
-
-    made = rows.map(cut, batched=True).filter(lambda row: row["prompt"].strip() != "")
-    if len(made) == 0:
-        raise RecipeError(f"data.prompt_tokens: no text of {recipe.data.path} has {shortest} to {longest} tokens.")
-    return made.remove_columns("text")
+    return RecipeError(
+        f"{key}: {data.path} has no column {column} ({why}); it has: {', '.join(rows.column_names)}. "
+        f"If one of them is meant, say so: {key}.columns.{column.split()[0]}=NAME."
+    )
 
 
-def _load(data: Data):
+def whole_sentences(text: str) -> list[list[str]]:
+    """Lower-case words and marks of every sentence of a text, but for those that would have holes."""
+    return [_words(s) for s in _SENTENCE_END.split(_plain(text)) if _WHOLE_SENTENCE.fullmatch(s)]
+
+
+def common_words(texts: Iterable[str], size: int) -> set[str]:
+    """The most common lower-case words and marks of texts, `size` of them."""
+    counts = Counter()
+    for text in texts:
+        counts.update(_words(_plain(text)))
+    return {word for word, _ in counts.most_common(size)}
+
+
+def _load(data: Data, key: str):
     from datasets import load_dataset, load_from_disk
 
-    path = locate_data(data)
+    path = locate_data(f"{key}.path", data.path)
     try:
+        if path is None and data.revision == PARQUET:  # there, a configuration is a folder
+            return load_dataset(data.path, data_dir=data.config, revision=data.revision)
         if path is None:
             return load_dataset(data.path, data.config, revision=data.revision)
         if path.is_file():
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             return load_from_disk(str(path))
-        return load_dataset(str(path), data.config)
+        # Only a README, as in a copy of a Hub data set, gives a folder configurations.
+        return load_dataset(str(path), data.config if (path / "README.md").is_file() else None)
     except Exception as error:  # datasets raises many types, for unreadable files as for unknown ids
         cause = error.__cause__ or error
         what = "empty or unreadable" if path is not None else "not to be had"
-        raise RecipeError(f"data.path: {data.path} is {what} ({type(cause).__name__}: {str(cause)[:300]}).") from error
+        if "scripts are no longer supported" in str(cause):
+            what = f"a script, which `datasets` does not run; {key}.revision={PARQUET} is the Hub's copy of its rows"
+        raise RecipeError(f"{key}.path: {data.path} is {what} ({type(cause).__name__}: {str(cause)[:300]}).") from error
 
 
-def _select(data: Data, rows: "Dataset") -> "Dataset":
-    for key, value in data.filter.items():
-        if key not in rows.column_names:
+def _filter(data: Data, rows: "Dataset", key: str) -> "Dataset":
+    for column, value in data.filter.items():
+        if column not in rows.column_names:
             raise RecipeError(
-                f"data.filter: {data.path} has no column {key!r}; it has: {', '.join(rows.column_names)}."
+                f"{key}.filter: {data.path} has no column {column!r}; it has: {', '.join(rows.column_names)}."
             )
-        rows = rows.filter(lambda row, key=key, value=value: row[key] == value)
-    for ours, theirs in data.columns.items():
-        if theirs not in rows.column_names:
-            raise RecipeError(
-                f"data.columns.{ours}: {data.path} has no column {theirs!r}; it has: {', '.join(rows.column_names)}."
-            )
-        if ours != theirs:
-            if ours in rows.column_names:
-                rows = rows.remove_columns(ours)
-            rows = rows.rename_column(theirs, ours)
+        rows = rows.filter(lambda row, column=column, value=value: row[column] == value)
     if len(rows) == 0:
-        raise RecipeError(f"data: {data.path} has no rows{' that pass data.filter' if data.filter else ''}.")
+        raise RecipeError(f"{key}: {data.path} has no rows{f' that pass {key}.filter' if data.filter else ''}.")
     return rows
 
 
-def _need(data: Data, rows: "Dataset", column: str, why: str) -> None:
-    if column not in rows.column_names:
-        raise _missing(data, rows, column, why)
+def _transform(data: Data, transform: Callable, rows: "Dataset", key: str) -> "Dataset":
+    from pyarrow import ArrowException
 
+    where = f"{key}.transform: {data.transform}"
 
-def _missing(data: Data, rows: "Dataset", column: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"data: {data.path} has no column {column} ({why}); it has: {', '.join(rows.column_names)}. "
-        f"If one of them is meant, say so: data.columns.{column.split()[0]}=NAME."
-    )
-
-
-def _label_reader(data: Data) -> Callable[[object], int]:
-    def read(label: object) -> int:
-        if label not in LABELS:
+    def apply(batch: Any) -> dict[str, list]:
+        try:
+            made = transform(dict(batch))
+        except RecipeError:
+            raise
+        except Exception as error:  # a user's function may raise anything
             raise RecipeError(
-                f"data: the label column of {data.path} holds {label!r}; known: {', '.join(map(repr, LABELS))}."
-            )
-        return LABELS[label]
+                f"{where} failed on rows with the columns {', '.join(batch)}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, dict) or not all(isinstance(values, list) for values in made.values()):
+            found = {n: type(v).__name__ for n, v in made.items()} if isinstance(made, dict) else type(made).__name__
+            raise RecipeError(f"{where} returned {found}; it must return a dictionary of column name -> list.")
+        if len({len(values) for values in made.values()}) > 1:
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in made.items())
+            raise RecipeError(f"{where} returned columns of several lengths: {lengths}; they must be equal.")
+        return made
 
-    return read
+    try:
+        # Not from the cache: it would not notice that the user changed the function.
+        return rows.map(apply, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    except (ArrowException, TypeError) as error:
+        raise RecipeError(f"{where} returned columns that mix types: {str(error)[:300]}") from error
+
+
+def _with_our_names(data: Data, rows: "Dataset", key: str) -> "Dataset":
+    """Rows with a copy of every column, or of what lies inside of it, that `data.columns` gives a name of ours."""
+    copies = {}
+    for ours, theirs in data.columns.items():
+        column, *path = [theirs] if theirs in rows.column_names else theirs.split(".")
+        where = f"{key}.columns.{ours}: {data.path}"
+        if column not in rows.column_names:
+            raise RecipeError(f"{where} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
+        copies[ours] = [_inside(value, path, where, column) for value in rows[column]]
+    for ours, values in copies.items():
+        rows = put_column(rows, ours, values)
+    return rows
+
+
+def _inside(value: Any, path: list[str], where: str, column: str) -> Any:
+    """What lies at a path of names and numbers inside of a nested value; null inside of null."""
+    for i, step in enumerate(path):
+        if value is None:
+            return None
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            outer = ".".join([column, *path[:i]])
+            if isinstance(value, dict):
+                found = f"it has: {', '.join(value)}"
+            else:
+                found = f"it is a list of {len(value)}" if isinstance(value, list) else f"it is {str(value)[:60]!r}"
+            raise RecipeError(f"{where}: {outer} has no {step!r} inside; {found}.")
+    return value
 
 
 def _plain(text: str) -> str:
@@ -263,53 +269,16 @@ def _words(text: str) -> list[str]:
     return _WORD_OR_MARK.findall(text)
 
 
-def _common_words(texts: list[str], size: int) -> set[str]:
-    counts = Counter()
-    for text in texts:
-        counts.update(_words(_plain(text)))
-    return {word for word, _ in counts.most_common(size)}
-
-
 def _cut_sentences(rows: "Dataset", sentences: Sentences, vocabulary: set[str]) -> "Dataset":
     shortest, longest = sentences.words
 
     def cut(batch: dict) -> dict:
         made = defaultdict(list)
         for i, text in enumerate(batch["text"]):
-            for sentence in _SENTENCE_END.split(_plain(text)):
-                if not _WHOLE_SENTENCE.fullmatch(sentence):
-                    continue
-                words = _words(sentence)
+            for words in whole_sentences(text):
                 if shortest <= len(words) <= longest and vocabulary.issuperset(words):
                     for column in batch:
                         made[column].append(" ".join(words) if column == "text" else batch[column][i])
         return dict(made) or {column: [] for column in batch}
 
     return rows.map(cut, batched=True)
-
-
-def _match_lengths(chosen: list[str], rejected: list[str], order: random.Random) -> list[dict[str, str]]:
-    """Pair texts with the same number of words; what has no partner is cut to the length of the nearest."""
-    buckets = []
-    for texts in (chosen, rejected):
-        by_length = defaultdict(list)
-        for text in order.sample(texts, len(texts)):
-            by_length[len(text.split())].append(text)
-        buckets.append(by_length)
-    made, left = [], ([], [])
-    for length in sorted(buckets[0].keys() | buckets[1].keys()):
-        both = [bucket[length] for bucket in buckets]
-        paired = min(map(len, both))
-        made += [{"chosen": c, "rejected": r} for c, r in zip(both[0][:paired], both[1][:paired], strict=True)]
-        for rest, texts in zip(left, both, strict=True):
-            rest += texts[paired:]
-    for c, r in zip(*left, strict=False):
-        length = min(len(c.split()), len(r.split()))
-        made.append({"chosen": _first_words(c, length), "rejected": _first_words(r, length)})
-    order.shuffle(made)
-    return [pair for pair in made if pair["chosen"] != pair["rejected"]]
-
-
-def _first_words(text: str, number: int) -> str:
-    end = [match.end() for match in re.finditer(r"\S+", text)][number - 1]
-    return text[:end]

@@ -37,9 +37,10 @@ def main(run: Run) -> str:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
 
-    from rlhf_recipes.data import load_rows, prompts
+    from rlhf_recipes.data import load_rows
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
+    from rlhf_recipes.shapes import prompts
 
     recipe, settings = run.recipe, run.recipe.eval
     folders = {
@@ -49,7 +50,7 @@ def main(run: Run) -> str:
     score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     judge_funcs = build_reward_funcs(recipe, settings.judge_funcs, key="eval.judge_funcs")
     tokenizer = load_tokenizer(f"eval.models.{reference_name}", folders[reference_name])
-    rows = prompts(recipe, load_rows(recipe)[1], tokenizer)
+    rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
     rows = rows.shuffle(seed=recipe.seed).select(range(min(len(rows), settings.num_prompts)))
     columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
     new_tokens = settings.max_new_tokens or _training_length(recipe)

@@ -20,7 +20,10 @@ OWN_VALUE_MODELS = ("shared", "policy")
 def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """Dotted key -> (reference, "model" or "dataset") of everything that a stage loads."""
     found = {}
-    if stage != "compare":
+    own_pairs = recipe.reward.data if stage == "reward" and recipe.reward is not None else None
+    if own_pairs is not None:
+        found["reward.data.path"] = (own_pairs.path, "dataset")
+    if stage != "compare" and (own_pairs is None or recipe.reward.center == "reference"):
         found["data.path"] = (recipe.data.path, "dataset")
     section = getattr(recipe, stage, None)
     for key in ("model", "policy", "value_model"):
@@ -63,7 +66,7 @@ def check_references(recipe: Recipe, stage: str) -> None:
     for key, (reference, kind) in references(recipe, stage).items():
         try:
             if key not in from_hub:
-                locate_data(recipe.data) if kind == "dataset" else resolve_model(recipe, key, reference)
+                locate_data(key, reference) if kind == "dataset" else resolve_model(recipe, key, reference)
         except RecipeError as error:
             findings.append(str(error))
     if from_hub and (os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or not _reachable()):

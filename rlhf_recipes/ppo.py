@@ -12,12 +12,13 @@ from rlhf_recipes.run import Run
 
 def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
-    from rlhf_recipes.data import load_rows, prompts
+    from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.hub import OWN_VALUE_MODELS
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
     from rlhf_recipes.reward_funcs import build_reward_funcs
+    from rlhf_recipes.shapes import prompts
     from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, ppo = run.recipe, run.recipe.ppo
@@ -28,7 +29,7 @@ def main(run: Run) -> str:
         value_model = resolve_model(recipe, "ppo.value_model", value_model)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("ppo.policy", policy)
-    train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
     check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("ppo.policy", policy):

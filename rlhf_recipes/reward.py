@@ -2,7 +2,7 @@
 
     accelerate launch -m rlhf_recipes.reward --recipe imdb_tiny
 
-Reads `data` and `reward`; writes a sequence classifier with one label, its tokenizer and `scoring.json` (how it was
+Reads `data` (or `reward.data`) and `reward`; writes a sequence classifier with one label, its tokenizer and `scoring.json` (how it was
 trained to read, which the reward function `reward_model` follows) to `<runs_dir>/<recipe>/reward/`.
 """
 
@@ -16,10 +16,11 @@ def main(run: Run) -> str:
 
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.checkpoints import resumable
-    from rlhf_recipes.data import load_rows, pairs
+    from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, loading, resolve_model
     from rlhf_recipes.scoring import trained_scoring
+    from rlhf_recipes.shapes import pairs
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -27,9 +28,19 @@ def main(run: Run) -> str:
     args = trainer_args(run, RewardConfig)
     model = resolve_model(recipe, "reward.model", reward.model)
     tokenizer = load_tokenizer("reward.model", model, classifier=True)
-    train, held_out = load_rows(recipe)
-    train = pairs(recipe, train, reward.pairs)
-    held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))
+    data, key = (recipe.data, "data") if reward.data is None else (reward.data, "reward.data")
+    rows, held_out = load_rows(data, recipe.seed, key)
+    train = pairs(data, rows, tokenizer, reward.pairs, recipe.seed, reward.chosen_label, key=key)
+    held_out = pairs(
+        data,
+        held_out,
+        tokenizer,
+        reward.pairs and max(1, reward.pairs // 10),
+        recipe.seed,
+        reward.chosen_label,
+        apart_from=rows,
+        key=key,
+    )
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new

@@ -12,14 +12,10 @@ make the score; a recipe's only one must not say it.
 
 import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
@@ -33,6 +29,7 @@ from rlhf_recipes.reward_calls import (
     checked,
 )
 from rlhf_recipes.scoring import reader
+from rlhf_recipes.user_code import find_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,43 +255,14 @@ def _find(name: str) -> Callable:
     """The factory or function behind a name of the registry, `module:function` or `file.py:function`."""
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
-    module_name, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         near = difflib.get_close_matches(name, REWARD_FUNCS, n=3, cutoff=0.4)
         raise RecipeError(
             f"unknown reward function {name!r}; "
             + (f"nearest: {', '.join(near)}. " if near else f"known: {', '.join(REWARD_FUNCS)}. ")
             + "Your own: module:function or path/to/file.py:function."
         )
-    try:
-        module = _module_from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except RecipeError:
-        raise
-    except Exception as error:  # a user's module may raise anything when imported
-        raise RecipeError(
-            f"reward function {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        there = [
-            n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
-        ]
-        raise RecipeError(
-            f"reward function {name!r}: no function {attribute!r} in {module_name}; it has: {', '.join(there) or 'none'}."
-        )
-    return function
-
-
-def _module_from_file(file: str):
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise RecipeError(f"reward function: {file} does not exist (looked from {Path.cwd()}).")
-    name = f"rlhf_recipes_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return find_function(name, "reward function")
 
 
 def _is_reward_itself(function: Callable) -> bool:

@@ -12,11 +12,12 @@ from rlhf_recipes.run import Run
 
 def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
-    from rlhf_recipes.data import load_rows, prompts
+    from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs
     from rlhf_recipes.rloo_trainer import RLOOConfig, RLOOTrainer
+    from rlhf_recipes.shapes import prompts
     from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, rloo = run.recipe, run.recipe.rloo
@@ -24,7 +25,7 @@ def main(run: Run) -> str:
     policy = resolve_model(recipe, "rloo.policy", rloo.policy)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("rloo.policy", policy)
-    train = prompts(recipe, load_rows(recipe)[0], tokenizer)
+    train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
     check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
     with loading("rloo.policy", policy):

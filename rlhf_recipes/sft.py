@@ -16,20 +16,22 @@ def main(run: Run) -> str:
 
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.checkpoints import resumable
-    from rlhf_recipes.data import load_rows, texts
+    from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import load_tokenizer, loading, make_model, make_tokenizer, resolve_model
+    from rlhf_recipes.shapes import corpus, texts
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
-    train, held_out = (texts(recipe, rows, sft.labels) for rows in load_rows(recipe))
+    train, held_out = load_rows(recipe.data, recipe.seed)
     if sft.scratch is not None:
-        tokenizer = make_tokenizer(sft.scratch, train["text"])
+        tokenizer = make_tokenizer(sft.scratch, corpus(recipe.data, train, sft.labels))
         model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
     else:
         model = resolve_model(recipe, "sft.model", sft.model)
         tokenizer = load_tokenizer("sft.model", model)
+    train, held_out = (texts(recipe.data, rows, tokenizer, sft.labels) for rows in (train, held_out))
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("sft.model", str(sft.model)):

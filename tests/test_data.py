@@ -3,15 +3,11 @@
 import csv
 
 import pytest
-from conftest import REVIEWS, bpe_tokenizer, word_tokenizer, write_jsonl
-from datasets import Dataset, DatasetDict
+from conftest import REVIEWS, write_jsonl
+from datasets import Dataset, DatasetDict, load_dataset
 
-from rlhf_recipes.config import Data, Recipe, RecipeError, Sentences
-from rlhf_recipes.data import load_rows, pairs, prompts, texts
-
-
-def recipe(seed: int = 0, **data) -> Recipe:
-    return Recipe(name="t", description="t", seed=seed, data=Data(**data), reward_funcs=[{"name": "length"}])
+from rlhf_recipes.config import Data, RecipeError, Sentences
+from rlhf_recipes.data import load_rows
 
 
 def error(function, *args) -> str:
@@ -44,13 +40,13 @@ def any_format(request, tmp_path):
 
 
 def test_every_format_gives_the_same_rows(any_format):
-    train, held_out = load_rows(recipe(path=str(any_format), eval_fraction=0.2))
+    train, held_out = load_rows(Data(path=str(any_format), eval_fraction=0.2), 0)
     assert len(train) == 24 and len(held_out) == 6
     assert {row["text"] for part in (train, held_out) for row in part} == {row["text"] for row in REVIEWS}
 
 
 def test_held_out_rows_are_the_same_for_every_seed(reviews_file):
-    first, second = (load_rows(recipe(seed=seed, path=str(reviews_file)))[1]["text"][:] for seed in (1, 2))
+    first, second = (load_rows(Data(path=str(reviews_file)), seed)[1]["text"][:] for seed in (1, 2))
     assert first == second
 
 
@@ -61,18 +57,20 @@ def test_own_columns_filter_and_splits(tmp_path):
     ]
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:4])}).save_to_disk(tmp_path / "d")
     train, held_out = load_rows(
-        recipe(
+        Data(
             path=str(tmp_path / "d"),
             eval_split="test",
             columns={"text": "review", "label": "stars"},
             filter={"site": "imdb"},
-        )
+        ),
+        0,
     )
-    assert len(train) == 15 and len(held_out) == 2 and {"text", "label", "site"} == set(train.column_names)
+    assert len(train) == 15 and len(held_out) == 2
+    assert set(train.column_names) == {"review", "stars", "site", "text", "label"}
 
 
 def test_max_rows(reviews_file):
-    assert len(load_rows(recipe(path=str(reviews_file), max_rows=7))[0]) == 7
+    assert len(load_rows(Data(path=str(reviews_file), max_rows=7), 0)[0]) == 7
 
 
 @pytest.mark.parametrize(
@@ -90,86 +88,25 @@ def test_max_rows(reviews_file):
 def test_wrong_references(reviews_file, data, expected):
     data = {key: str(reviews_file) if value == "FILE" else value for key, value in data.items()}
     if not expected:  # one file is one split, whatever its name
-        assert len(load_rows(recipe(**data))[0]) > 0
+        assert len(load_rows(Data(**data), 0)[0]) > 0
         return
-    found = error(load_rows, recipe(**data))
+    found = error(load_rows, Data(**data), 0)
     assert all(part in found for part in expected), found
 
 
 @pytest.mark.parametrize("content", ["", "\n", "{broken", '{"text": "a", "label": 1}\n{"text": '])
 def test_empty_and_broken_files(tmp_path, content):
     (tmp_path / "bad.jsonl").write_text(content)
-    found = error(load_rows, recipe(path=str(tmp_path / "bad.jsonl")))
+    found = error(load_rows, Data(path=str(tmp_path / "bad.jsonl")), 0)
     assert "bad.jsonl" in found
 
 
 def test_an_empty_csv_and_a_file_of_unknown_kind(tmp_path):
     with open(tmp_path / "e.csv", "w", newline="") as file:
         csv.writer(file).writerow(["text", "label"])
-    assert "e.csv is empty" in error(load_rows, recipe(path=str(tmp_path / "e.csv")))
+    assert "e.csv is empty" in error(load_rows, Data(path=str(tmp_path / "e.csv")), 0)
     (tmp_path / "notes.txt").write_text("x")
-    assert ".jsonl" in error(load_rows, recipe(path=str(tmp_path / "notes.txt")))
-
-
-def test_pairs_have_equal_lengths_and_use_no_text_twice():
-    rows = Dataset.from_list(
-        [{"text": " ".join(["w"] * n) + f" {i}", "label": i % 2} for i, n in enumerate([3, 3, 5, 4, 9, 2, 7, 7, 1, 6])]
-    )
-    made = pairs(recipe(path="x"), rows, None)
-    assert len(made) == 5
-    for pair in made:
-        assert len(pair["chosen"].split()) == len(pair["rejected"].split())
-    assert len({pair["chosen"] for pair in made}) == 5
-
-
-def test_pairs_choose_the_positive_text_and_own_pairs_are_kept():
-    by_text = {row["text"]: row["label"] for row in REVIEWS}
-    made = pairs(recipe(path="x"), Dataset.from_list(REVIEWS), 5)
-    assert len(made) == 5
-    assert all(by_text[pair["chosen"]] == 1 and by_text[pair["rejected"]] == 0 for pair in made)
-    own = Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r", "other": 1}])
-    assert pairs(recipe(path="x"), own, None)[0] == {"prompt": "p", "chosen": "c", "rejected": "r"}
-
-
-def test_pairs_need_both_labels_and_known_ones():
-    assert "0 negative" in error(pairs, recipe(path="x"), Dataset.from_list([{"text": "a", "label": 1}]), None)
-    assert "'maybe'" in error(pairs, recipe(path="x"), Dataset.from_list([{"text": "a", "label": "maybe"}]), None)
-    assert "no column label" in error(pairs, recipe(path="x"), Dataset.from_list([{"text": "a"}]), None)
-
-
-@pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()])
-def test_prompts_are_the_first_tokens_of_texts(tokenizer):
-    made = prompts(recipe(path="x", prompt_tokens=[2, 4]), Dataset.from_list(REVIEWS), tokenizer)
-    lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in made["prompt"]}
-    assert lengths == {2, 3, 4}
-    assert all(any(row["text"].startswith(prompt) for row in REVIEWS) for prompt in made["prompt"])
-    assert "label" in made.column_names  # reward functions may want it
-
-
-def test_own_prompts_are_kept_text_or_chat():
-    chat = [[{"role": "user", "content": "hi"}]]
-    for own in (["the film"], chat):
-        assert (
-            prompts(recipe(path="x"), Dataset.from_dict({"prompt": own, "completion": ["x"]}), word_tokenizer())[
-                "prompt"
-            ][0]
-            == own[0]
-        )
-    assert "empty" in error(prompts, recipe(path="x"), Dataset.from_dict({"prompt": ["", "a"]}), word_tokenizer())
-
-
-def test_texts_too_short_for_a_prompt():
-    assert "2 to 8 tokens" in error(
-        prompts, recipe(path="x"), Dataset.from_dict({"text": ["the", "a"]}), word_tokenizer()
-    )
-
-
-def test_texts_for_sft():
-    assert texts(recipe(path="x"), Dataset.from_list(REVIEWS), labels=[1]).num_rows == 15
-    both = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "text": ["c"]})
-    assert set(texts(recipe(path="x"), both).column_names) == {"prompt", "completion"}
-    assert "data.columns.text=NAME" in error(texts, recipe(path="x"), Dataset.from_dict({"body": ["a"]}))
-    assert "no row" in error(texts, recipe(path="x"), Dataset.from_dict({"text": ["a"], "label": [0]}), [1])
+    assert ".jsonl" in error(load_rows, Data(path=str(tmp_path / "notes.txt")), 0)
 
 
 def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
@@ -182,7 +119,134 @@ def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
         }
     ] * 3
     file = write_jsonl(tmp_path / "r.jsonl", rows)
-    train, _ = load_rows(recipe(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=1000)))
+    train, _ = load_rows(Data(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=1000)), 0)
     assert set(train["text"]) == {"mr bean was fun .", "was it good ?", "xylophone was fun ."}
-    few, _ = load_rows(recipe(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=9)))
+    few, _ = load_rows(Data(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=9)), 0)
     assert "xylophone was fun ." not in set(few["text"])
+
+
+def test_columns_are_copied_and_may_be_swapped(tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)])
+    rows, _ = load_rows(Data(path=str(file), columns={"completion": "chosen"}), 0)
+    assert rows["completion"][:] == rows["chosen"][:]
+    swapped, _ = load_rows(Data(path=str(file), columns={"chosen": "rejected", "rejected": "chosen"}), 0)
+    assert all(row["chosen"].startswith("bad") and row["rejected"].startswith("good") for row in swapped)
+
+
+NESTED = [
+    {"info": {"post": f"p{i}", "to": None}, "summaries": [{"text": "a"}, {"text": "b"}], "a.b": i} for i in range(4)
+]
+
+
+def test_paths_into_columns(tmp_path):
+    columns = {"post": "info.post", "second": "summaries.1.text", "number": "a.b", "nothing": "info.to.name"}
+    rows, _ = load_rows(Data(path=str(write_jsonl(tmp_path / "d.jsonl", NESTED)), columns=columns), 0)
+    for row in rows:
+        assert row["post"] == f"p{row['number']}" and row["second"] == "b" and row["nothing"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("meta.post", "has no column 'meta'; it has: info, summaries, a.b"),
+        ("info.text", "info has no 'text' inside; it has: post, to"),
+        ("summaries.2.text", "summaries has no '2' inside; it is a list of 2"),
+        ("summaries.0.note", "summaries.0 has no 'note' inside; it has: text"),
+        ("info.post.word", "info.post has no 'word' inside; it is 'p"),
+    ],
+)
+def test_paths_that_lead_nowhere(path, expected, tmp_path):
+    data = Data(path=str(write_jsonl(tmp_path / "d.jsonl", NESTED)), columns={"text": path})
+    found = error(load_rows, data, 0)
+    assert found.startswith("data.columns.text: ") and expected in found
+    assert error(load_rows, data, 0, "reward.data").startswith("reward.data.columns.text: ")
+
+
+TRANSFORMS = """
+def doubled(batch):
+    return {"body": [text for text in batch["text"] for _ in range(2)]}
+
+def positive(batch):
+    return {"text": [text for text, label in zip(batch["text"], batch["label"]) if label]}
+
+def fails(batch):
+    return {"text": batch["review"]}
+
+def a_list(batch):
+    return batch["text"]
+
+def no_lists(batch):
+    return {"text": "all of it"}
+
+def ragged(batch):
+    return {"text": batch["text"], "label": batch["label"][1:]}
+
+def mixed(batch):
+    return {"text": [i if i % 2 else str(i) for i in range(len(batch["text"]))]}
+
+def nothing(batch):
+    return {name: [] for name in batch}
+"""
+
+
+def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(reviews_file, tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(TRANSFORMS)
+    doubled = Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:doubled", columns={"text": "body"})
+    rows, held_out = load_rows(doubled, 0)
+    assert len(rows) == 56 and len(held_out) == 4 and set(rows.column_names) == {"body", "text"}
+    assert set(rows["text"]).isdisjoint(held_out["text"])  # held out before rows are made
+    monkeypatch.syspath_prepend(tmp_path)
+    rows, _ = load_rows(Data(path=str(reviews_file), transform="my_rows:positive", eval_fraction=0.5), 0)
+    positive = {row["text"] for row in REVIEWS if row["label"]}
+    assert 0 < len(rows) < 15 and set(rows["text"]) <= positive
+    (tmp_path / "my_rows.py").write_text("def doubled(batch): return {'body': ['new']}\n")
+    assert load_rows(doubled, 0)[0]["text"][:] == ["new"]  # no cache of what the function made before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("absent", "no function 'absent'"),
+        ("fails", "failed on rows with the columns text, label: KeyError: 'review'"),
+        ("a_list", "returned list; it must return a dictionary of column name -> list"),
+        ("no_lists", "returned {'text': 'str'}; it must"),
+        ("ragged", "several lengths: text 28, label 27"),
+        ("mixed", "mix types"),
+        ("nothing", "no training rows are left"),
+    ],
+)
+def test_transforms_that_fail(name, expected, reviews_file, tmp_path):
+    (tmp_path / "my_rows.py").write_text(TRANSFORMS)
+    found = error(load_rows, Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:{name}"), 0)
+    assert "data.transform" in found and expected in found
+
+
+def test_transforms_that_are_not_there(reviews_file):
+    for name in ("no_such_module:f", "./nowhere.py:f", "no_colon"):
+        found = error(load_rows, Data(path=str(reviews_file), transform=name), 0)
+        assert found.startswith("data.transform"), found
+
+
+def test_a_configuration_of_the_hubs_copy_is_a_folder(monkeypatch, tmp_path):
+    for config, column in (("comparisons", "text"), ("axis", "score")):
+        for split in ("train", "validation"):
+            (tmp_path / config / split).mkdir(parents=True)
+            Dataset.from_dict({column: ["a", "b"]}).to_parquet(tmp_path / config / split / "0000.parquet")
+    asked = []
+
+    def hub(path, name=None, revision=None, **more):
+        asked.append((path, revision))
+        return load_dataset(str(tmp_path), name, **more)
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    data = Data(path="some/data", config="comparisons", revision="refs/convert/parquet", eval_split="validation")
+    assert load_rows(data, 0)[0].column_names == ["text"]
+    assert asked == [("some/data", "refs/convert/parquet")]
+
+
+def test_a_data_set_that_is_a_script_is_named(monkeypatch):
+    def hub(*args, **more):
+        raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    assert "data.revision=refs/convert/parquet" in error(load_rows, Data(path="some/data"), 0)

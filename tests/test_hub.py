@@ -17,6 +17,13 @@ def test_references_of_each_stage():
     assert hub_references(load_recipe("imdb_tiny"), "ppo") == {}
 
 
+def test_the_reward_stages_own_pairs_take_the_place_of_the_data():
+    own = ["reward.data={path: my/pairs}"]
+    assert set(hub_references(load_recipe("imdb_positive", own), "reward")) == {"reward.data.path", "reward.model"}
+    assert "data.path" in hub_references(load_recipe("imdb_positive", [*own, "reward.center=reference"]), "reward")
+    assert "reward.data.path" not in hub_references(load_recipe("imdb_positive", own), "ppo")
+
+
 def test_local_references_need_no_hub(tmp_path):
     recipe = load_recipe(
         "imdb_positive", [f"ppo.policy={tmp_path}", "data.path=./r.jsonl", f"reward_funcs.0.args.model={tmp_path}"]

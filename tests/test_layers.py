@@ -9,10 +9,10 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
-    {"reward_funcs", "hub", "diagnosis", "value_model"},
+    {"reward_funcs", "shapes", "posts", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
