@@ -18,7 +18,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import fit_embeddings, fit_length, load_config, load_tokenizer, loading, resolve_model
     from rlhf_recipes.scoring import trained_scoring
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
@@ -26,16 +26,18 @@ def main(run: Run) -> str:
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
     model = resolve_model(recipe, "reward.model", reward.model)
-    tokenizer = load_tokenizer("reward.model", model, classifier=True)
+    tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
+    fit_length(recipe, "reward", load_config(recipe, "reward.model", reward.model), tokenizer, args)
     train, held_out = load_rows(recipe)
     train = pairs(recipe, train, reward.pairs)
     held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
-    with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new
+    with loading("reward.model", reward.model), expected("LOAD REPORT"):  # the scalar head is new
         trainer = resumable(RewardTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    fit_embeddings(trainer.model, tokenizer)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     measured = trainer.evaluate()
