@@ -175,7 +175,7 @@ def check_context(
     Raises:
         RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
     """
-    config = load_config(recipe, key, reference)
+    config = config_of(recipe, key, reference)
     stage = key.partition(".")[0]
     added = sum(tokenizer.convert_tokens_to_ids(t) >= config.vocab_size for t in recipe.special_tokens.values())
     if len(tokenizer) > config.vocab_size + (added if stage == "eval" else 0):  # which calls fit_embeddings
@@ -210,16 +210,16 @@ def fit_length(
     if args.max_length is not None and args.max_length <= context:
         return
     trainer = getattr(recipe, stage).trainer
-    if "max_length" in trainer and context < math.inf:
-        raise RecipeError(
-            f"{stage}.trainer.max_length: {trainer['max_length']} is more than the {context} tokens that the model reads; "
-            f"set it to {context} at most."
-        )
     if "max_length" not in trainer:
         args.max_length = context
+    elif context < math.inf:
+        raise RecipeError(
+            f"{stage}.trainer.max_length is {trainer['max_length'] or 'null'}, but the model reads {context} tokens at most; "
+            "set it to no more, or leave it out."
+        )
 
 
-def load_config(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
+def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
     """Configuration of a model's language part.
 
     Raises:

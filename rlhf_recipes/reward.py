@@ -18,7 +18,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, pairs
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import fit_embeddings, fit_length, load_config, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, load_tokenizer, loading, resolve_model
     from rlhf_recipes.scoring import trained_scoring
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
@@ -27,7 +27,7 @@ def main(run: Run) -> str:
     args = trainer_args(run, RewardConfig)
     model = resolve_model(recipe, "reward.model", reward.model)
     tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
-    fit_length(recipe, "reward", load_config(recipe, "reward.model", reward.model), tokenizer, args)
+    fit_length(recipe, "reward", config_of(recipe, "reward.model", reward.model), tokenizer, args)
     train, held_out = load_rows(recipe)
     train = pairs(recipe, train, reward.pairs)
     held_out = pairs(recipe, held_out, reward.pairs and max(1, reward.pairs // 10))

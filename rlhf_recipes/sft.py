@@ -19,9 +19,9 @@ def main(run: Run) -> str:
     from rlhf_recipes.data import load_rows, texts
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import (
+        config_of,
         fit_embeddings,
         fit_length,
-        load_config,
         load_tokenizer,
         loading,
         make_model,
@@ -40,7 +40,7 @@ def main(run: Run) -> str:
     else:
         model = resolve_model(recipe, "sft.model", sft.model)
         tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
-        config = load_config(recipe, "sft.model", sft.model)
+        config = config_of(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))

@@ -206,3 +206,41 @@ def test_the_command_fails_within_seconds_without_traceback(tmp_path):
     assert "Hub cannot be reached" in done.stderr and "ppo.policy" in done.stderr
     assert time.monotonic() - started < 30
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_pinned_model_without_a_pad_token_goes_through_every_stage(hub_cache, tmp_path):
+    """Its tokenizer gets the recipe's [PAD], stage sft makes room for it, and all manifests say what was loaded."""
+    tokenizer = word_tokenizer(pad_token=None)
+    for ref, seed in (("main", 0), ("v1", 1)):
+        model = causal_lm(tokenizer, seed=seed, pad_token_id=None)
+        commit = put_into_cache(hub_cache, "org/name", save_pair(tmp_path / ref, model, tokenizer), ref)
+    data = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
+    settings = [
+        "runs_dir=runs",
+        f"data={{path: {data}, sentences: null, eval_fraction: 0.4}}",
+        'special_tokens={pad_token: "[PAD]"}',
+    ]
+    settings += ["sft.model=org/name@v1", "reward_funcs=[{name: reward_model, args: {model: stage:reward}}]"]
+    settings += [f"{stage}.trainer={{max_steps: 2}}" for stage in ("sft", "reward")]
+    batch = "{max_completion_length: 4, per_device_train_batch_size: 8, num_generations: 4}"
+    settings += ["episodes=16", f"ppo.trainer={batch}", "ppo.value_model=stage:reward", f"rloo.trainer={batch}"]
+    settings += ["eval={num_prompts: 2, judge_funcs: [{name: length}], models: {base: org/name@v1, ppo: stage:ppo}}"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache)}
+    root = tmp_path / "runs" / "imdb_tiny"
+    for stage in ("sft", "reward", "ppo", "eval"):
+        done = cli(stage, "imdb_tiny", *settings, cwd=tmp_path, **offline)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((root / stage / "manifest.json").read_text())["sources"]
+        assert found["data.path"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+        key = {"sft": "sft.model", "eval": "eval.models.base"}.get(stage)
+        if key is not None:
+            assert found[key]["reference"] == "org/name@v1" and found[key]["revision"] == commit
+            continue
+        assert found[f"{stage}.{'policy' if stage == 'ppo' else 'model'}"]["reference"] == "stage:sft"
+    for stage in ("sft", "reward", "ppo"):
+        config = json.loads((root / stage / "config.json").read_text())
+        saved = json.loads((root / stage / "tokenizer_config.json").read_text())
+        assert saved["pad_token"] == "[PAD]" and saved["eos_token"] == "<eos>"
+        assert config["pad_token_id"] == len(tokenizer) == config["vocab_size"] - 1
+        assert config["eos_token_id"] == tokenizer.eos_token_id

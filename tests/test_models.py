@@ -13,12 +13,12 @@ from trl import RewardConfig, SFTConfig
 from rlhf_recipes.config import Data, Recipe, RecipeError, Scratch
 from rlhf_recipes.models import (
     check_context,
+    config_of,
     continuation,
     eos_token_ids,
     fit_embeddings,
     fit_length,
     is_hub_model,
-    load_config,
     load_tokenizer,
     make_model,
     resolve_model,
@@ -179,15 +179,15 @@ def test_texts_are_no_longer_than_the_context(stage, config_class, section, poli
     def longest(tokenizer, **trainer):
         recipe = recipe_with(**{stage: section | {"trainer": trainer}})
         args = config_class(output_dir=str(tmp_path), use_cpu=True, bf16=False, **trainer)
-        config = load_config(recipe, f"{stage}.model", str(policy_folder))
+        config = config_of(recipe, f"{stage}.model", str(policy_folder))
         fit_length(recipe, stage, config, tokenizer, args)
         return args.max_length
 
     tokenizer = word_tokenizer()
     assert longest(tokenizer) == 64  # TRL's default is 1024
     assert longest(tokenizer, max_length=64) == 64 and longest(tokenizer, max_length=8) == 8
-    for wrong in (65, None):
-        with pytest.raises(RecipeError, match=f"{stage}.trainer.max_length: {wrong} .*the 64 tokens"):
+    for wrong, said in ((65, 65), (None, "null")):
+        with pytest.raises(RecipeError, match=f"{stage}.trainer.max_length is {said}, .* 64 tokens at most"):
             longest(tokenizer, max_length=wrong)
     tokenizer.model_max_length = 62  # RoBERTa's positions begin at 2
     assert longest(tokenizer) == 62
@@ -281,9 +281,9 @@ def test_code_of_a_model_runs_only_by_name(tmp_path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match=rf"^ppo.policy: {folder} brings Python code.*trust_remote_code=\[{folder}\]"):
-        load_config(RECIPE, "ppo.policy", str(folder))
+        config_of(RECIPE, "ppo.policy", str(folder))
     trusting = recipe_with(trust_remote_code=[str(folder)])
-    assert load_config(trusting, "ppo.policy", str(folder)).model_type == "own"
+    assert config_of(trusting, "ppo.policy", str(folder)).model_type == "own"
 
 
 def test_scratch_model_fits_its_tokenizer_and_the_seed():
