@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
-from rlhf_recipes.hub import check_references
+from rlhf_recipes.hub import check_references, sources
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
 from rlhf_recipes.run import Run
@@ -71,6 +71,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         run.checkpoint = _of_main(lambda: run.start(int(os.environ.get("WORLD_SIZE", "1"))))
         log_to(log)
         hush_libraries()
+        _of_main(lambda: run.record_sources(sources(recipe, stage)))
         if is_main and run.checkpoint is not None:
             say(f"{stage:<8} goes on from {_progress(run.checkpoint)}   {run.path}")
         line = main(run)

@@ -38,18 +38,16 @@ def main(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     from rlhf_recipes.data import load_rows
-    from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import check_context, fit_embeddings, load_tokenizer, loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
     from rlhf_recipes.shapes import prompts
 
     recipe, settings = run.recipe, run.recipe.eval
-    folders = {
-        name: resolve_model(recipe, f"eval.models.{name}", reference) for name, reference in eval_models(recipe).items()
-    }
-    reference_name = next(iter(folders))
+    models = eval_models(recipe)
+    reference_name = next(iter(models))
     score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     judge_funcs = build_reward_funcs(recipe, settings.judge_funcs, key="eval.judge_funcs")
-    tokenizer = load_tokenizer(f"eval.models.{reference_name}", folders[reference_name])
+    tokenizer = load_tokenizer(recipe, f"eval.models.{reference_name}", models[reference_name])
     rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
     rows = rows.shuffle(seed=recipe.seed).select(range(min(len(rows), settings.num_prompts)))
     columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
@@ -57,19 +55,23 @@ def main(run: Run) -> str:
     device = PartialState().device
 
     def load(name: str):
-        with loading(f"eval.models.{name}", folders[name]):
-            return AutoModelForCausalLM.from_pretrained(folders[name], dtype="auto").to(device).eval()
+        folder = resolve_model(recipe, f"eval.models.{name}", models[name])
+        trusted = models[name] in recipe.trust_remote_code
+        with loading(f"eval.models.{name}", models[name]):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusted)
+        return model.to(device).eval()
 
     reference, reference_tokenizer = load(reference_name), tokenizer
     measured, answers = {}, {}
-    for name in tqdm(folders, desc="eval   ", unit="model", disable=None, leave=False):
+    for name in tqdm(models, desc="eval   ", unit="model", disable=None, leave=False):
         model = reference if name == reference_name else load(name)
-        tokenizer = load_tokenizer(f"eval.models.{name}", folders[name])
+        tokenizer = load_tokenizer(recipe, f"eval.models.{name}", models[name])
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise RecipeError(
                 f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them."
             )
-        check_context(f"eval.models.{name}", folders[name], rows, tokenizer, new_tokens)
+        check_context(recipe, f"eval.models.{name}", models[name], rows, tokenizer, new_tokens)
+        fit_embeddings(model, tokenizer)
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
         own, under_reference = (

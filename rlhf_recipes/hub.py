@@ -1,17 +1,22 @@
 """What a stage refers to, data and models: checked before anything heavy is imported, with or without the Hub."""
 
+import hashlib
 import os
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.config import Data, Recipe, RecipeError
 from rlhf_recipes.data import is_local, locate_data
-from rlhf_recipes.models import resolve_model
-from rlhf_recipes.run import eval_models
+from rlhf_recipes.models import hub_cache, is_hub_model, is_offline, resolve_model
+from rlhf_recipes.run import eval_models, read_manifest
 
 SECONDS_TO_ANSWER = 5
+
+HASHED_BYTES = 100 * 2**20
+"""Of data files up to this size the manifest has the sha256, of larger ones size and time of change."""
 
 OWN_VALUE_MODELS = ("shared", "policy")
 """Values of `ppo.value_model` that refer to the policy itself."""
@@ -19,12 +24,7 @@ OWN_VALUE_MODELS = ("shared", "policy")
 
 def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """Dotted key -> (reference, "model" or "dataset") of everything that a stage loads."""
-    found = {}
-    own_pairs = recipe.reward.data if stage == "reward" and recipe.reward is not None else None
-    if own_pairs is not None:
-        found["reward.data.path"] = (own_pairs.path, "dataset")
-    if stage != "compare" and (own_pairs is None or recipe.reward.center == "reference"):
-        found["data.path"] = (recipe.data.path, "dataset")
+    found = {key: (data.path, "dataset") for key, data in _data(recipe, stage).items()}
     section = getattr(recipe, stage, None)
     for key in ("model", "policy", "value_model"):
         if getattr(section, key, None) not in (None, *OWN_VALUE_MODELS):
@@ -42,44 +42,120 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
+    """Dotted key of its path -> every data section that a stage loads."""
+    own = recipe.reward.data if stage == "reward" else None
+    found = {} if own is None else {"reward.data.path": own}
+    if stage != "compare" and (own is None or recipe.reward.center == "reference"):
+        found["data.path"] = recipe.data
+    return found
+
+
 def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """Those of `references` that are Hub ids."""
     return {
         key: (reference, kind)
         for key, (reference, kind) in references(recipe, stage).items()
-        if not reference.startswith(("stage:", "package:")) and not is_local(reference)
+        if (
+            is_hub_model(reference)
+            if kind == "model"
+            else not reference.startswith("package:") and not is_local(reference)
+        )
     }
 
 
 def check_references(recipe: Recipe, stage: str) -> None:
-    """Make sure that everything a stage loads is there; without network, Hub ids only from the local cache.
+    """Make sure that everything a stage loads is there, and download its models; without network, from the cache only.
 
     Call before anything of Hugging Face is imported: without network this sets `HF_HUB_OFFLINE`, which its libraries
     read when they are imported, so that none of them retries for a minute.
 
     Raises:
-        RecipeError: A file, folder or stage is missing, or the Hub does not answer and something is not in its cache;
-            every finding, with the keys to set.
+        RecipeError: A file, folder or stage is missing, a model has no safetensors, or the Hub does not answer and
+            something is not in its cache; every finding, with the keys to set.
     """
     from_hub = hub_references(recipe, stage)
+    missing = {}
+    if from_hub and (is_offline() or not _reachable()):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
     findings = []
     for key, (reference, kind) in references(recipe, stage).items():
         try:
-            if key not in from_hub:
-                locate_data(key, reference) if kind == "dataset" else resolve_model(recipe, key, reference)
+            if kind == "model" and key not in missing:
+                resolve_model(recipe, key, reference)
+            elif key not in from_hub:
+                locate_data(key, reference)
         except RecipeError as error:
             findings.append(str(error))
-    if from_hub and (os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or not _reachable()):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
-        if missing:
-            findings.append(
-                f"the Hugging Face Hub cannot be reached ({_endpoint()}), and these are not in the local cache:\n"
-                + "".join(f"  {key}: {reference}\n" for key, reference in missing.items())
-                + f"Set each key to a local folder or file, such as {next(iter(missing))}=./my-copy, or run once with network."
-            )
+    if missing:
+        findings.append(
+            f"the Hugging Face Hub cannot be reached ({_endpoint()}), and these are not in the local cache:\n"
+            + "".join(f"  {key}: {reference}\n" for key, reference in missing.items())
+            + f"Set each key to a local folder or file, such as {next(iter(missing))}=./my-copy, or run once with network."
+        )
     if findings:
         raise RecipeError("\n".join(findings))
+
+
+def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
+    """Dotted key -> which files are behind each of `references`, once `check_references` has found them.
+
+    Each has `reference`, `path` and `revision`: the commit on the Hub, or the id of a stage's run; None for local files,
+    where one file of data has its `sha256` (or, when it is large, `bytes` and `modified`).
+
+    Raises:
+        RecipeError: A data set cannot be had, or not at the revision that the recipe pins.
+    """
+    found = {}
+    for key, (reference, kind) in references(recipe, stage).items():
+        source = (
+            _model_source(recipe, key, reference) if kind == "model" else _data_source(key, _data(recipe, stage)[key])
+        )
+        found[key] = {"reference": reference} | source
+    return found
+
+
+def _model_source(recipe: Recipe, key: str, reference: str) -> dict[str, Any]:
+    folder = Path(resolve_model(recipe, key, reference)).absolute()
+    revision = None
+    if reference.startswith("stage:"):
+        revision = read_manifest(folder)["id"]
+    elif is_hub_model(reference):
+        revision = folder.name  # snapshots/<commit>
+    return {"revision": revision, "path": str(folder)}
+
+
+def _data_source(key: str, data: Data) -> dict[str, Any]:
+    path = locate_data(data)
+    if path is None:
+        return _hub_data_source(key, data)
+    source = {"revision": None, "path": str(path.absolute())}
+    if path.is_file():
+        size = path.stat().st_size
+        if size <= HASHED_BYTES:
+            source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            source |= {"bytes": size, "modified": path.stat().st_mtime}
+    return source
+
+
+def _hub_data_source(key: str, data: Data) -> dict[str, Any]:
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(data.path, data.config, revision=data.revision)
+    except Exception as error:  # datasets raises many types, for unknown ids as for unknown configurations
+        raise RecipeError(
+            f"{key}: {data.path} is not to be had ({type(error).__name__}: {str(error)[:300]})."
+        ) from error
+    # Without network, datasets takes the latest of its cache, whatever revision is asked for.
+    if is_offline() and data.revision is not None and builder.hash != _commit(data.path, "dataset", data.revision):
+        raise RecipeError(
+            f"{key}: the local cache has {data.path} at {builder.hash}, not at the pinned revision {data.revision}, and the "
+            f"Hugging Face Hub cannot be reached. Run once with network, or set {key.removesuffix('path')}revision={builder.hash}."
+        )
+    return {"revision": builder.hash, "path": builder.cache_dir}
 
 
 def _endpoint() -> str:
@@ -106,6 +182,16 @@ def _reachable() -> bool:
 
 
 def _is_cached(reference: str, kind: str) -> bool:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    return (cache / f"{kind}s--{reference.replace('/', '--')}" / "snapshots").is_dir()
+    name, _, revision = reference.partition("@")
+    snapshots = _cached(name, kind) / "snapshots"
+    return (snapshots / _commit(name, kind, revision or "main")).is_dir() if kind == "model" else snapshots.is_dir()
+
+
+def _commit(name: str, kind: str, revision: str) -> str:
+    """The commit that the cache knows a branch or tag by; otherwise `revision` is taken for a commit itself."""
+    ref = _cached(name, kind) / "refs" / revision
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+
+
+def _cached(name: str, kind: str) -> Path:
+    return hub_cache() / f"{kind}s--{name.replace('/', '--')}"

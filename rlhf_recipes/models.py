@@ -1,5 +1,8 @@
 """Where models and tokenizers come from: `stage:` references, folders, Hub ids, and models made from scratch."""
 
+import functools
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,42 +14,105 @@ from rlhf_recipes.run import require_stage
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import RewardConfig, SFTConfig
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 """Special tokens of a tokenizer made from scratch: pad and EOS are distinct, so that padding never hides an EOS."""
 
 
+WEIGHTS = "*.safetensors"
+
+SNAPSHOT = [WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+"""Files of a model on the Hub that are downloaded: weights, configuration, tokenizer and code of its own; no pickle."""
+
+NOT_IN_SNAPSHOT = [f"*/{WEIGHTS}", "consolidated*"]
+"""Weights that stand there a second time, in another format."""
+
+
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
-    """Turn a model reference into what `from_pretrained` takes: a folder or a Hub id.
+    """Turn a model reference into the folder that `from_pretrained` takes; a model of the Hub is downloaded.
 
     Args:
         recipe: The recipe, for `stage:` references.
         key: Where the reference stands in the recipe, for messages.
-        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id.
+        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id, which
+            `@revision` pins to a branch, tag or commit.
 
     Raises:
-        RecipeError: That stage has not run, or nothing is at that path.
+        RecipeError: That stage has not run, nothing is at that path or on the Hub, or it has no safetensors.
     """
     if reference.startswith("stage:"):
         return str(require_stage(recipe, reference.removeprefix("stage:"), key))
-    if reference.startswith("package:"):
-        return str(locate_in_package(key, reference))
-    if is_local(reference):
-        folder = Path(reference).expanduser()
-        if not (folder / "config.json").is_file():
+    if is_hub_model(reference):
+        name, _, revision = reference.partition("@")
+        with loading(key, reference):
+            folder = _snapshot(name, revision or "main", hub_cache(), is_offline())
+        fix = (
+            f"Pin a revision that has them, such as {name}@refs/pr/1, which the Hub's converter opens, or convert it: "
+        )
+    elif reference.startswith("package:"):
+        folder, fix = locate_in_package(key, reference), ""
+    else:
+        folder, fix = Path(reference).expanduser(), "Convert it: "
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             found = "no such folder" if not folder.is_dir() else "no config.json in it, so it holds no model"
             raise RecipeError(f"{key}: {reference}: {found} (looked from {Path.cwd()}).")
-        return str(folder)
-    return reference
+    if not any(folder.glob(WEIGHTS)):
+        raise RecipeError(
+            f"{key}: {reference} has no weights in safetensors, and others are not loaded: a pickle can run anything. "
+            f"{fix}load it where you trust it, save_pretrained() it to a folder, and set {key} to that."
+        )
+    return str(folder)
 
 
-def load_tokenizer(key: str, model: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer; without a pad token it pads with EOS.
+def is_hub_model(reference: str) -> bool:
+    """Whether a model reference is a Hub id, with or without `@revision`."""
+    if reference.startswith(("stage:", "package:")) or Path(reference).exists():
+        return False
+    return not is_local(reference.partition("@")[0])
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads.
+
+    By its own rules, but asked of the environment: to import it is to fix whether it works offline.
+    """
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
+def is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+
+
+@functools.cache  # a branch that moves meanwhile: one run sees one commit
+def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
+    # All ranks may call it at once: huggingface_hub locks every file while it is downloaded, so that each is only once.
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache,
+            local_files_only=offline,
+            allow_patterns=SNAPSHOT,
+            ignore_patterns=NOT_IN_SNAPSHOT,
+        )
+    )
+
+
+def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer, with the recipe's special tokens where it lacks them; else without pad it pads with EOS.
+
+    A pad token that is the EOS token counts as none where the recipe has one.
 
     Args:
+        recipe: The recipe, for `special_tokens` and `trust_remote_code`.
         key: Where the model stands in the recipe, for messages.
-        model: Folder or Hub id.
+        reference: The model, as in `resolve_model`.
         classifier: Whether a sequence classifier will read it: then it pads on the right, and a tokenizer without EOS
             (BERT's) ends texts with its separator. Otherwise it pads on the left, and must have an EOS token of its
             own that it does not put behind every prompt.
@@ -57,45 +123,124 @@ def load_tokenizer(key: str, model: str, classifier: bool = False) -> "PreTraine
     from transformers import AutoTokenizer
 
     side = "right" if classifier else "left"
-    with loading(key, model):
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side=side, truncation_side=side)
-    fix = "Set it in its tokenizer_config.json."
+    folder = resolve_model(recipe, key, reference)
+    with loading(key, reference):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            padding_side=side,
+            truncation_side=side,
+            trust_remote_code=reference in recipe.trust_remote_code,
+        )
+    for name in ("eos_token", "pad_token"):
+        has = getattr(tokenizer, name)
+        lacks = has is None or (name == "pad_token" and has == tokenizer.eos_token)
+        if name in recipe.special_tokens and lacks:
+            tokenizer.add_special_tokens({name: recipe.special_tokens[name]})
     if classifier and tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"{key}: the tokenizer of {model} has no EOS token, so no text could ever end. {fix}")
+        raise RecipeError(
+            f"{key}: the tokenizer of {reference} has no EOS token, so no text could ever end. "
+            'Name one: special_tokens={eos_token: "..."}.'
+        )
     if not classifier and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         raise RecipeError(
-            f"{key}: the tokenizer of {model} ends every text with {tokenizer.eos_token}, a prompt too. {fix}"
+            f"{key}: the tokenizer of {reference} ends every text with {tokenizer.eos_token}, a prompt too. "
+            "Set it in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Add rows to the embeddings where the tokenizer has tokens beyond them; spare rows, as GPT-NeoX has, stay.
+
+    New rows are near the mean of the old ones, so that a new token is no likelier than the average one.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
 def check_context(
-    key: str, model: str, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase", new_tokens: int
+    recipe: Recipe,
+    key: str,
+    reference: str,
+    prompts: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    new_tokens: int,
 ) -> None:
     """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
 
     Raises:
         RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
     """
-    from transformers import AutoConfig
-
-    with loading(key, model):
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    if len(tokenizer) > config.vocab_size:
+    config = config_of(recipe, key, reference)
+    stage = key.partition(".")[0]
+    added = sum(tokenizer.convert_tokens_to_ids(t) >= config.vocab_size for t in recipe.special_tokens.values())
+    if len(tokenizer) > config.vocab_size + (added if stage == "eval" else 0):  # which calls fit_embeddings
+        fix = " Stage sft makes room for special_tokens: start from stage:sft, or leave them out." if added else ""
         raise RecipeError(
-            f"{key}: the tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}."
+            f"{key}: the tokenizer of {reference} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
         )
-    context = getattr(config, "max_position_embeddings", None)
+    context = _context(config, tokenizer)
     longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
-    if context is not None and longest + new_tokens > context:
+    if longest + new_tokens > context:
+        length = "eval.max_new_tokens" if stage == "eval" else f"{stage}.trainer.max_completion_length"
         raise RecipeError(
             f"{key}: the longest prompt has {longest} tokens; with {new_tokens} new ones that is more than the "
-            f"{context} of {model}. Shorten the prompts (data.prompt_tokens) or max_completion_length."
+            f"{context} of {reference}: lower data.max_prompt_tokens (prompts of the data's own) or data.prompt_tokens "
+            f"(cut from texts), or {length}."
         )
+
+
+def fit_length(
+    recipe: Recipe,
+    stage: str,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    args: "SFTConfig | RewardConfig",
+) -> None:
+    """Lower TRL's default of `max_length` to the model's context, for texts that would be longer.
+
+    Raises:
+        RecipeError: The recipe sets a greater one.
+    """
+    context = _context(config.get_text_config(), tokenizer)
+    if args.max_length is not None and args.max_length <= context:
+        return
+    trainer = getattr(recipe, stage).trainer
+    if "max_length" not in trainer:
+        args.max_length = context
+    elif context < math.inf:
+        raise RecipeError(
+            f"{stage}.trainer.max_length is {trainer['max_length'] or 'null'}, but the model reads {context} tokens at most; "
+            "set it to no more, or leave it out."
+        )
+
+
+def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
+    """Configuration of a model's language part.
+
+    Raises:
+        RecipeError: There is no such model, or transformers cannot read its configuration.
+    """
+    from transformers import AutoConfig
+
+    folder = resolve_model(recipe, key, reference)
+    with loading(key, reference):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=reference in recipe.trust_remote_code)
+    return config.get_text_config()
+
+
+def _context(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> float:
+    """Longest text in tokens that a model reads; infinite where nothing limits it."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if tokenizer.model_max_length < VERY_LARGE_INTEGER:  # which it is where nobody set it
+        context = min(context, tokenizer.model_max_length)
+    return context
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) -> list[int]:
@@ -108,14 +253,19 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) ->
 
 
 @contextmanager
-def loading(key: str, model: str) -> Iterator[None]:
+def loading(key: str, reference: str) -> Iterator[None]:
     """Turn a library's error about the model reference at `key` into a `RecipeError`."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{key}: {model} cannot be used: {str(error)[:400]}") from error
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"{key}: {reference} brings Python code of its own. Read it, and if it may run, say so by name: "
+                f"trust_remote_code=[{reference}]."
+            ) from error
+        raise RecipeError(f"{key}: {reference} cannot be used: {str(error)[:400]}") from error
 
 
 def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":

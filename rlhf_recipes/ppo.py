@@ -28,11 +28,11 @@ def main(run: Run) -> str:
     if value_model not in OWN_VALUE_MODELS:
         value_model = resolve_model(recipe, "ppo.value_model", value_model)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
-    tokenizer = load_tokenizer("ppo.policy", policy)
+    tokenizer = load_tokenizer(recipe, "ppo.policy", ppo.policy)
     train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
-    check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
-    with loading("ppo.policy", policy):
+    check_context(recipe, "ppo.policy", ppo.policy, train, tokenizer, args.max_completion_length)
+    with loading("ppo.policy", ppo.policy):
         trainer = PPOTrainer(
             model=policy,
             reward_funcs=reward_funcs,

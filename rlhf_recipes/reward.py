@@ -18,7 +18,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, load_tokenizer, loading, resolve_model
     from rlhf_recipes.scoring import trained_scoring
     from rlhf_recipes.shapes import pairs
     from rlhf_recipes.terminal import expected
@@ -27,7 +27,8 @@ def main(run: Run) -> str:
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
     model = resolve_model(recipe, "reward.model", reward.model)
-    tokenizer = load_tokenizer("reward.model", model, classifier=True)
+    tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
+    fit_length(recipe, "reward", config_of(recipe, "reward.model", reward.model), tokenizer, args)
     data, key = (recipe.data, "data") if reward.data is None else (reward.data, "reward.data")
     rows, held_out = load_rows(data, recipe.seed, key)
     train = pairs(data, rows, tokenizer, reward.pairs, recipe.seed, reward.chosen_label, key=key)
@@ -43,10 +44,11 @@ def main(run: Run) -> str:
     )
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
-    with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new
+    with loading("reward.model", reward.model), expected("LOAD REPORT"):  # the scalar head is new
         trainer = resumable(RewardTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    fit_embeddings(trainer.model, tokenizer)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     measured = trainer.evaluate()

@@ -24,11 +24,11 @@ def main(run: Run) -> str:
     args = trainer_args(run, RLOOConfig)
     policy = resolve_model(recipe, "rloo.policy", rloo.policy)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
-    tokenizer = load_tokenizer("rloo.policy", policy)
+    tokenizer = load_tokenizer(recipe, "rloo.policy", rloo.policy)
     train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
-    check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
-    with loading("rloo.policy", policy):
+    check_context(recipe, "rloo.policy", rloo.policy, train, tokenizer, args.max_completion_length)
+    with loading("rloo.policy", rloo.policy):
         trainer = RLOOTrainer(
             model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )

@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
 
+COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
 SETTINGS = {
-    "sft": ("seed", "data", "sft"),
-    "reward": ("seed", "data", "reward"),
-    "ppo": ("seed", "data", "reward_funcs", "missing_eos", "episodes", "ppo"),
-    "rloo": ("seed", "data", "reward_funcs", "missing_eos", "episodes", "rloo"),
-    "eval": ("seed", "data", "reward_funcs", "eval"),
+    "sft": (*COMMON_SETTINGS, "sft"),
+    "reward": (*COMMON_SETTINGS, "reward"),
+    "ppo": (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes", "ppo"),
+    "rloo": (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes", "rloo"),
+    "eval": (*COMMON_SETTINGS, "reward_funcs", "eval"),
     "compare": ("eval",),
 }
 """Stage -> the parts of a recipe that its result depends on."""
@@ -202,6 +203,23 @@ class Run:
         }
         self._write()  # first: without a manifest, a folder is taken for something else's
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
+
+    def record_sources(self, sources: dict[str, Any]) -> None:
+        """Write into the manifest which files the run loads; a run that goes on warns where they are others by now."""
+        if not self.is_main:
+            return
+        earlier = self.manifest.get("sources")
+        if earlier is None:
+            self.manifest["sources"] = sources
+        elif earlier != sources:
+            self.manifest["resumed"][-1]["sources"] = sources
+            logger.warning(
+                "%s goes on with other files than it began with: %s",
+                self.path,
+                "; ".join(_differences(earlier, sources)),
+            )
+        with writing("the manifest", self.path / MANIFEST):
+            self._write()
 
     def finish(self) -> None:
         """Say in the manifest that the run is complete; nothing may be written to the folder after this."""

@@ -56,14 +56,14 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
 
 def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[list[int]]:
     """Token ids of finished completions under the policy's tokenizer, EOS included."""
-    from rlhf_recipes.models import load_tokenizer, resolve_model
+    from rlhf_recipes.models import load_tokenizer
 
     policy = getattr(recipe, stage).policy
     if policy.startswith("stage:") and not is_finished(run_path(recipe, policy.removeprefix("stage:"))):
         say(f"note: {stage}.policy ({policy}) has not been trained yet, so its tokens are counted as words.")
         numbers: dict[str, int] = {}
         return [[numbers.setdefault(word, len(numbers) + 1) for word in text.split()] + [0] for text in completions]
-    tokenizer = load_tokenizer(f"{stage}.policy", resolve_model(recipe, f"{stage}.policy", policy))
+    tokenizer = load_tokenizer(recipe, f"{stage}.policy", policy)
     return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
 
 

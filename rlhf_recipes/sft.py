@@ -18,7 +18,16 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import load_tokenizer, loading, make_model, make_tokenizer, resolve_model
+    from rlhf_recipes.models import (
+        config_of,
+        fit_embeddings,
+        fit_length,
+        load_tokenizer,
+        loading,
+        make_model,
+        make_tokenizer,
+        resolve_model,
+    )
     from rlhf_recipes.shapes import corpus, texts
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -28,9 +37,12 @@ def main(run: Run) -> str:
     if sft.scratch is not None:
         tokenizer = make_tokenizer(sft.scratch, corpus(recipe.data, train, sft.labels))
         model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
+        config = model.config
     else:
         model = resolve_model(recipe, "sft.model", sft.model)
-        tokenizer = load_tokenizer("sft.model", model)
+        tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
+        config = config_of(recipe, "sft.model", sft.model)
+    fit_length(recipe, "sft", config, tokenizer, args)
     train, held_out = (texts(recipe.data, rows, tokenizer, sft.labels) for rows in (train, held_out))
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
@@ -38,6 +50,7 @@ def main(run: Run) -> str:
         trainer = resumable(SFTTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    fit_embeddings(trainer.model, tokenizer)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]

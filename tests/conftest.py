@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data, made here: every test runs without network."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -103,6 +104,31 @@ def save_pair(folder: Path, model, tokenizer) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def put_into_cache(cache: Path, name: str, folder: Path, *refs: str, kind: str = "model") -> str:
+    """Lay a folder into huggingface_hub's cache as it lays out a download of a commit; returns the commit."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    commit = hashlib.sha1(b"".join(files.values())).hexdigest()
+    root = cache / f"{kind}s--{name.replace('/', '--')}"
+    for part in ("blobs", f"snapshots/{commit}"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (root / "snapshots" / commit / file).symlink_to(os.path.relpath(blob, root / "snapshots" / commit))
+    for ref in refs:
+        (root / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (root / "refs" / ref).write_text(commit)
+    return commit
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hub, which is off."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="session")

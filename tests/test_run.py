@@ -38,6 +38,46 @@ def test_manifest_says_what_ran_where(load):
     assert load_recipe(str(run.path / "recipe.yaml")) == run.recipe
 
 
+def test_the_manifest_says_which_files_were_loaded(load):
+    run = Run(load(), "sft")
+    run.start()
+    assert "sources" not in read_manifest(run.path)
+    run.record_sources({"data.path": {"reference": "x.jsonl", "revision": None, "path": "x.jsonl"}})
+    assert read_manifest(run.path)["sources"] == {
+        "data.path": {"reference": "x.jsonl", "revision": None, "path": "x.jsonl"}
+    }
+    other = Run(load("name=other"), "sft", is_main=False)
+    other.record_sources({})
+    assert not other.path.exists()
+
+
+def test_a_run_that_goes_on_with_other_files_says_so(killed, load, caplog):
+    first, then = ({"data.path": {"reference": "org/data", "revision": commit}} for commit in ("a1", "b2"))
+    for found in (first, first, then):
+        run = Run(load(), "sft")
+        assert run.start() is not None
+        run.record_sources(found)
+    manifest = read_manifest(run.path)
+    assert manifest["sources"] == first and [entry.get("sources") for entry in manifest["resumed"]] == [
+        None,
+        None,
+        then,
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{run.path} goes on with other files than it began with: data.path.revision: 'a1' -> 'b2'"
+    ]
+
+
+def test_special_tokens_and_trusted_code_are_settings(load):
+    for stage in ("sft", "reward", "ppo", "rloo", "eval"):
+        finish(load(), stage)
+        for other in ('special_tokens={pad_token: "[PAD]"}', "trust_remote_code=[org/name]"):
+            with pytest.raises(RecipeError, match="other settings:\n  (special_tokens|trust_remote_code)"):
+                Run(load(other), stage).is_done()
+    finish(load(), "compare")
+    assert Run(load('special_tokens={pad_token: "[PAD]"}'), "compare").is_done()
+
+
 def test_a_finished_run_is_reused_and_changes_elsewhere_do_not_matter(load):
     finish(load(), "sft")
     assert Run(load(), "sft").is_done()

@@ -198,13 +198,14 @@ def test_an_eos_that_the_tokenizer_adds_by_itself_does_not_end_a_cut_off_text(tm
 def test_an_encoder_reads_what_it_was_trained_on(classifier_folder, tmp_path):
     """DistilBERT has no EOS: stage reward lets the separator end a text, so a finished one has two."""
     from rlhf_recipes.models import load_tokenizer
+    from rlhf_recipes.recipe import load_recipe
 
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(
         classifier_folder, num_labels=1, ignore_mismatched_sizes=True
     )
     torch.nn.init.normal_(model.classifier.weight)
-    tokenizer = load_tokenizer("reward.model", str(classifier_folder), classifier=True)
+    tokenizer = load_tokenizer(load_recipe("imdb_tiny"), "reward.model", str(classifier_folder), classifier=True)
     rows = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
     trainer = reward_trainer(model, tokenizer, rows, tmp_path)
     folder = stored(trainer, tmp_path / "rm")
