@@ -121,6 +121,12 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
     return train, held_out
 
 
+def hub_arguments(data: Data) -> dict[str, str | None]:
+    """What `datasets.load_dataset` takes for a data set of the Hub."""
+    config = "data_dir" if data.revision == PARQUET else "name"  # there, a configuration is a folder
+    return {"path": data.path, config: data.config, "revision": data.revision}
+
+
 def put_column(rows: "Dataset", name: str, values: list) -> "Dataset":
     """Rows with `values` in the column `name`, whatever it held before.
 
@@ -168,10 +174,8 @@ def _load(data: Data, key: str):
 
     path = locate_data(f"{key}.path", data.path)
     try:
-        if path is None and data.revision == PARQUET:  # there, a configuration is a folder
-            return load_dataset(data.path, data_dir=data.config, revision=data.revision)
         if path is None:
-            return load_dataset(data.path, data.config, revision=data.revision)
+            return load_dataset(**hub_arguments(data))
         if path.is_file():
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config import Data, Recipe, RecipeError
-from rlhf_recipes.data import is_local, locate_data
+from rlhf_recipes.data import hub_arguments, is_local, locate_data
 from rlhf_recipes.models import hub_cache, is_hub_model, is_offline, resolve_model
 from rlhf_recipes.run import eval_models, read_manifest
 
@@ -127,7 +127,7 @@ def _model_source(recipe: Recipe, key: str, reference: str) -> dict[str, Any]:
 
 
 def _data_source(key: str, data: Data) -> dict[str, Any]:
-    path = locate_data(data)
+    path = locate_data(key, data.path)
     if path is None:
         return _hub_data_source(key, data)
     source = {"revision": None, "path": str(path.absolute())}
@@ -144,7 +144,7 @@ def _hub_data_source(key: str, data: Data) -> dict[str, Any]:
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(data.path, data.config, revision=data.revision)
+        builder = load_dataset_builder(**hub_arguments(data))
     except Exception as error:  # datasets raises many types, for unknown ids as for unknown configurations
         raise RecipeError(
             f"{key}: {data.path} is not to be had ({type(error).__name__}: {str(error)[:300]})."

@@ -188,7 +188,7 @@ def test_sources_say_the_commit_of_a_data_set(cached_data, hub_cache, tmp_path):
 
     recipe = load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v1, sentences: null}"])
     check_references(recipe, "sft")
-    assert len(load_rows(recipe)[0]) > 20
+    assert len(load_rows(recipe.data, recipe.seed)[0]) > 20
     found = sources(recipe, "sft")["data.path"]
     assert (found["reference"], found["revision"]) == ("org/reviews", cached_data)
     (tmp_path / "card" / "README.md").write_text("other reviews")
