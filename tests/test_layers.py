@@ -12,7 +12,7 @@ LAYERS = [
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk"},
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
-    {"reward_funcs", "hub", "diagnosis", "value_model"},
+    {"reward_funcs", "hub", "diagnosis", "value_model", "samples"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
