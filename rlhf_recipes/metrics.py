@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -50,8 +51,8 @@ def length_histograms(lengths: dict[str, Sequence[int]], longest: int, bins: int
 def rouge(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over completions, 0..1, by the library rouge-score.
 
-    Without stemming, as Huang et al. 2024 (2403.17031) measure it (`evaluate`'s rouge and its defaults); ROUGE-L takes a
-    text as one sequence, line breaks or not.
+    Without stemming, as Huang et al. 2024 (2403.17031) measure it (`evaluate`'s rouge and its defaults); ROUGE-L takes
+    a text as one sequence, line breaks or not.
 
     Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
     """
@@ -85,7 +86,7 @@ def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str
     ordered = sorted(margins, key=abs)
     bins = min(bins, len(ordered))
     cuts = [len(ordered) * i // bins for i in range(bins + 1)]
-    parts = [ordered[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [ordered[start:end] for start, end in pairwise(cuts)]
     return [
         {"from": abs(part[0]), "to": abs(part[-1]), "pairs": len(part), "accuracy": pair_accuracy(part)}
         for part in parts
@@ -95,9 +96,9 @@ def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str
 def calibration(margins: Sequence[float], bins: int = 10) -> dict[str, Any]:
     """Is a reward model right as often as its probabilities say?
 
-    In the Bradley-Terry model the chosen text is the better one with probability p = sigmoid(margin). The model's answer
-    is the text with the higher score, its confidence sigmoid(|margin|), 0.5..1. Expected calibration error: sum over
-    bins of (pairs in it / all pairs) * |accuracy - mean confidence|, in bins of equal width. Brier score: mean of
+    In the Bradley-Terry model the chosen text is the better one with probability p = sigmoid(margin). The model's
+    answer is the text with the higher score, its confidence sigmoid(|margin|), 0.5..1. Expected calibration error: sum
+    over bins of (pairs in it / all pairs) * |accuracy - mean confidence|, in bins of equal width. Brier score: mean of
     (1 - p)^2, 0.25 for a model that knows nothing.
 
     Source: Guo et al. 2017 (1706.04599), equation 3; Brier 1950.
