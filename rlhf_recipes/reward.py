@@ -9,6 +9,7 @@ trained to read, which the reward function `reward_model` follows) and `reward_r
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -138,10 +139,19 @@ def measure(
         held_out: Pairs that it was not.
         references: Held-out completions of the data; may be empty, unless they are the center.
         center: See `reward.center`.
+
+    Raises:
+        RecipeError: A score is not finite.
     """
     train_margins, _, _ = _margins(score, train)
     margins, chosen, rejected = _margins(score, held_out)
     of_references = score(references) if references else []
+    bad = [value for value in train_margins + chosen + rejected + of_references if not math.isfinite(value)]
+    if bad:
+        raise RecipeError(
+            f"reward.trainer: {len(bad)} scores of the trained model are {bad[0]}, so training has diverged; lower "
+            "learning_rate, or max_grad_norm."
+        )
     shift = {"pairs": chosen + rejected, "reference": of_references, "none": [0.0]}[center]
     shift, _ = mean_and_std(shift)
     report = {"train_accuracy": pair_accuracy(train_margins), "eval_accuracy": pair_accuracy(margins)}

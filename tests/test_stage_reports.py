@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import REVIEWS, WORDS, causal_lm, save_pair, word_tokenizer, write_jsonl
+from conftest import REVIEWS, WORDS, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -104,6 +104,11 @@ def test_measure_without_references_and_without_prompts():
     assert found["train_accuracy"] == 0.5 and "score_reference_mean" not in found
 
 
+def test_a_model_that_has_diverged_is_refused():
+    with pytest.raises(RecipeError, match=r"reward\.trainer: 12 scores of the trained model are nan"):
+        reward.measure(lambda texts: [math.nan] * len(texts), MEASURED, MEASURED, [], "none")
+
+
 def backbone(folder, kind):
     """A random model without a scalar head, and its tokenizer."""
     if kind in ("gpt2", "gpt_neox"):
@@ -165,6 +170,24 @@ def test_references_score_zero_on_average(tmp_path):
     assert none.results["score_center"] == 0
     assert mean(raw) == pytest.approx(none.results["score_reference_mean"], abs=1e-5)
     assert mean(raw) == pytest.approx(run.results["score_center"], abs=1e-5)  # the same training, but for the shift
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_scoring(tmp_path):
+    """An odd number of pairs; what both report together is what the saved model says about all of them."""
+    reward_recipe(tmp_path, backbone(tmp_path / "base", "gpt2"), held_out=HELD_OUT[:15])
+    (tmp_path / "two.yaml").write_text(
+        "distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\nuse_cpu: false\n"
+        "main_process_port: 0\n"
+    )
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "two.yaml", "-m", "rlhf_recipes.reward")
+    done = run_python(*launch, "--recipe", "r.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs/r/reward" / reward.REPORT).read_text())
+    chosen, rejected = (scores_of(tmp_path / "runs/r/reward", HELD_OUT[:15], side) for side in ("chosen", "rejected"))
+    assert report["eval_pairs"] == 15 and report["score_chosen_mean"] == pytest.approx(mean(chosen), abs=1e-5)
+    assert report["score_rejected_mean"] == pytest.approx(mean(rejected), abs=1e-5)
+    assert report["eval_accuracy"] == mean([c > r for c, r in zip(chosen, rejected, strict=True)])
 
 
 def test_a_center_of_references_needs_completions(tmp_path, policy_folder):
