@@ -2,7 +2,8 @@
 
     python -m rlhf_recipes.compare --recipe imdb_tiny
 
-Reads the folders of `ppo`, `rloo` and `eval`; writes `report.html` and `curves.png` to `<runs_dir>/<recipe>/compare/`.
+Reads the folders of `ppo`, `rloo` and `eval`; writes `report.html`, `curves.png` and `lengths.png` to
+`<runs_dir>/<recipe>/compare/`.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import stage_command
-from rlhf_recipes.report import draw_curves, write_page
+from rlhf_recipes.report import draw_curves, draw_lengths, write_page
 from rlhf_recipes.run import Run, is_finished, read_manifest, require_stage, run_path
 
 
@@ -31,11 +32,14 @@ def _notes(recipe: Recipe) -> list[str]:
     sft, reward = (read_manifest(run_path(recipe, stage)) or {} for stage in ("sft", "reward"))
     notes = []
     if sft.get("status") == "finished":
-        notes.append(f"SFT model: perplexity {sft['results']['eval_perplexity']:.1f} on held-out texts.")
+        results = sft["results"]
+        rouge = f", ROUGE-L {results['rougeL']:.3f} on held-out prompts" if "rougeL" in results else ""
+        notes.append(f"SFT model: perplexity {results['eval_perplexity']:.1f} on held-out texts{rouge}.")
     if reward.get("status") == "finished":
         results = reward["results"]
+        ece = f", expected calibration error {results['eval_ece']:.3f}" if "eval_ece" in results else ""
         notes.append(
-            f"Reward model: right on {results['eval_accuracy']:.1%} of {results['eval_pairs']} held-out pairs "
+            f"Reward model: right on {results['eval_accuracy']:.1%} of {results['eval_pairs']} held-out pairs{ece} "
             f"(trained on {results['train_pairs']})."
         )
     return notes
@@ -44,7 +48,7 @@ def _notes(recipe: Recipe) -> list[str]:
 def write_report(
     folder: Path, title: str, paths: list[Path], measured: dict[str, Any] | None, notes: list[str]
 ) -> Path:
-    """Write the page and its picture for some finished runs of `ppo` or `rloo`.
+    """Write the page and its pictures for some finished runs of `ppo` or `rloo`.
 
     Args:
         folder: Where to; it must exist.
@@ -62,8 +66,11 @@ def write_report(
     names = _names(paths)
     runs = {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
     picture = draw_curves({name: lines for name, (_, lines) in runs.items()}, folder / "curves.png")
+    lengths = None
+    if measured is not None and "length_histograms" in measured:
+        lengths = draw_lengths(measured["length_histograms"], folder / "lengths.png")
     page = folder / "report.html"
-    write_page(page, title, picture, measured, {name: manifest for name, (manifest, _) in runs.items()}, notes)
+    write_page(page, title, picture, lengths, measured, {name: manifest for name, (manifest, _) in runs.items()}, notes)
     return page
 
 

@@ -2,33 +2,25 @@
 
     accelerate launch -m rlhf_recipes.evaluate --recipe imdb_tiny
 
-Reads `data`, `reward_funcs` and `eval`; writes `eval.json` (`models.<name>.<metric>` and samples side by side) and
-`completions.jsonl` to `<runs_dir>/<recipe>/eval/`. Every model gets the same prompts and the same sampling seed.
+Reads `data`, `reward_funcs` and `eval`; writes `eval.json` (`models.<name>.<metric>`, histograms of the completions'
+lengths, and samples side by side) and `completions.jsonl` to `<runs_dir>/<recipe>/eval/`. Every model gets the same
+prompts and the same sampling seed. Where held-out prompts have completions, ROUGE says how near a model comes to them.
 """
 
 import json
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.entry import stage_command
-from rlhf_recipes.metrics import distinct_n, mean_and_std, repetition_rate
+from rlhf_recipes.metrics import distinct_n, length_histograms, mean_and_std, repetition_rate, rouge
+from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import Run, eval_models
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass
-class Samples:
-    """What one model answered, one entry per prompt."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    """First EOS included."""
-    completions: list[Any]
-    finished: list[bool]
+    from rlhf_recipes.samples import Samples
 
 
 def main(run: Run) -> str:
@@ -40,6 +32,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.models import check_context, fit_embeddings, load_tokenizer, loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
+    from rlhf_recipes.samples import sample
     from rlhf_recipes.shapes import prompts
 
     recipe, settings = run.recipe, run.recipe.eval
@@ -98,33 +91,17 @@ def main(run: Run) -> str:
             | {f"score/{func}": _mean(values) for func, values in by_func.items()}
             | {f"judge/{func}": _mean(values) for func, values in by_judge.items()}
             | _text_metrics(samples)
+            | (rouge(_plain(samples.completions), _plain(columns["reference"])) if "reference" in columns else {})
             | _likelihood_metrics(samples, own, under_reference)
         )
         answers[name] = {"samples": samples, "scores": scores, "judged": judged}
-    _write(run, rows["prompt"][:], measured, answers)
+    lengths = {name: _lengths(answer["samples"]) for name, answer in answers.items()}
+    _write(run, rows["prompt"][:], measured, answers, length_histograms(lengths, new_tokens))
     run.results = measured
     return ", ".join(f"{name}: score {values['score_mean']:.2f}" for name, values in measured.items())
 
 
-def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float, batch_size: int) -> Samples:
-    """Sample one completion for every prompt, from the unchanged distribution (no top-k, no top-p)."""
-    from rlhf_recipes.models import continuation, eos_token_ids, token_ids
-    from rlhf_recipes.sampling import sample_completions
-
-    ends = eos_token_ids(model, tokenizer)
-    prompt_ids = [token_ids(tokenizer, prompt) for prompt in prompts]
-    completion_ids = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompt_ids[start : start + batch_size]
-        completion_ids += sample_completions(model, part, tokenizer.pad_token_id, new_tokens, temperature, ends)
-    finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
-    texts = [continuation(tokenizer, p, c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    chat = bool(prompts) and not isinstance(prompts[0], str)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    return Samples(prompt_ids, completion_ids, completions, finished)
-
-
-def sequence_logps(model, tokenizer, samples: Samples, temperature: float, batch_size: int) -> "Tensor":
+def sequence_logps(model, tokenizer, samples: "Samples", temperature: float, batch_size: int) -> "Tensor":
     """Log-probability of every whole completion under a model, (number of prompts,), on the CPU."""
     import torch
 
@@ -151,6 +128,19 @@ def _training_length(recipe) -> int:
     return RLOOConfig.max_completion_length
 
 
+def _plain(messages: list) -> list[str]:
+    return [as_text(message) for message in messages]
+
+
+def _words(samples: "Samples") -> list[list[int]]:
+    """Token ids without EOS, which is no word of the text: a longer text is not thereby a more repetitive one."""
+    return [ids[:-1] if ended else ids for ids, ended in zip(samples.completion_ids, samples.finished, strict=True)]
+
+
+def _lengths(samples: "Samples") -> list[int]:
+    return [len(row) for row in _words(samples)]
+
+
 def _mean(values: list[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
@@ -164,13 +154,13 @@ def _score_metrics(scores: list[float | None], threshold: float) -> dict[str, fl
     return {"score_mean": mean, "score_std": std, "positive_share": _mean([score > threshold for score in there])}
 
 
-def _text_metrics(samples: Samples) -> dict[str, float]:
-    # EOS is no word of the text: without it, a longer text is not thereby a more repetitive one.
-    words = [ids[:-1] if ended else ids for ids, ended in zip(samples.completion_ids, samples.finished, strict=True)]
-    length_mean, length_std = mean_and_std([len(row) for row in words])
+def _text_metrics(samples: "Samples") -> dict[str, float]:
+    words = _words(samples)
+    length_mean, length_std = mean_and_std(_lengths(samples))
     return {
         "length_mean": length_mean,
         "length_std": length_std,
+        "empty_share": _mean([not text.strip() for text in _plain(samples.completions)]),
         "eos_rate": _mean(samples.finished),
         "distinct_1": distinct_n(words, 1),
         "distinct_2": distinct_n(words, 2),
@@ -178,7 +168,7 @@ def _text_metrics(samples: Samples) -> dict[str, float]:
     }
 
 
-def _likelihood_metrics(samples: Samples, own: "Tensor", under_reference: "Tensor") -> dict[str, float]:
+def _likelihood_metrics(samples: "Samples", own: "Tensor", under_reference: "Tensor") -> dict[str, float]:
     tokens = sum(map(len, samples.completion_ids))
     kl = (own - under_reference).sum().item()
     return {
@@ -188,7 +178,7 @@ def _likelihood_metrics(samples: Samples, own: "Tensor", under_reference: "Tenso
     }
 
 
-def _write(run: Run, prompts: list, measured: dict, answers: dict) -> None:
+def _write(run: Run, prompts: list, measured: dict, answers: dict, lengths: dict) -> None:
     if not run.is_main:
         return
     lines = []
@@ -206,6 +196,7 @@ def _write(run: Run, prompts: list, measured: dict, answers: dict) -> None:
         "num_prompts": len(prompts),
         "seed": run.recipe.seed,
         "models": measured,
+        "length_histograms": lengths,
         "samples": lines[: run.recipe.eval.num_samples],
     }
     (run.path / "eval.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")

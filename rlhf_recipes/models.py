@@ -1,12 +1,13 @@
 """Where models and tokenizers come from: `stage:` references, folders, Hub ids, and models made from scratch."""
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
 from rlhf_recipes.data import is_local, locate_in_package
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import RewardConfig, SFTConfig
+
+log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 """Special tokens of a tokenizer made from scratch: pad and EOS are distinct, so that padding never hides an EOS."""
@@ -334,3 +337,33 @@ def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     declared = model.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
     return sorted({tokenizer.eos_token_id, *declared})
+
+
+def scale_head(model: Any, seed: int) -> None:
+    """Draw a new scalar head's weights from N(0, 1 / (d + 1)), d its input features, and set its bias to 0.
+
+    A head that comes with the model is trained already and stays as it is; the log says so. The seed alone decides:
+    the global random numbers go on as without.
+
+    Source: Huang et al. 2024 (2403.17031), detail 11.
+
+    Raises:
+        RecipeError: The model has no linear layer that gives one number.
+    """
+    import torch
+
+    if any("ForSequenceClassification" in name for name in model.config.architectures or ()):
+        log.warning("reward.scale_head: reward.model brings a trained head, which is kept.")
+        return
+    heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 1]
+    if not heads:
+        raise RecipeError(
+            f"reward.scale_head: {type(model).__name__} has no linear layer that gives one number; set it to false."
+        )
+    with torch.no_grad():
+        for head in heads:
+            std = (head.in_features + 1) ** -0.5
+            drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)) * std
+            head.weight.copy_(drawn)
+            if head.bias is not None:
+                head.bias.zero_()

@@ -14,6 +14,9 @@ COLUMNS = {
     "positive_share": ("positive", "{:.0%}", "share of completions whose score is above the threshold"),
     "judge_mean": ("judge", "{:.2f}", "mean score of a judge that training did not see"),
     "kl": ("KL", "{:.1f}", "nats per completion between the model and the SFT model, on the model's own samples"),
+    "rouge1": ("ROUGE-1", "{:.3f}", "F1 of the words that a completion shares with the data's own"),
+    "rouge2": ("ROUGE-2", "{:.3f}", "the same for pairs of words"),
+    "rougeL": ("ROUGE-L", "{:.3f}", "the same for the longest common subsequence of words"),
     "length_mean": ("length", "{:.1f}", "tokens per completion, EOS not counted"),
     "distinct_1": ("distinct-1", "{:.2f}", "different words over all words of the samples"),
     "distinct_2": ("distinct-2", "{:.2f}", "different word pairs over all word pairs of the samples"),
@@ -45,7 +48,7 @@ def print_table(models: dict[str, dict[str, Any]]) -> None:
         table.add_row(name, *_cells(metrics, columns))
     console = Console()
     # A narrow or unknown terminal must not cut numbers off.
-    Console(width=max(console.width, 100)).print(table)
+    Console(width=max(console.width, 160)).print(table)
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
@@ -83,6 +86,48 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
         axes.flat[0].legend(handles, labels, frameon=False)
+    return _save(figure, file)
+
+
+def draw_lengths(histograms: dict[str, Any], file: Path) -> str:
+    """Draw how long every model's completions are, one histogram a model, over the same bins.
+
+    Args:
+        histograms: What `metrics.length_histograms` returns.
+        file: PNG to write.
+
+    Returns:
+        The same picture as a data URI, for the page.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edges, counts = histograms["edges"], histograms["counts"]
+    figure, axes = pyplot.subplots(
+        len(counts),
+        1,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(10, 1 + 1.6 * len(counts)),
+        constrained_layout=True,
+    )
+    for i, (axis, (name, heights)) in enumerate(zip(axes.flat, counts.items(), strict=True)):
+        shares = [height / max(sum(heights), 1) for height in heights]
+        axis.stairs(shares, edges, fill=True, color=COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)]))
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[-1].set_xlabel("completion length, tokens", fontsize=9)
+    return _save(figure, file)
+
+
+def _save(figure, file: Path) -> str:
+    from matplotlib import pyplot
+
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     pyplot.close(figure)
@@ -94,6 +139,7 @@ def write_page(
     file: Path,
     title: str,
     picture: str,
+    lengths: str | None,
     measured: dict[str, Any] | None,
     runs: dict[str, dict[str, Any]],
     notes: list[str],
@@ -104,6 +150,7 @@ def write_page(
         file: Where to.
         title: Heading.
         picture: Data URI of the curves.
+        lengths: Data URI of the lengths' histograms; None when nothing was evaluated.
         measured: What `eval.json` holds; None when nothing was evaluated.
         runs: Name -> manifest.
         notes: Sentences about what the runs started from.
@@ -116,6 +163,7 @@ def write_page(
         .render(
             title=title,
             picture=picture,
+            lengths=lengths,
             columns=columns,
             rows={name: _cells(metrics, columns) for name, metrics in models.items()},
             measured=measured,

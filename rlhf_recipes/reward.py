@@ -2,9 +2,13 @@
 
     accelerate launch -m rlhf_recipes.reward --recipe imdb_tiny
 
-Reads `data` (or `reward.data`) and `reward`; writes a sequence classifier with one label, its tokenizer and `scoring.json` (how it was
-trained to read, which the reward function `reward_model` follows) to `<runs_dir>/<recipe>/reward/`.
+Reads `data` (or `reward.data`) and `reward`; writes a sequence classifier with one label, its tokenizer, `scoring.json`
+(how it was trained to read, which the reward function `reward_model` follows) and `reward_report.json` (how good it is)
+to `<runs_dir>/<recipe>/reward/`.
 """
+
+import json
+import random
 
 from rlhf_recipes.entry import stage_command
 from rlhf_recipes.run import Run
@@ -18,8 +22,18 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, load_tokenizer, loading, resolve_model
-    from rlhf_recipes.scoring import trained_scoring
+    from rlhf_recipes.models import (
+        config_of,
+        fit_embeddings,
+        fit_length,
+        load_tokenizer,
+        loading,
+        resolve_model,
+        scale_head,
+    )
+    from rlhf_recipes.reward_report import REPORT, Text, kept, measure, own_references
+    from rlhf_recipes.samples import shared_out
+    from rlhf_recipes.scoring import reader, trained_scoring
     from rlhf_recipes.shapes import pairs
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
@@ -31,39 +45,52 @@ def main(run: Run) -> str:
     fit_length(recipe, "reward", config_of(recipe, "reward.model", reward.model), tokenizer, args)
     data, key = (recipe.data, "data") if reward.data is None else (reward.data, "reward.data")
     rows, held_out = load_rows(data, recipe.seed, key)
-    train = pairs(data, rows, tokenizer, reward.pairs, recipe.seed, reward.chosen_label, key=key)
-    held_out = pairs(
-        data,
-        held_out,
-        tokenizer,
-        reward.pairs and max(1, reward.pairs // 10),
-        recipe.seed,
-        reward.chosen_label,
-        apart_from=rows,
-        key=key,
+    limits = (reward.pairs, reward.pairs and max(1, reward.pairs // 10))
+    train, held_out = (
+        pairs(data, part, tokenizer, limit, recipe.seed, reward.chosen_label, apart_from, key)
+        for part, limit, apart_from in zip((rows, held_out), limits, (None, rows), strict=True)
     )
+    chat = is_conversational(train[0])
+    references = own_references(run, tokenizer, chat)
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
+    # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
+    train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with loading("reward.model", reward.model), expected("LOAD REPORT"):  # the scalar head is new
         trainer = resumable(RewardTrainer)(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     fit_embeddings(trainer.model, tokenizer)
+    train, held_out = kept(train, trainer.train_dataset, args), kept(held_out, trainer.eval_dataset, args)
+    if reward.scale_head:
+        scale_head(trainer.model, recipe.seed)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
-    measured = trainer.evaluate()
-    center = measured["eval_mean_reward"] if reward.center else 0.0
+    loss = trainer.evaluate()["eval_loss"]
+    scoring = trained_scoring(trainer, chat, center=0.0)
+    read = reader(str(run.path), trainer.model, tokenizer, args.per_device_eval_batch_size, None, scoring)
+
+    def score(texts: list[Text]) -> list[float]:
+        prompts, completions = [text[0] for text in texts], [text[1] for text in texts]
+        return read(prompts=prompts, completions=completions, finished=[True] * len(texts))
+
+    report = measure(
+        lambda texts: shared_out(trainer.accelerator, texts, score),
+        train.select(random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))),
+        held_out,
+        references,
+        reward.center,
+    )
+    report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
     if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
-        trained_scoring(trainer, is_conversational(train[0]), center).write(run.path)
-    run.results = {
-        "eval_accuracy": measured["eval_accuracy"],
-        "eval_loss": measured["eval_loss"],
-        "train_pairs": len(train),
-        "eval_pairs": len(held_out),
-        "score_center": center,
-    }
+        scoring.model_copy(update={"center": report["score_center"]}).write(run.path)
+        (run.path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    run.results = {name: value for name, value in report.items() if not isinstance(value, list)}
     save_model(trainer, run)
-    return f"held-out accuracy {measured['eval_accuracy']:.1%} on {len(held_out)} pairs ({len(train)} to train on)"
+    return (
+        f"held-out accuracy {report['eval_accuracy']:.1%} on {len(held_out)} pairs, calibration error "
+        f"{report['eval_ece']:.3f}; training accuracy {report['train_accuracy']:.1%} ({len(train)} pairs)"
+    )
 
 
 if __name__ == "__main__":

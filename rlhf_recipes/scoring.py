@@ -123,6 +123,7 @@ def reader(
     tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     max_length: int | None,
+    scoring: Scoring | None = None,
 ) -> Callable[..., list[float]]:
     """A reward function that has a reward model read texts as it was trained to; the log says how that is.
 
@@ -134,11 +135,12 @@ def reader(
         tokenizer: Its own tokenizer.
         batch_size: Texts a forward pass.
         max_length: Longer texts lose their beginning. None: as long as the training's, and the model's context.
+        scoring: How it was trained to read. None: as is stored beside it, or else as TRL's RewardTrainer trains.
 
     Raises:
         RecipeError: What is stored cannot be followed with this model and tokenizer.
     """
-    stored = stored_scoring(model) if model else None
+    stored = scoring or (stored_scoring(model) if model else None)
     scoring = stored or assumed_scoring(classifier, tokenizer)
     if classifier.config.num_labels != 1:
         raise RecipeError(

@@ -2,7 +2,9 @@
 
     accelerate launch -m rlhf_recipes.sft --recipe imdb_tiny
 
-Reads `data` and `sft`; writes a causal language model and its tokenizer to `<runs_dir>/<recipe>/sft/`.
+Reads `data` and `sft`; writes a causal language model and its tokenizer to `<runs_dir>/<recipe>/sft/`, and with
+`sft.rouge_prompts` some of its completions, `samples.jsonl`. Where rows have a prompt and a completion, the loss (and
+so the perplexity) is that of the completion's tokens.
 """
 
 import math
@@ -28,6 +30,7 @@ def main(run: Run) -> str:
         make_tokenizer,
         resolve_model,
     )
+    from rlhf_recipes.sft_report import measure_completions, rouge_rows, tokens_needed
     from rlhf_recipes.shapes import corpus, texts
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -43,7 +46,8 @@ def main(run: Run) -> str:
         tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
         config = config_of(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
-    train, held_out = (texts(recipe.data, rows, tokenizer, sft.labels) for rows in (train, held_out))
+    asked = rouge_rows(run, held_out, tokenizer) if sft.rouge_prompts else None
+    train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("sft.model", str(sft.model)):
@@ -51,12 +55,18 @@ def main(run: Run) -> str:
             model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     fit_embeddings(trainer.model, tokenizer)
+    new_tokens = tokens_needed(trainer, asked) if asked else 0
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]
     run.results = {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+    line = f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
+    if asked:
+        found = measure_completions(run, trainer, asked, new_tokens)
+        run.results |= found | {"rouge_prompts": len(asked)}
+        line += f", ROUGE-1/2/L {'/'.join(f'{value:.3f}' for value in found.values())} on {len(asked)} prompts"
     save_model(trainer, run)
-    return f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
+    return line
 
 
 if __name__ == "__main__":

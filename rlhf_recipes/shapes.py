@@ -246,20 +246,23 @@ def _by_label(
         _need(data, rows, column, "reward makes pairs of positive and negative texts", key)
     rows = _valid(data, rows, ["text"], key)
     read = _label_reader(data, key)
-    used = set(apart_from["text"]) if apart_from is not None else set()
+    others = set() if apart_from is None else set(apart_from["text"])
+    used = set(others)
     by_label: dict[int, list[str]] = {0: [], 1: []}
     for text, label in zip(rows["text"], rows["label"], strict=True):
         if text not in used:
             used.add(text)
             by_label[read(label)].append(text)
-    made, seen = [], set(apart_from["text"]) if apart_from is not None else set()
+    made, seen = [], set(others)
     for pair in _match_lengths(by_label[chosen_label], by_label[1 - chosen_label], random.Random(seed)):
         if pair["chosen"] != pair["rejected"] and seen.isdisjoint(pair.values()):  # two that were cut may be one
             seen.update(pair.values())
             made.append(pair)
     if not made:
+        known = ", training texts not counted" if others else ""
         raise RecipeError(
-            f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative texts; pairs need both."
+            f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative texts{known}; pairs "
+            "need both."
         )
     return Dataset.from_list(made)
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from rlhf_recipes.compare import write_report
+from rlhf_recipes.compare import _notes, write_report
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.report import print_table
 
 
 def fake_run(folder, stage="ppo", status="finished"):
@@ -54,3 +56,52 @@ def test_runs_of_the_same_stage_are_told_apart_and_others_refused(tmp_path):
             write_report(tmp_path, "t", [wrong], None, [])
     with pytest.raises(RecipeError, match="the same run twice"):
         write_report(tmp_path, "t", [paths[0], paths[0]], None, [])
+
+
+def test_lengths_are_drawn_where_they_were_measured(tmp_path):
+    run = fake_run(tmp_path / "ppo")
+    metrics = {"score_mean": 0.5, "rouge1": 0.31234, "rouge2": 0.1, "rougeL": 0.25}
+    measured = {"models": {"sft": metrics, "ppo": metrics}, "samples": [], "num_prompts": 4, "seed": 0}
+    page = write_report(tmp_path, "t", [run], measured, []).read_text()
+    assert page.count("<img") == 1 and "0.312" in page and "ROUGE-L" in page  # evaluated before there were histograms
+    measured["length_histograms"] = {"edges": [0, 2, 4], "counts": {"sft": [1, 3], "ppo": [4, 0]}}
+    page = write_report(tmp_path, "t", [run], measured, []).read_text()
+    assert page.count("<img") == 2 and "one histogram for each of sft, ppo" in page
+    assert (tmp_path / "lengths.png").stat().st_size > 5_000
+
+
+def test_a_histogram_without_completions_is_drawn(tmp_path):
+    measured = {"models": {}, "samples": [], "num_prompts": 0, "seed": 0}
+    measured["length_histograms"] = {"edges": [0, 2, 4], "counts": {"sft": [0, 0]}}
+    write_report(tmp_path, "t", [fake_run(tmp_path / "ppo")], measured, [])
+
+
+def test_the_table_cuts_no_number_off(capsys):
+    from rlhf_recipes.report import COLUMNS
+
+    print_table({"a long name of a model": dict.fromkeys(COLUMNS, 0.123456)})
+    head, row = capsys.readouterr().out.splitlines()
+    assert all(heading in head for heading, _, _ in COLUMNS.values()) and len(row.split()) == 6 + len(COLUMNS)
+
+
+def finished(folder, results):
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"status": "finished", "results": results}))
+
+
+def test_notes_say_what_was_measured(tmp_path):
+    recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}"])
+    assert _notes(recipe) == []
+    of_reward = {"eval_accuracy": 0.75, "eval_pairs": 40, "train_pairs": 400}
+    finished(tmp_path / "imdb_tiny/sft", {"eval_perplexity": 20.0, "rougeL": 0.25})
+    finished(tmp_path / "imdb_tiny/reward", of_reward | {"eval_ece": 0.0312})
+    assert _notes(recipe) == [
+        "SFT model: perplexity 20.0 on held-out texts, ROUGE-L 0.250 on held-out prompts.",
+        "Reward model: right on 75.0% of 40 held-out pairs, expected calibration error 0.031 (trained on 400).",
+    ]
+    finished(tmp_path / "old/imdb_tiny/sft", {"eval_perplexity": 20.0})
+    finished(tmp_path / "old/imdb_tiny/reward", of_reward)
+    assert _notes(load_recipe("imdb_tiny", [f"runs_dir={tmp_path / 'old'}"])) == [
+        "SFT model: perplexity 20.0 on held-out texts.",
+        "Reward model: right on 75.0% of 40 held-out pairs (trained on 400).",
+    ]
