@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
-from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
+from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_table, to_yaml
 from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
 from rlhf_recipes.run import Run, run_path, stages_to_run
@@ -37,8 +37,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with 
 
 
 @app.command("list")
-def list_recipes() -> None:
+def list_recipes(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="the table of the README, from the headers of the recipes' files")
+    ] = False,
+) -> None:
     """List the recipes, with their stages."""
+    if markdown:
+        say(recipe_table())
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("recipe", "stages", ""):
         table.add_column(heading)

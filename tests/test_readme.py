@@ -10,7 +10,7 @@ from conftest import REVIEWS, cli, run_python, write_jsonl
 from test_pipeline import FEW
 
 import rlhf_recipes
-from rlhf_recipes.recipe import load_recipe, recipe_files
+from rlhf_recipes.recipe import recipe_files
 
 ROOT = Path(rlhf_recipes.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,10 +62,15 @@ def test_makefile_targets():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
 
 
-def test_recipe_table_and_file_tree_are_complete():
+def test_recipe_table_is_what_the_command_prints(tmp_path):
+    done = cli("list", "--markdown", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"<!-- recipes -->\n{done.stdout}<!-- /recipes -->" in README, "put in what `list --markdown` prints"
     for name in recipe_files():
-        assert f"| `{name}` |" in README, name
-        assert load_recipe(name).description
+        assert f"\n| `{name}` |" in done.stdout, name
+
+
+def test_file_tree_is_complete():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
     for path in (ROOT / "rlhf_recipes").glob("*.py"):
         assert path.name in tree or path.name == "__init__.py", path.name
