@@ -8,14 +8,14 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk"},
+    {"config", "trainer_fields", "terminal", "launch"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "sweep_grid"},
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
