@@ -121,7 +121,8 @@ def print_sweep(rows: list[dict[str, Any]]) -> None:
     note = "mean ± standard deviation over seeds" if several else "one seed each: no deviation is known"
     console.print(note, style="dim")
     if "score_last" in columns:
-        console.print("training score: of the last tenth of the rollouts; all else: on held-out prompts", style="dim")
+        held_out = "; all else: on held-out prompts" if len(columns) > 1 else ""
+        console.print(f"training score: of the last tenth of the rollouts{held_out}", style="dim")
 
 
 def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -> str:

@@ -47,7 +47,7 @@ def test_help_list_show_and_validate_import_no_torch():
         "except SystemExit: pass\n"
         "heavy = {{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}} & set(sys.modules); assert not heavy, heavy"
     )
-    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"]):
+    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"], ["sweep", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", program.format(args=args)], capture_output=True, text=True, check=False
         )

@@ -29,6 +29,12 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     "python benchmarks/ppo_vs_trl.py": None,  # test_benchmarks runs a small one
     "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
     "run": FEW,
+    "sweep": [
+        *("--seeds=1", "--no-eval"),
+        *("data.max_rows=400", "episodes=32"),
+        *("ppo.policy=package:rlhf_recipes/base", "ppo.trainer.per_device_train_batch_size=32"),
+        *("rloo.policy=package:rlhf_recipes/base", "rloo.trainer.per_device_train_batch_size=32"),
+    ],
     "ppo": ["data.max_rows=1500", "episodes=32", "ppo.trainer.per_device_train_batch_size=32"],
     "rloo": ["data.max_rows=1500", "episodes=32", "rloo.trainer.per_device_train_batch_size=32"],
 }
@@ -51,7 +57,7 @@ def test_every_command_works(tmp_path):
         done = cli(*words[1:], *SMALLER.get(words[1], []), cwd=tmp_path, **environment)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         ran += 1
-    assert ran >= 9
+    assert ran >= 12
     measured = json.loads((tmp_path / "runs/sweet/eval/eval.json").read_text())
     assert "score/short_and_sweet" in measured["models"]["ppo"]
 

@@ -169,7 +169,7 @@ def test_what_is_wrong_is_found_before_anything_runs(tmp_path, overrides, stages
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Stages that only write what a stage leaves: `score` per (seed, num_generations) decides, a whole number is an exit code."""
+    """Stages that only write what a stage leaves; a score of (seed, num_generations) that is an int is an exit code."""
     ran, scores = [], {}
 
     def launch(stage, file, overrides, overwrite):
@@ -289,7 +289,7 @@ def scorer(penalty=0.0):
 
 TINY = [
     "reward_funcs=[{name: 'own.py:scorer', args: {penalty: 0.5}}]",
-    "data.max_rows=1500",
+    "data.max_rows=400",
     "sft.trainer.max_steps=2",
     "rloo.trainer.per_device_train_batch_size=32",
     "eval.judge_funcs=[]",
