@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +12,13 @@ from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
-from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
+from rlhf_recipes.launch import launch_stage
+from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_table, to_yaml
 from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
 from rlhf_recipes.run import Run, run_path, stages_to_run
+from rlhf_recipes.sweep import plan_sweep, run_sweep
 from rlhf_recipes.terminal import complain, say
-
-MODULES = {"eval": "evaluate"}
-"""Stages whose module has another name than the stage."""
 
 app = typer.Typer(
     help="PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL.",
@@ -37,8 +34,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with 
 
 
 @app.command("list")
-def list_recipes() -> None:
+def list_recipes(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="the table of the README, from the headers of the recipes' files")
+    ] = False,
+) -> None:
     """List the recipes, with their stages."""
+    if markdown:
+        say(recipe_table())
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("recipe", "stages", ""):
         table.add_column(heading)
@@ -96,7 +100,7 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
         if stage_run.is_done(overwrite):
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
-        code = _launch(stage, name, overrides or [], overwrite)
+        code = launch_stage(stage, name, overrides or [], overwrite)
         if code not in (0, STOPPED):
             complain(
                 f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept."
@@ -105,22 +109,6 @@ def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -
             raise typer.Exit(code)
     if "compare" in stages:
         _show_results(recipe)
-
-
-def _launch(stage: str, name: str, overrides: list[str], overwrite: bool) -> int:
-    module = f"rlhf_recipes.{MODULES.get(stage, stage)}"
-    command = [sys.executable, "-m", module, "--recipe", name, *overrides, *(["--overwrite"] if overwrite else [])]
-    process = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-    while True:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            if process.poll() is None:  # Ctrl-C reached it too, `kill -INT` of this process did not
-                process.send_signal(signal.SIGINT)
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            return code if code >= 0 else 128 - code  # as a shell says it: ended by signal 9 is 137
 
 
 def _show_results(recipe: Recipe) -> None:
@@ -132,7 +120,7 @@ def _show_results(recipe: Recipe) -> None:
 
 def _stage_command(stage: str, doc: str) -> None:
     def command(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
-        raise typer.Exit(_launch(stage, name, overrides or [], overwrite))
+        raise typer.Exit(launch_stage(stage, name, overrides or [], overwrite))
 
     command.__doc__ = doc
     app.command(stage)(command)
@@ -143,6 +131,35 @@ _stage_command("reward", "Run stage reward: train a reward model on pairs.")
 _stage_command("ppo", "Run stage ppo: train the policy with PPO.")
 _stage_command("rloo", "Run stage rloo: train the policy with RLOO.")
 _stage_command("eval", "Run stage eval: measure the trained models on held-out prompts.")
+
+
+@app.command()
+def sweep(
+    name: Name,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value[,value]...]...",
+            help="several values: each is run, with each of the other keys'; key,key=value,value: keys that change "
+            "together; one value: holds for all. Commas inside of brackets, braces and quotes belong to a value",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="sft, reward, ppo or rloo; may be repeated, or ppo,rloo (default: ppo and rloo)"),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="how many, from the recipe's seed on (3), or which (42,43,44)")
+    ] = "1",
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="only train: no numbers on held-out prompts")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a stage with every combination of some keys' values and several seeds; table and plot at the end.
+
+    The same command goes on with what was stopped, and skips what has finished.
+    """
+    planned = plan_sweep(name, overrides or [], stage or [], seeds, not no_eval, overwrite)
+    raise typer.Exit(run_sweep(planned, overwrite))
 
 
 @app.command()

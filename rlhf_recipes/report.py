@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -24,6 +25,14 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.1f}", "of the samples under the SFT model: lower is more like its language"),
 }
 """Metrics of `eval.json` that the table shows: heading, format, meaning."""
+
+SWEEP_COLUMNS = {
+    "score_last": ("training score", "{:.2f}"),
+    **{f"eval/{key}": COLUMNS[key][:2] for key in ("score_mean", "positive_share", "judge_mean", "kl", "length_mean")},
+    "eval_perplexity": ("perplexity", "{:.1f}"),
+    "eval_accuracy": ("accuracy", "{:.1%}"),
+}
+"""Numbers that a sweep's table shows, where its runs have them: heading, format."""
 
 CURVES = {
     "score_mean": "score (mean of a rollout)",
@@ -133,6 +142,87 @@ def _save(figure, file: Path) -> str:
     pyplot.close(figure)
     file.write_bytes(picture.getvalue())
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+
+
+def print_sweep(rows: list[dict[str, Any]]) -> None:
+    """Print a sweep's table: a row per setting, numbers as mean and standard deviation over its seeds.
+
+    Args:
+        rows: Those of `sweep.json`.
+    """
+    columns = {key: column for key, column in SWEEP_COLUMNS.items() if any(key in row["numbers"] for row in rows)}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "seeds", *(heading for heading, _ in columns.values())):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        failed = sum("error" in run for run in row["runs"])
+        seeds = f"{len(row['runs'])}" + (f", {failed} failed" if failed else "")
+        whole = len(row["runs"]) - failed
+        cells = [_mean_and_deviation(row["numbers"].get(key), form, whole) for key, (_, form) in columns.items()]
+        table.add_row(row["label"], seeds, *cells)
+    console = Console()
+    Console(width=max(console.width, 140), highlight=False).print(table)
+    several = any(numbers["n"] > 1 for row in rows for numbers in row["numbers"].values())
+    note = "mean ± standard deviation over seeds" if several else "one seed each: no deviation is known"
+    console.print(note, style="dim")
+    if "score_last" in columns:
+        held_out = "; all else: on held-out prompts" if len(columns) > 1 else ""
+        console.print(f"training score: of the last tenth of the rollouts{held_out}", style="dim")
+
+
+def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -> str:
+    if numbers is None:
+        return ""
+    deviation = "" if numbers["std"] is None else f" ± {form.format(numbers['std'])}"
+    fewer_or_more = "" if numbers["n"] == whole else f" ({numbers['n']} seeds)"
+    return form.format(numbers["mean"]) + deviation + fewer_or_more
+
+
+def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> None:
+    """Draw the score over episodes (of sft and reward the loss over steps): mean and deviation over seeds of each row.
+
+    Args:
+        curves: Label of a row -> lines of `metrics.jsonl` of each of its finished runs.
+        file: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {("episodes", "score_mean"): {}, ("step", "loss"): {}}
+    for label, runs in curves.items():
+        on_policy = any("score_mean" in line for lines in runs for line in lines)
+        x, y = ("episodes", "score_mean") if on_policy else ("step", "loss")
+        panels[x, y][label] = [
+            {line[x]: line[y] for line in lines if isinstance(line.get(y), (int, float))} for lines in runs
+        ]
+    drawn = {axes: rows for axes, rows in panels.items() if rows} or {("episodes", "score_mean"): {}}
+    size = (8 * len(drawn), 5)
+    figure, all_axes = pyplot.subplots(1, len(drawn), figsize=size, constrained_layout=True, squeeze=False)
+    for axis, ((x, y), rows) in zip(all_axes.flat, drawn.items(), strict=True):
+        colors = pyplot.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
+        for i, (label, runs) in enumerate(rows.items()):
+            shared = sorted(set.intersection(*(set(run) for run in runs)))
+            if not shared:
+                continue
+            smooth = [_smooth(tuple(run[at] for at in shared)) for run in runs]
+            means = [fmean(values) for values in zip(*smooth, strict=True)]
+            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            color = colors[i % len(colors)]
+            axis.plot(shared, means, color=color, linewidth=2, label=f"{label} ({seeds})")
+            if len(runs) > 1:
+                spread = [stdev(values) for values in zip(*smooth, strict=True)]
+                low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+                axis.fill_between(shared, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set_title(f"{y}, smoothed: mean and standard deviation over seeds", fontsize=10)
+        axis.set_xlabel(x, fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(file, format="png", dpi=130)
+    pyplot.close(figure)
 
 
 def write_page(

@@ -8,14 +8,15 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
+    {"config", "trainer_fields", "terminal", "launch"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
+    | {"sweep_grid"},
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
     {"reward_funcs", "shapes", "posts", "hub", "diagnosis", "value_model", "samples"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
@@ -47,7 +48,7 @@ def test_help_list_show_and_validate_import_no_torch():
         "except SystemExit: pass\n"
         "heavy = {{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}} & set(sys.modules); assert not heavy, heavy"
     )
-    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"]):
+    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"], ["sweep", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", program.format(args=args)], capture_output=True, text=True, check=False
         )

@@ -1,6 +1,7 @@
 """Recipes: merging, overrides, strictness, and messages that name file, key and the nearest valid key."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import trl
@@ -8,7 +9,7 @@ from ruamel.yaml import YAML
 
 from rlhf_recipes import PPOConfig, RLOOConfig
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, to_yaml
+from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, recipe_header, recipe_table, to_yaml
 from rlhf_recipes.trainer_fields import trainer_fields
 
 MINIMAL = """
@@ -41,6 +42,63 @@ def test_every_shipped_recipe_is_valid():
     for path in files:
         recipe = load_recipe(str(path))
         assert recipe.name == path.stem and recipe_files()[path.stem].resolve() == path.resolve()
+
+
+HEADER = """\
+# mine: does one thing.
+# Some words,
+#   and an example: of code
+# Source: a paper; its table 2
+# goes on here
+# Hardware: a GPU | or two
+# Minutes: not measured
+# Expected: 1 -> 2
+#   rlhf-recipes sft mine
+#   rlhf-recipes run mine
+"""
+
+
+def test_header_of_every_shipped_recipe():
+    files = [path for path in recipe_folders()[1].rglob("*.yaml") if not path.name.startswith("_")]
+    assert len(files) >= 3
+    for path in files:
+        header = recipe_header(path)
+        assert all(path.stem in command for command in header.commands)
+
+
+def test_header_is_read(write):
+    header = recipe_header(Path(write(HEADER + MINIMAL)))
+    assert header.what == "does one thing." and header.text == "Some words,\n  and an example: of code"
+    assert header.source == "a paper; its table 2 goes on here" and header.hardware == "a GPU | or two"
+    assert (header.minutes, header.expected) == ("not measured", "1 -> 2")
+    assert header.commands == ["rlhf-recipes sft mine", "rlhf-recipes run mine"]
+
+
+def test_table_shows_the_source_up_to_its_semicolon(write, tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    write(HEADER + MINIMAL, "recipes/mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert "| `mine` | a test | a GPU \\| or two | not measured | 1 -> 2 | a paper |" in recipe_table().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("# mine: ", "# yours: "), ["# mine: what it does"]),
+        (("# Minutes: not measured\n", ""), ["# Minutes: ..."]),
+        (("# Minutes: not measured\n# Expected: 1 -> 2\n", ""), ["# Minutes: ...", "# Expected: ..."]),
+        (("Minutes: not measured", "Minutes: "), ["# Minutes: ..."]),
+        (("#   rlhf-recipes sft mine\n#   rlhf-recipes run mine\n", ""), ["#   rlhf-recipes run mine"]),
+        (("# Minutes: not measured\n# Expected: 1 -> 2\n", "# Expected: 2\n# Minutes: 1\n"), ["the order Source"]),
+        ((HEADER, ""), ["# mine: what it does", "# Source: ...", "#   rlhf-recipes run mine"]),
+    ],
+)
+def test_what_a_header_lacks_is_said(write, change, expected):
+    assert change[0] in HEADER
+    path = Path(write((HEADER + MINIMAL).replace(*change)))
+    with pytest.raises(RecipeError) as caught:
+        recipe_header(path)
+    assert all(part in str(caught.value) for part in [*expected, "mine.yaml"]), str(caught.value)
 
 
 def test_numbers_are_yaml_1_2(write):
