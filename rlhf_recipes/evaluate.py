@@ -38,7 +38,7 @@ def main(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     from rlhf_recipes.data import load_rows, prompts
-    from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import check_context, load_model, load_tokenizer, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
 
     recipe, settings = run.recipe, run.recipe.eval
@@ -55,9 +55,12 @@ def main(run: Run) -> str:
     new_tokens = settings.max_new_tokens or _training_length(recipe)
     device = PartialState().device
 
+    def trusts(name: str) -> bool:
+        return eval_models(recipe)[name] in recipe.trust_remote_code
+
     def load(name: str):
-        with loading(f"eval.models.{name}", folders[name]):
-            return AutoModelForCausalLM.from_pretrained(folders[name], dtype="auto").to(device).eval()
+        model = load_model(AutoModelForCausalLM, f"eval.models.{name}", folders[name], trusts(name), dtype="auto")
+        return model.to(device).eval()
 
     reference, reference_tokenizer = load(reference_name), tokenizer
     measured, answers = {}, {}
@@ -68,7 +71,7 @@ def main(run: Run) -> str:
             raise RecipeError(
                 f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them."
             )
-        check_context(f"eval.models.{name}", folders[name], rows, tokenizer, new_tokens)
+        check_context(f"eval.models.{name}", folders[name], rows, tokenizer, new_tokens, trusts(name))
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
         own, under_reference = (

@@ -3,18 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
 from rlhf_recipes.data import is_local, locate_in_package
 from rlhf_recipes.run import require_stage
+from rlhf_recipes.terminal import expected
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 """Special tokens of a tokenizer made from scratch: pad and EOS are distinct, so that padding never hides an EOS."""
+
+
+MERGED_BASE = "base"
+"""In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
 
 
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
@@ -74,17 +80,19 @@ def load_tokenizer(key: str, model: str, classifier: bool = False) -> "PreTraine
 
 
 def check_context(
-    key: str, model: str, prompts: "Dataset", tokenizer: "PreTrainedTokenizerBase", new_tokens: int
+    key: str,
+    model: str,
+    prompts: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    new_tokens: int,
+    trust_remote_code: bool = False,
 ) -> None:
     """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
 
     Raises:
         RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
     """
-    from transformers import AutoConfig
-
-    with loading(key, model):
-        config = AutoConfig.from_pretrained(model).get_text_config()
+    config = load_config(key, model, trust_remote_code).get_text_config()
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(
             f"{key}: the tokenizer of {model} has {len(tokenizer)} tokens, the model only {config.vocab_size}."
@@ -115,7 +123,133 @@ def loading(key: str, model: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, RecipeError):
             raise
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"{key}: {model} runs Python code of its own, which a recipe must allow by name: add the value of {key} "
+                "to the recipe's list trust_remote_code (of a reward function: set its argument trust_remote_code), if "
+                "you trust whoever wrote it."
+            ) from error
+        if "use_safetensors=True" in str(error) or any(Path(model).glob("*.bin")):
+            raise RecipeError(
+                f"{key}: {model} has no weights as safetensors, and nothing else is loaded, because pickled files can run "
+                "code; convert it: load it where you trust it, and save it again with save_pretrained."
+            ) from error
         raise RecipeError(f"{key}: {model} cannot be used: {str(error)[:400]}") from error
+
+
+def adapter_of(key: str, model: str) -> "PeftConfig | None":
+    """Configuration of the adapter that a folder or Hub repository holds; None: it holds a whole model."""
+    from peft import PeftConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with loading(key, model):
+        return PeftConfig.from_pretrained(model) if find_adapter_config_file(model) is not None else None
+
+
+def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
+    """Folder or Hub id of the whole model that an adapter belongs to.
+
+    Raises:
+        RecipeError: It is a folder that is not there any more.
+    """
+    merged = Path(model) / MERGED_BASE
+    if (merged / "config.json").is_file():  # also where the run was moved to another place
+        return str(merged)
+    base = adapter.base_model_name_or_path
+    if base is None or (is_local(base) and not Path(base).is_dir()):
+        raise RecipeError(
+            f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "
+            f"base_model_name_or_path in {model}/adapter_config.json."
+        )
+    return base
+
+
+def load_config(key: str, model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """A model's configuration; that of an adapter is its base's."""
+    from transformers import AutoConfig
+
+    adapter = adapter_of(key, model)
+    with loading(key, model):
+        return AutoConfig.from_pretrained(
+            model if adapter is None else base_of(key, model, adapter), trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(
+    auto_class: Any, key: str, model: str, trust_remote_code: bool = False, new_head: bool = False, **settings: Any
+) -> "PreTrainedModel":
+    """Load a model to read it or to train all of it; an adapter is merged into its base.
+
+    An adapter of a language model merges into the layers of a classifier too.
+
+    Args:
+        auto_class: Of transformers, such as `AutoModelForCausalLM`.
+        key: Where the model stands in the recipe, for messages.
+        model: Folder or Hub id, of a whole model or of an adapter.
+        trust_remote_code: Whether its own Python code may run.
+        new_head: Whether weights that it does not have may be random.
+        settings: Of `from_pretrained`.
+
+    Raises:
+        RecipeError: It cannot be loaded, or weights are missing.
+    """
+    adapter = adapter_of(key, model)
+    source = model if adapter is None else base_of(key, model, adapter)
+    settings |= {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        settings.setdefault("num_labels", _labels_of(key, model))
+    with loading(key, source), expected("LOAD REPORT"):  # what is missing is said below
+        loaded, report = auto_class.from_pretrained(source, **settings)
+    missing = set(report["missing_keys"])
+    if adapter is not None:
+        loaded, supplied = _merged(key, loaded, model, adapter)
+        missing -= supplied
+    if missing and not new_head:
+        kind = "classifier" if "Classification" in auto_class.__name__ else "language model"
+        raise RecipeError(f"{key}: {model} is no trained {kind}: it has no {', '.join(sorted(missing)[:4])}.")
+    return loaded
+
+
+def adapter_weights(key: str, model: str) -> Path:
+    """The file with an adapter's weights."""
+    from transformers.utils import cached_file
+
+    with loading(key, model):
+        return Path(cached_file(model, "adapter_model.safetensors"))
+
+
+def _labels_of(key: str, model: str) -> int:
+    """Number of labels of the classifier's head that was saved with an adapter."""
+    from safetensors import safe_open
+
+    with safe_open(adapter_weights(key, model), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            if name.endswith((".score.weight", ".classifier.weight", ".classifier.out_proj.weight")):
+                return file.get_slice(name).get_shape()[0]
+    raise RecipeError(f"{key}: {model} is an adapter of a classifier without the classifier's head.")
+
+
+def _merged(
+    key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig"
+) -> tuple["PreTrainedModel", set[str]]:
+    """The base with the adapter merged into it, and the names of the base's weights that the adapter brought whole."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter_weights(key, model), framework="pt") as file:
+        saved = set(file.keys())
+    generates = hasattr(base, "prepare_inputs_for_generation")
+    if adapter.task_type == "CAUSAL_LM" and not generates:
+        adapter.task_type = None  # peft's class for language models must generate; the layers are the same
+    with loading(key, model):
+        adapted = PeftModel.from_pretrained(base, model, config=adapter, torch_device=str(base.device))
+    unused = saved - set(get_peft_model_state_dict(adapted))
+    if not generates:  # the head of a language model has no place in a classifier
+        unused = {name for name in unused if f".{base.base_model_prefix}." in name}
+    if unused:
+        raise RecipeError(f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}.")
+    whole = adapted.merge_and_unload().requires_grad_(True)
+    return whole, {name.removeprefix("base_model.model.") for name in saved}
 
 
 def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":

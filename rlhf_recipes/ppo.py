@@ -11,6 +11,7 @@ from rlhf_recipes.run import Run
 
 
 def main(run: Run) -> str:
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
@@ -22,6 +23,7 @@ def main(run: Run) -> str:
 
     recipe, ppo = run.recipe, run.recipe.ppo
     args = trainer_args(run, PPOConfig)
+    adapter = adapter_args(run, args)
     policy = resolve_model(recipe, "ppo.policy", ppo.policy)
     value_model = ppo.value_model
     if value_model not in OWN_VALUE_MODELS:
@@ -30,16 +32,19 @@ def main(run: Run) -> str:
     tokenizer = load_tokenizer("ppo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
     check_enough_prompts(run, args, train)
-    check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length)
+    trusted = ppo.policy in recipe.trust_remote_code
+    check_context("ppo.policy", policy, train, tokenizer, args.max_completion_length, trusted)
     with loading("ppo.policy", policy):
+        start = starting_point(run, args, "policy", policy, adapter)
         trainer = PPOTrainer(
-            model=policy,
+            **start,
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train,
             processing_class=tokenizer,
             value_model=value_model,
         )
+    settle(trainer, start, policy)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

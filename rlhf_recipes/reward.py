@@ -14,6 +14,7 @@ def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
     from trl.data_utils import is_conversational
 
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows, pairs
@@ -25,6 +26,7 @@ def main(run: Run) -> str:
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
+    adapter = adapter_args(run, args)
     model = resolve_model(recipe, "reward.model", reward.model)
     tokenizer = load_tokenizer("reward.model", model, classifier=True)
     train, held_out = load_rows(recipe)
@@ -33,9 +35,11 @@ def main(run: Run) -> str:
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("reward.model", model), expected("LOAD REPORT"):  # the scalar head is new
+        start = starting_point(run, args, "model", model, adapter)
         trainer = resumable(RewardTrainer)(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    settle(trainer, start, model)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     measured = trainer.evaluate()

@@ -11,6 +11,7 @@ from rlhf_recipes.run import Run
 
 
 def main(run: Run) -> str:
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows, prompts
     from rlhf_recipes.finish import save_model
@@ -21,16 +22,20 @@ def main(run: Run) -> str:
 
     recipe, rloo = run.recipe, run.recipe.rloo
     args = trainer_args(run, RLOOConfig)
+    adapter = adapter_args(run, args)
     policy = resolve_model(recipe, "rloo.policy", rloo.policy)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer("rloo.policy", policy)
     train = prompts(recipe, load_rows(recipe)[0], tokenizer)
     check_enough_prompts(run, args, train)
-    check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length)
+    trusted = rloo.policy in recipe.trust_remote_code
+    check_context("rloo.policy", policy, train, tokenizer, args.max_completion_length, trusted)
     with loading("rloo.policy", policy):
+        start = starting_point(run, args, "policy", policy, adapter)
         trainer = RLOOTrainer(
-            model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+            **start, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )
+    settle(trainer, start, policy)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

@@ -13,7 +13,7 @@ LAYERS = [
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
     {"reward_funcs", "hub", "diagnosis", "value_model"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score"},
+    {"on_policy", "report", "callbacks", "trainer_args", "adapters", "finish", "entry", "score"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare"},
     {"cli"},

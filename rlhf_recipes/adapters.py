@@ -1,0 +1,207 @@
+"""Training an adapter instead of all weights: what `peft:` and `quantization:` of a stage make of its model.
+
+The folder of such a stage holds the adapter, as peft saves it, and the tokenizer, but no `config.json`: with one,
+transformers would look for whole weights beside it instead of following `base_model_name_or_path`.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.disk import writing
+from rlhf_recipes.models import MERGED_BASE, adapter_of, adapter_weights, base_of, load_config, load_model, loading
+from rlhf_recipes.run import Run
+
+
+def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
+    """`peft_config` and `quantization_config` of a TRL trainer, made of the stage's settings; each None without any.
+
+    Raises:
+        RecipeError: peft or transformers refuses a value, or bitsandbytes is not installed.
+    """
+    section = getattr(run.recipe, run.stage)
+    peft_config = quantization_config = None
+    if section.quantization is not None:
+        if find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                f"{run.stage}.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'"
+            )
+        # Layers compute in what the rest of the model does.
+        compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        with _refusals(f"{run.stage}.quantization"):
+            quantization_config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | section.quantization)
+    if section.peft is not None:
+        with _refusals(f"{run.stage}.peft"):
+            task_type = "SEQ_CLS" if run.stage == "reward" else "CAUSAL_LM"
+            peft_config = LoraConfig(**section.peft | {"task_type": task_type})
+    return {"peft_config": peft_config, "quantization_config": quantization_config}
+
+
+def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adapter: dict[str, Any]) -> dict[str, Any]:
+    """What a TRL trainer starts from, as its arguments `model`, `peft_config` and `quantization_config`.
+
+    A whole model is handed on by name. Of a start that is an adapter itself, training without `peft` takes the merged
+    model; with it, a language model's training goes on with this very adapter, and a reward model gets a new one on
+    the merged model, which is written to the run's folder, where the new adapter finds it.
+
+    Args:
+        run: The stage's run.
+        args: The trainer's arguments; how the model is loaded is put into them.
+        key: `model` or `policy`, where the stage names its start.
+        model: Folder or Hub id that it stands for.
+        adapter: What `adapter_args` made.
+
+    Raises:
+        RecipeError: The model cannot be loaded, or `peft` does not fit it.
+    """
+    where, reference = f"{run.stage}.{key}", getattr(getattr(run.recipe, run.stage), key)
+    is_reward, peft_config = run.stage == "reward", adapter["peft_config"]
+    auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    trusted = reference in run.recipe.trust_remote_code
+    settings = {"dtype": "float32"} | (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
+    start = adapter_of(where, model)
+    set_seed(args.seed)  # a new head is random
+    if start is not None and peft_config is not None and is_reward:
+        model, start = _merged_on_disk(run, where, model, trusted, settings), None
+    if start is None:
+        if peft_config is not None:
+            _fit(peft_config, where, model, trusted, auto_class)
+        args.model_init_kwargs = (args.model_init_kwargs or {}) | {"use_safetensors": True}
+        args.trust_remote_code = trusted
+        return adapter | {"model": model}
+    args.model_init_kwargs = None
+    if getattr(args, "sync_ref_model", False):
+        raise RecipeError(
+            f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and only a whole model's reference can be synced."
+        )
+    if peft_config is None:
+        return {"model": load_model(auto_class, where, model, trusted, new_head=is_reward, **settings)}
+    _require_same(run, where, reference, peft_config, start)
+    base = base_of(where, model, start)
+    adapter_weights(where, model)
+    with loading(where, base):
+        whole = auto_class.from_pretrained(
+            base,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+            quantization_config=adapter["quantization_config"],
+            **settings,
+        )
+    with loading(where, model):
+        return {"model": PeftModel.from_pretrained(whole, model, config=start, is_trainable=True)}
+
+
+def settle(trainer: Any, start: dict[str, Any], model: str) -> None:
+    """Mend what TRL makes of an adapter; call it before training.
+
+    On a quantized model it casts the adapter to bf16, where an update below 1/256 of a weight is lost, as those of a
+    small learning rate are, and where an adapter that training goes on with differs from its frozen copy.
+
+    Args:
+        trainer: The trainer, just made.
+        start: What `starting_point` returned.
+        model: Folder or Hub id of the start.
+    """
+    adapted = trainer.model
+    if not is_peft_model(adapted):
+        return
+    for config in adapted.peft_config.values():
+        if Path(config.base_model_name_or_path).is_dir():  # found from everywhere
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
+    if getattr(adapted, "is_loaded_in_4bit", False) or getattr(adapted, "is_loaded_in_8bit", False):
+        for name, parameter in adapted.named_parameters():
+            if any(f".{adapter}" in name for adapter in adapted.peft_config):
+                parameter.data = parameter.data.float()
+        if start.get("peft_config") is None:
+            weights = load_peft_weights(model, device=str(adapted.device))
+            for adapter in adapted.peft_config:
+                set_peft_model_state_dict(adapted, weights, adapter)
+
+
+@contextmanager
+def _refusals(key: str) -> Iterator[None]:
+    """Turn a library's refusal of settings into a `RecipeError`."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise RecipeError(f"{key}: {str(error)[:400]}") from error
+
+
+def _fit(peft_config: LoraConfig, where: str, model: str, trusted: bool, auto_class: Any) -> None:
+    """Train the new layers of a classifier whole, and refuse target modules that the model does not have."""
+    config = load_config(where, model, trusted)
+    with loading(where, model), torch.device("meta"):  # only its names are needed
+        shape = auto_class.from_config(config, trust_remote_code=trusted)
+    if auto_class is AutoModelForSequenceClassification:
+        # All that is not in the backbone is new: score; or pooler, pre_classifier, classifier of BERT's relatives.
+        new = [n for n, part in shape.named_children() if n != shape.base_model_prefix and list(part.parameters())]
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
+    layers = {name: part for name, part in shape.named_modules() if isinstance(part, nn.Linear | nn.Embedding | Conv1D)}
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    # Of GPT-2; peft finds out itself, with a warning whenever the adapter is loaded.
+    peft_config.fan_in_fan_out |= any(isinstance(part, Conv1D) for part in layers.values())
+    key, targets = f"{where.partition('.')[0]}.peft.target_modules", peft_config.target_modules
+    if targets is None and peft_config.target_parameters is None:
+        if config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise RecipeError(f"{key}: peft has no default for {config.model_type} models; set it. {model} has: {known}.")
+    elif isinstance(targets, str):
+        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name, _ in shape.named_modules()):
+            raise RecipeError(f"{key}: the pattern {targets!r} matches no layer of {model}; it has: {known}.")
+    else:
+        names = [f".{name}" for name, _ in shape.named_modules()]
+        if absent := [t for t in sorted(targets or ()) if not any(name.endswith(f".{t}") for name in names)]:
+            raise RecipeError(f"{key}: {model} has no layer named {', '.join(absent)}; it has: {known}.")
+
+
+def _require_same(run: Run, where: str, reference: str, peft_config: LoraConfig, start: PeftConfig) -> None:
+    """Refuse to go on with an adapter under settings that are not its own."""
+    if not isinstance(start, LoraConfig) or start.task_type not in ("CAUSAL_LM", None):
+        raise RecipeError(f"{where}: {reference} is no LoRA adapter of a language model, so training cannot go on with it.")
+
+    def plain(config: PeftConfig, name: str) -> Any:
+        value = getattr(config, name)
+        return sorted(value) if isinstance(value, set | list) else value
+
+    for name in getattr(run.recipe, run.stage).peft:
+        wanted, found = plain(peft_config, name), plain(start, name)
+        if wanted != found:
+            raise RecipeError(
+                f"{run.stage}.peft.{name} is {wanted}, but the adapter {reference}, with which training goes on, has {found}; "
+                f"set it to that, or leave it out (peft: {{}} takes all of the adapter's settings)."
+            )
+    start.task_type = "CAUSAL_LM"
+
+
+def _merged_on_disk(run: Run, where: str, model: str, trusted: bool, settings: dict[str, Any]) -> str:
+    """The folder of a run in which the start, an adapter, stands as a whole classifier; written by the main process."""
+    folder = run.path / MERGED_BASE
+    with PartialState().main_process_first():
+        if not folder.exists():
+            part = folder.with_name(f".{MERGED_BASE}")
+            shutil.rmtree(part, ignore_errors=True)
+            with writing("the merged start of the adapter", part):
+                load_model(
+                    AutoModelForSequenceClassification, where, model, trusted, new_head=True, **settings
+                ).save_pretrained(part)
+                part.rename(folder)
+    return str(folder)
