@@ -40,7 +40,7 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
         return str(locate_in_package(key, reference))
     if is_local(reference):
         folder = Path(reference).expanduser()
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             found = "no such folder" if not folder.is_dir() else "no config.json in it, so it holds no model"
             raise RecipeError(f"{key}: {reference}: {found} (looked from {Path.cwd()}).")
         return str(folder)
