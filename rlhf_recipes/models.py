@@ -195,7 +195,7 @@ def load_model(
     """
     adapter = adapter_of(key, model)
     source = model if adapter is None else base_of(key, model, adapter)
-    settings |= {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    settings = settings | {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if adapter is not None and adapter.task_type == "SEQ_CLS":
         settings.setdefault("num_labels", _labels_of(key, model))
     with loading(key, source), expected("LOAD REPORT"):  # what is missing is said below
