@@ -30,7 +30,7 @@ def main(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     from rlhf_recipes.data import load_rows
-    from rlhf_recipes.models import check_context, fit_embeddings, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import check_context, fit_embeddings, load_model, load_tokenizer, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
     from rlhf_recipes.samples import sample
     from rlhf_recipes.shapes import prompts
@@ -50,8 +50,7 @@ def main(run: Run) -> str:
     def load(name: str):
         folder = resolve_model(recipe, f"eval.models.{name}", models[name])
         trusted = models[name] in recipe.trust_remote_code
-        with loading(f"eval.models.{name}", models[name]):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusted)
+        model = load_model(AutoModelForCausalLM, f"eval.models.{name}", folder, trusted, dtype="auto")
         return model.to(device).eval()
 
     reference, reference_tokenizer = load(reference_name), tokenizer

@@ -1,12 +1,13 @@
 """The end of a training stage: the final model goes to the run folder whole or not at all."""
 
+import shutil
 from typing import Any
 
 from rlhf_recipes.run import Run
 
 
 def save_model(trainer: Any, run: Run) -> None:
-    """Save model and tokenizer so that plain `from_pretrained(run folder)` loads them.
+    """Save model, or the adapter that was trained, and tokenizer so that plain `from_pretrained(run folder)` loads them.
 
     All ranks call this. Files are written to a folder of their own and moved when they are complete.
     """
@@ -19,4 +20,5 @@ def save_model(trainer: Any, run: Run) -> None:
     trainer.write_together("the final model", folder, lambda: trainer.save_model(str(folder)))
     if run.is_main:
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same, readably
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # the adapter as it was when training began, for the KL
         run.adopt(folder)

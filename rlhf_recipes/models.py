@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
 from rlhf_recipes.data import is_local, locate_in_package
 from rlhf_recipes.run import require_stage
+from rlhf_recipes.terminal import expected
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import RewardConfig, SFTConfig
 
@@ -31,6 +33,9 @@ SNAPSHOT = [WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 NOT_IN_SNAPSHOT = [f"*/{WEIGHTS}", "consolidated*"]
 """Weights that stand there a second time, in another format."""
+
+MERGED_BASE = "base"
+"""In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
 
 
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
@@ -160,8 +165,19 @@ def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
     """Add rows to the embeddings where the tokenizer has tokens beyond them; spare rows, as GPT-NeoX has, stay.
 
     New rows are near the mean of the old ones, so that a new token is no likelier than the average one.
+
+    Raises:
+        RecipeError: An adapter is trained, which has no rows of its own.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    from accelerate.utils import is_peft_model
+
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows and is_peft_model(model):
+        raise RecipeError(
+            f"special_tokens: the tokenizer has {len(tokenizer)} tokens with them, the model {rows}, and an adapter adds "
+            "none; name tokens that the vocabulary has, or train all weights (no peft)."
+        )
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
 
 
@@ -228,12 +244,8 @@ def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
     Raises:
         RecipeError: There is no such model, or transformers cannot read its configuration.
     """
-    from transformers import AutoConfig
-
     folder = resolve_model(recipe, key, reference)
-    with loading(key, reference):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=reference in recipe.trust_remote_code)
-    return config.get_text_config()
+    return load_config(key, folder, reference in recipe.trust_remote_code).get_text_config()
 
 
 def _context(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> float:
@@ -266,9 +278,127 @@ def loading(key: str, reference: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise RecipeError(
                 f"{key}: {reference} brings Python code of its own. Read it, and if it may run, say so by name: "
-                f"trust_remote_code=[{reference}]."
+                f"trust_remote_code=[{reference}] (of a reward function: its argument trust_remote_code)."
             ) from error
         raise RecipeError(f"{key}: {reference} cannot be used: {str(error)[:400]}") from error
+
+
+def adapter_of(key: str, model: str) -> "PeftConfig | None":
+    """Configuration of the adapter that a folder or Hub repository holds; None: it holds a whole model."""
+    from peft import PeftConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with loading(key, model):
+        return PeftConfig.from_pretrained(model) if find_adapter_config_file(model) is not None else None
+
+
+def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
+    """Folder of the whole model that an adapter belongs to; one of the Hub is downloaded.
+
+    Raises:
+        RecipeError: It is a folder that is not there any more.
+    """
+    merged = Path(model) / MERGED_BASE
+    if (merged / "config.json").is_file():  # also where the run was moved to another place
+        return str(merged)
+    base = adapter.base_model_name_or_path
+    if base is not None and is_hub_model(base):
+        with loading(key, base):
+            return str(_snapshot(base, adapter.revision or "main", hub_cache(), is_offline()))
+    if base is None or (is_local(base) and not Path(base).is_dir()):
+        raise RecipeError(
+            f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "
+            f"base_model_name_or_path in {model}/adapter_config.json."
+        )
+    return base
+
+
+def load_config(key: str, model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    """A model's configuration; that of an adapter is its base's."""
+    from transformers import AutoConfig
+
+    adapter = adapter_of(key, model)
+    with loading(key, model):
+        return AutoConfig.from_pretrained(
+            model if adapter is None else base_of(key, model, adapter), trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(
+    auto_class: Any, key: str, model: str, trust_remote_code: bool = False, new_head: bool = False, **settings: Any
+) -> "PreTrainedModel":
+    """Load a model to read it or to train all of it; an adapter is merged into its base.
+
+    An adapter of a language model merges into the layers of a classifier too.
+
+    Args:
+        auto_class: Of transformers, such as `AutoModelForCausalLM`.
+        key: Where the model stands in the recipe, for messages.
+        model: Folder or Hub id, of a whole model or of an adapter.
+        trust_remote_code: Whether its own Python code may run.
+        new_head: Whether weights that it does not have may be random.
+        settings: Of `from_pretrained`.
+
+    Raises:
+        RecipeError: It cannot be loaded, or weights are missing.
+    """
+    adapter = adapter_of(key, model)
+    source = model if adapter is None else base_of(key, model, adapter)
+    settings = settings | {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        settings.setdefault("num_labels", _labels_of(key, model))
+    with loading(key, source), expected("LOAD REPORT"):  # what is missing is said below
+        loaded, report = auto_class.from_pretrained(source, **settings)
+    missing = set(report["missing_keys"])
+    if adapter is not None:
+        loaded, supplied = _merged(key, loaded, model, adapter)
+        missing -= supplied
+    if missing and not new_head:
+        kind = "classifier" if "Classification" in auto_class.__name__ else "language model"
+        raise RecipeError(f"{key}: {model} is no trained {kind}: it has no {', '.join(sorted(missing)[:4])}.")
+    return loaded
+
+
+def adapter_weights(key: str, model: str) -> Path:
+    """The file with an adapter's weights."""
+    from transformers.utils import cached_file
+
+    with loading(key, model):
+        return Path(cached_file(model, "adapter_model.safetensors"))
+
+
+def _labels_of(key: str, model: str) -> int:
+    """Number of labels of the classifier's head that was saved with an adapter."""
+    from safetensors import safe_open
+
+    with safe_open(adapter_weights(key, model), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            if name.endswith((".score.weight", ".classifier.weight", ".classifier.out_proj.weight")):
+                return file.get_slice(name).get_shape()[0]
+    raise RecipeError(f"{key}: {model} is an adapter of a classifier without the classifier's head.")
+
+
+def _merged(
+    key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig"
+) -> tuple["PreTrainedModel", set[str]]:
+    """The base with the adapter merged into it, and the names of the base's weights that the adapter brought whole."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter_weights(key, model), framework="pt") as file:
+        saved = set(file.keys())
+    generates = hasattr(base, "prepare_inputs_for_generation")
+    if adapter.task_type == "CAUSAL_LM" and not generates:
+        adapter.task_type = None  # peft's class for language models must generate; the layers are the same
+    with loading(key, model):
+        adapted = PeftModel.from_pretrained(base, model, config=adapter, torch_device=str(base.device))
+    unused = saved - set(get_peft_model_state_dict(adapted))
+    if not generates:  # the head of a language model has no place in a classifier
+        unused = {name for name in unused if f".{base.base_model_prefix}." in name}
+    if unused:
+        raise RecipeError(f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}.")
+    whole = adapted.merge_and_unload().requires_grad_(True)
+    return whole, {name.removeprefix("base_model.model.") for name in saved}
 
 
 def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":

@@ -11,6 +11,7 @@ from rlhf_recipes.run import Run
 
 
 def main(run: Run) -> str:
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
@@ -23,6 +24,7 @@ def main(run: Run) -> str:
 
     recipe, ppo = run.recipe, run.recipe.ppo
     args = trainer_args(run, PPOConfig)
+    adapter = adapter_args(run, args)
     policy = resolve_model(recipe, "ppo.policy", ppo.policy)
     value_model = ppo.value_model
     if value_model not in OWN_VALUE_MODELS:
@@ -33,14 +35,16 @@ def main(run: Run) -> str:
     check_enough_prompts(run, args, train)
     check_context(recipe, "ppo.policy", ppo.policy, train, tokenizer, args.max_completion_length)
     with loading("ppo.policy", ppo.policy):
+        start = starting_point(run, args, "policy", policy, adapter)
         trainer = PPOTrainer(
-            model=policy,
+            **start,
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train,
             processing_class=tokenizer,
             value_model=value_model,
         )
+    settle(trainer, start, policy, ppo.policy)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

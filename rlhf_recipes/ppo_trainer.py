@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.advantages import gae, masked_whiten, token_rewards
 from rlhf_recipes.on_policy import Forward, OnPolicyTrainer, Rollout
@@ -79,12 +79,7 @@ class PPOTrainer(OnPolicyTrainer):
         if source == "shared":
             return None
         if source == "policy":
-            policy = self.model
-            if is_peft_model(policy):  # the layers below the adapter
-                policy = create_model_from_path(
-                    get_config_model_id(policy.config), **(self.args.model_init_kwargs or {})
-                )
-            model = copy_of_policy(policy)
+            model = copy_of_policy(self.model)
         else:
             model = load_value_model(source, self._tokenizer)
         if self.args.disable_dropout:

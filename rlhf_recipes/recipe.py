@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.trainer_fields import CONFIG_CLASSES, trainer_fields
+from rlhf_recipes.trainer_fields import CONFIG_CLASSES, adapter_fields, quantization_fields, trainer_fields
 
 OURS = {
     "output_dir": "runs_dir",
@@ -24,8 +24,14 @@ OURS = {
     "baseline": "rloo.baseline",
     "report_to": "nothing: TensorBoard is always on, W&B when you are logged in or WANDB_MODE is set",
     "disable_tqdm": "nothing: each stage has its own progress bar",
+    "trust_remote_code": "trust_remote_code of the recipe, which lists models by name",
 }
 """Keys of TRL that the recipe decides -> what to set instead."""
+
+OURS_OF_PEFT = dict.fromkeys(
+    ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version"), "nothing: it follows from the stage"
+) | dict.fromkeys(("base_model_name_or_path", "revision"), "the stage's model or policy")
+"""The same for keys of peft."""
 
 HEADER_LABELS = ("Source", "Hardware", "Minutes", "Expected")
 """What the header of a recipe says, in this order, behind its first line and free text."""
@@ -101,6 +107,8 @@ def check(values: dict, where: str) -> Recipe:
         trainer = section.get("trainer") if isinstance(section, dict) else None
         if isinstance(trainer, dict):
             findings += _check_trainer(stage, trainer)
+        if isinstance(section, dict):
+            findings += _check_adapter(stage, section)
     if findings:
         raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
     return recipe
@@ -326,19 +334,36 @@ def _check_trainer(stage: str, trainer: dict) -> list[str]:
         return [
             f"{stage}.trainer: TRL is not installed (pip install 'trl>=1.16,<1.17'), so its keys cannot be checked."
         ]
-    fields = trainer_fields(stage)
+    return _check_keys(f"{stage}.trainer", trainer, CONFIG_CLASSES[stage][1], trainer_fields(stage), OURS)
+
+
+def _check_adapter(stage: str, section: dict) -> list[str]:
     findings = []
-    for key, value in trainer.items():
-        if key in OURS:
-            findings.append(f"{stage}.trainer.{key}: not set here; set {OURS[key]}.")
+    peft, quantization = section.get("peft"), section.get("quantization")
+    if isinstance(peft, dict):
+        findings += _check_keys(f"{stage}.peft", peft, "LoraConfig", adapter_fields(), OURS_OF_PEFT)
+        if section.get("scratch") is not None:
+            findings.append(f"{stage}.peft: a model from scratch has nothing to adapt; take peft out, or set {stage}.model.")
+    if isinstance(quantization, dict):
+        findings += _check_keys(f"{stage}.quantization", quantization, "BitsAndBytesConfig", quantization_fields(), {})
+        bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key) is True]
+        if len(bits) != 1:
+            findings.append(f"{stage}.quantization: set exactly one of load_in_4bit and load_in_8bit to true.")
+    return findings
+
+
+def _check_keys(where: str, values: dict, class_name: str, fields: dict[str, Any], ours: dict[str, str]) -> list[str]:
+    """What is wrong with settings that are handed on to a library's class."""
+    findings = []
+    for key, value in values.items():
+        if key in ours:
+            findings.append(f"{where}.{key}: not set here; set {ours[key]}.")
         elif key not in fields:
-            findings.append(
-                f"{stage}.trainer.{key}: unknown key of {CONFIG_CLASSES[stage][1]}{_nearest(str(key), fields)}"
-            )
+            findings.append(f"{where}.{key}: unknown key of {class_name}{_nearest(str(key), fields)}")
         else:
             try:
                 TypeAdapter(fields[key], config=ConfigDict(strict=True)).validate_python(value)
             except ValidationError as error:
                 expected = " or ".join(sorted({found["msg"].split("Input should be ")[-1] for found in error.errors()}))
-                findings.append(f"{stage}.trainer.{key}: should be {expected}, not {value!r}.")
+                findings.append(f"{where}.{key}: should be {expected}, not {value!r}.")
     return findings

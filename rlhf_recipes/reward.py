@@ -18,6 +18,7 @@ def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
     from trl.data_utils import is_conversational
 
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
@@ -40,6 +41,7 @@ def main(run: Run) -> str:
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
+    adapter = adapter_args(run, args)
     model = resolve_model(recipe, "reward.model", reward.model)
     tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
     fit_length(recipe, "reward", config_of(recipe, "reward.model", reward.model), tokenizer, args)
@@ -57,13 +59,15 @@ def main(run: Run) -> str:
     # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with loading("reward.model", reward.model), expected("LOAD REPORT"):  # the scalar head is new
+        start = starting_point(run, args, "model", model, adapter)
         trainer = resumable(RewardTrainer)(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     fit_embeddings(trainer.model, tokenizer)
     train, held_out = kept(train, trainer.train_dataset, args), kept(held_out, trainer.eval_dataset, args)
     if reward.scale_head:
         scale_head(trainer.model, recipe.seed)
+    settle(trainer, start, model, reward.model)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]

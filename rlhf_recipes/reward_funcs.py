@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
-from rlhf_recipes.models import loading, resolve_model
+from rlhf_recipes.models import load_model, loading, resolve_model
 from rlhf_recipes.reward_calls import (
     Reward,
     RewardError,  # noqa: F401  # whoever calls reward functions looks for it here
@@ -42,6 +42,7 @@ def sentiment(
     text: Literal["all", "completion"] = "all",
     batch_size: int = 64,
     max_length: int = 512,
+    trust_remote_code: bool = False,
 ) -> Reward:
     """Logit or probability of one label of any text classifier.
 
@@ -52,8 +53,9 @@ def sentiment(
         text: `all` classifies prompt and completion, `completion` only that.
         batch_size: Texts a forward pass.
         max_length: Longer texts are cut to this many tokens.
+        trust_remote_code: Whether Python code that comes with the model may run.
     """
-    classifier, tokenizer = _classifier("sentiment", model)
+    classifier, tokenizer = _classifier("sentiment", model, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -71,7 +73,9 @@ def sentiment(
     return score
 
 
-def reward_model(model: str, batch_size: int = 64, max_length: int | None = None) -> Reward:
+def reward_model(
+    model: str, batch_size: int = 64, max_length: int | None = None, trust_remote_code: bool = False
+) -> Reward:
     """Scalar score of a reward model, read where it was trained to be read; a cut-off completion is not read as finished.
 
     How it was trained stands beside it in `scoring.json`, which stage reward writes and which is followed. Without that
@@ -82,8 +86,10 @@ def reward_model(model: str, batch_size: int = 64, max_length: int | None = None
         model: `stage:reward`, a Hub id or a folder of a sequence classifier with one label.
         batch_size: Texts a forward pass.
         max_length: Longer texts lose their beginning. None: as long as the training's, and the model's context.
+        trust_remote_code: Whether Python code that comes with the model may run.
     """
-    return reader(model, *_classifier("reward_model", model), batch_size, max_length)
+    parts = _classifier("reward_model", model, trust_remote_code=trust_remote_code)
+    return reader(model, *parts, batch_size, max_length)
 
 
 def as_reward_func(
@@ -370,25 +376,19 @@ def _lengths(unit: str, call: dict[str, Any]) -> list[int]:
     return [len(ids) - ended for ids, ended in zip(call["completion_ids"], call["finished"], strict=True)]
 
 
-def _classifier(name: str, model: str, tokenizer: Any = None):
+def _classifier(name: str, model: str, tokenizer: Any = None, trust_remote_code: bool = False):
     from transformers import AutoModelForSequenceClassification
 
-    with loading(f"reward_funcs: {name}: model", model):
-        classifier, report = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype="float32", output_loading_info=True
-        )
-    if report["missing_keys"]:
-        raise RecipeError(
-            f"reward_funcs: {name}: {model} is no trained classifier: it has no {', '.join(sorted(report['missing_keys']))}."
-        )
-    return _placed(classifier), tokenizer or _tokenizer(name, model)
+    key = f"reward_funcs: {name}: model"
+    classifier = load_model(AutoModelForSequenceClassification, key, model, trust_remote_code, dtype="float32")
+    return _placed(classifier), tokenizer or _tokenizer(name, model, trust_remote_code)
 
 
-def _tokenizer(name: str, model: str):
+def _tokenizer(name: str, model: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     with loading(f"reward_funcs: {name}: model", model):
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
 def _placed(classifier):

@@ -11,6 +11,7 @@ from rlhf_recipes.run import Run
 
 
 def main(run: Run) -> str:
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
@@ -22,6 +23,7 @@ def main(run: Run) -> str:
 
     recipe, rloo = run.recipe, run.recipe.rloo
     args = trainer_args(run, RLOOConfig)
+    adapter = adapter_args(run, args)
     policy = resolve_model(recipe, "rloo.policy", rloo.policy)
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer(recipe, "rloo.policy", rloo.policy)
@@ -29,9 +31,11 @@ def main(run: Run) -> str:
     check_enough_prompts(run, args, train)
     check_context(recipe, "rloo.policy", rloo.policy, train, tokenizer, args.max_completion_length)
     with loading("rloo.policy", rloo.policy):
+        start = starting_point(run, args, "policy", policy, adapter)
         trainer = RLOOTrainer(
-            model=policy, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
+            **start, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
         )
+    settle(trainer, start, policy, rloo.policy)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

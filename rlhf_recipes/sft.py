@@ -16,6 +16,7 @@ from rlhf_recipes.run import Run
 def main(run: Run) -> str:
     from trl import SFTConfig, SFTTrainer
 
+    from rlhf_recipes.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
@@ -36,6 +37,7 @@ def main(run: Run) -> str:
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
+    adapter = adapter_args(run, args)
     train, held_out = load_rows(recipe.data, recipe.seed)
     if sft.scratch is not None:
         tokenizer = make_tokenizer(sft.scratch, corpus(recipe.data, train, sft.labels))
@@ -51,11 +53,13 @@ def main(run: Run) -> str:
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("sft.model", str(sft.model)):
+        start = {"model": model} if sft.scratch is not None else starting_point(run, args, "model", model, adapter)
         trainer = resumable(SFTTrainer)(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     fit_embeddings(trainer.model, tokenizer)
     new_tokens = tokens_needed(trainer, asked) if asked else 0
+    settle(trainer, start, model, str(sft.model))
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]

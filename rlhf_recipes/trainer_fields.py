@@ -1,4 +1,4 @@
-"""Which keys `trainer:` may hold, and of which types, read off the source of TRL's configuration classes.
+"""Which keys `trainer:`, `peft:` and `quantization:` may hold, and of which types, read off the source of the libraries.
 
 Reading instead of importing keeps `validate` and `show` fast: importing TRL takes seconds, because it loads torch.
 """
@@ -7,7 +7,7 @@ import ast
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional, Union
 
 CONFIG_CLASSES = {
     "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
@@ -17,11 +17,21 @@ CONFIG_CLASSES = {
 }
 """Stage -> the configuration class behind its `trainer:`, as (file, class)."""
 
+_WITHOUT_DEFAULT = {
+    "llm_int8_skip_modules": list[str] | None,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16", None],
+    "bnb_4bit_quant_storage": Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", None],
+}
+"""Types of BitsAndBytesConfig's arguments whose default, None, does not tell them."""
+
 _PARENTS = {
     "OnPolicyConfig": "rlhf_recipes/on_policy_config.py",
     "RLOOConfig": "trl/trainer/rloo_config.py",
     "_BaseConfig": "trl/trainer/base_config.py",
     "TrainingArguments": "transformers/training_args.py",
+    "PeftConfig": "peft/config.py",
+    "PeftConfigMixin": "peft/config.py",
+    "PushToHubMixin": None,
 }
 
 
@@ -42,16 +52,38 @@ def trainer_fields(stage: str) -> dict[str, Any]:
     return _fields(*CONFIG_CLASSES[stage])
 
 
-def _fields(file: str, class_name: str) -> dict[str, Any]:
+@cache
+def adapter_fields() -> dict[str, Any]:
+    """Keys that `peft:` may hold, with their types: those of `LoraConfig`."""
+    return _fields("peft/tuners/lora/config.py", "LoraConfig")
+
+
+@cache
+def quantization_fields() -> dict[str, Any]:
+    """Keys that `quantization:` may hold, with their types: the arguments of `BitsAndBytesConfig`."""
+    definition = _class("transformers/utils/quantization_config.py", "BitsAndBytesConfig")
+    init = next(node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    names = [argument.arg for argument in init.args.args[1:]]
+    defaults = [ast.literal_eval(default) for default in init.args.defaults]
+    return {
+        name: type(default) if default is not None else _WITHOUT_DEFAULT.get(name, Any)
+        for name, default in zip(names, defaults, strict=True)
+    }
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
     package, rest = file.split("/", 1)
     # For a top-level name, find_spec locates the package without running it.
     folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     tree = ast.parse((folder / rest).read_text(encoding="utf-8"))
-    definition = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    fields = {}
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def _fields(file: str, class_name: str) -> dict[str, Any]:
+    definition, fields = _class(file, class_name), {}
     for base in definition.bases:
         parent = ast.unparse(base).rpartition(".")[2]
-        fields |= _fields(_PARENTS[parent], parent)
+        fields |= _fields(_PARENTS[parent], parent) if _PARENTS[parent] else {}
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
             fields[node.target.id] = _type(ast.unparse(node.annotation))
@@ -59,7 +91,7 @@ def _fields(file: str, class_name: str) -> dict[str, Any]:
 
 
 def _type(annotation: str) -> Any:
-    known = {"Any": Any, "Literal": Literal, "tuple": _ListOfAnything}
+    known = {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "tuple": _ListOfAnything}
     try:
         return eval(annotation, {}, known)  # builtins and the names above; anything else is a library's own type
     except NameError:

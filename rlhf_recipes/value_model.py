@@ -5,13 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import ModelOutput
 
+from rlhf_recipes.models import load_model
 from rlhf_recipes.scoring import stored_scoring
-from rlhf_recipes.terminal import expected
 
 FOLDER = "value_model"
 """Beside the policy's files, where the value network is saved."""
@@ -105,22 +113,36 @@ class ValueNetwork(nn.Module):
         if self.model is None:
             self.load_state_dict(load_file(folder / HEAD_FILE))
         else:
-            saved = AutoModelForSequenceClassification.from_pretrained(folder, dtype=self.model.dtype)
+            saved = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=self.model.dtype, use_safetensors=True, trust_remote_code=False
+            )
             self.model.load_state_dict(saved.state_dict())
 
 
-def copy_of_policy(policy: PreTrainedModel) -> PreTrainedModel:
-    """A sequence classifier with one label on a copy of a causal language model's layers.
+def copy_of_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A sequence classifier with one label on a copy of a causal language model's layers, an adapter merged into them.
 
     Raises:
         ValueError: transformers has no sequence classifier of that architecture.
     """
+    if is_peft_model(policy):
+        policy = _merged_copy(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):  # only its shape is needed; random weights would cost time and random numbers
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, copy.deepcopy(policy.base_model))
     return _with_new_head(model)
+
+
+def _merged_copy(policy: PeftModel) -> PreTrainedModel:
+    if not getattr(policy, "is_loaded_in_4bit", False) and not getattr(policy, "is_loaded_in_8bit", False):
+        return copy.deepcopy(policy).merge_and_unload().requires_grad_(True)
+    # Quantized weights cannot be trained, and a value network is: it takes them as they are on disk.
+    base = load_model(AutoModelForCausalLM, "value_model", policy.config.name_or_path, dtype=torch.float32)
+    copied = get_peft_model(base, copy.deepcopy(policy.peft_config["default"]))
+    set_peft_model_state_dict(copied, get_peft_model_state_dict(policy))
+    return copied.merge_and_unload().requires_grad_(True)
 
 
 def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -133,8 +155,9 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
     """
     if isinstance(source, str):
         _check_tokenizer(source, tokenizer)
-        with expected("LOAD REPORT"):
-            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+        model = load_model(
+            AutoModelForSequenceClassification, "value_model", source, new_head=True, dtype=torch.float32
+        )
         name, stored = source, stored_scoring(source)
         if stored is not None:
             model.config.score_center = stored.center  # values start as stage reward's model scores
@@ -157,7 +180,7 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    other = AutoTokenizer.from_pretrained(source)
+    other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"value_model: {source} has another tokenizer ({len(other)} tokens) than the policy ({len(tokenizer)}), so it "

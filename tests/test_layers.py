@@ -14,7 +14,8 @@ LAYERS = [
     {"data", "run", "sampling", "checkpoints"},
     {"models", "scoring"},
     {"reward_funcs", "shapes", "posts", "hub", "diagnosis", "value_model", "samples"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
+    | {"adapters"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
     {"cli"},

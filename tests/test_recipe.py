@@ -1,16 +1,20 @@
 """Recipes: merging, overrides, strictness, and messages that name file, key and the nearest valid key."""
 
 import dataclasses
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
+from peft import LoraConfig
 from ruamel.yaml import YAML
+from transformers import BitsAndBytesConfig
 
 from rlhf_recipes import PPOConfig, RLOOConfig
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, recipe_header, recipe_table, to_yaml
-from rlhf_recipes.trainer_fields import trainer_fields
+from rlhf_recipes.trainer_fields import adapter_fields, quantization_fields, trainer_fields
 
 MINIMAL = """
 name: mine
@@ -167,6 +171,18 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("data.columns={text:body}", ["blank behind the colon"]),
         ("name=a b", ["name", "pattern"]),
         ("sft={}", ["exactly one of model"]),
+        ("ppo.trainer.trust_remote_code=true", ["ppo.trainer.trust_remote_code", "of the recipe"]),
+        ("ppo.peft.lora_alfa=16", ["ppo.peft.lora_alfa: unknown key of LoraConfig", "nearest: lora_alpha"]),
+        ("ppo.peft.r='8'", ["ppo.peft.r", "integer", "'8'"]),
+        ("ppo.peft.bias=some", ["ppo.peft.bias", "'none', 'all' or 'lora_only'", "'some'"]),
+        ("ppo.peft.target_modules=3", ["ppo.peft.target_modules", "list", "string"]),
+        ("ppo.peft.task_type=CAUSAL_LM", ["ppo.peft.task_type: not set here", "follows from the stage"]),
+        ("ppo={peft: {}, quantization: {load_in_4_bit: true}}", ["load_in_4_bit: unknown key", "nearest: load_in_4bit"]),
+        ("ppo={peft: {}, quantization: {load_in_4bit: 1}}", ["ppo.quantization.load_in_4bit", "boolean", "1"]),
+        ("ppo={peft: {}, quantization: {bnb_4bit_compute_dtype: bf16}}", ["compute_dtype", "'bfloat16'", "'bf16'"]),
+        ("ppo={peft: {}, quantization: {bnb_4bit_quant_type: nf4}}", ["exactly one of load_in_4bit and load_in_8bit"]),
+        ("ppo.quantization={load_in_4bit: true}", ["quantized weights cannot be trained", "add peft"]),
+        ("sft={scratch: {}, peft: {}}", ["sft.peft: a model from scratch has nothing to adapt"]),
         ("description=null", ["description", "missing"]),
     ],
 )
@@ -207,6 +223,25 @@ def test_unknown_recipe_names_the_nearest():
 )
 def test_fields_read_off_the_source_are_those_of_the_class(stage, config):
     assert set(trainer_fields(stage)) == {f.name for f in dataclasses.fields(config) if f.init}
+
+
+def test_keys_of_peft_and_quantization_read_off_the_source_are_those_of_the_classes():
+    assert set(adapter_fields()) == {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+    arguments = inspect.signature(BitsAndBytesConfig).parameters
+    assert set(quantization_fields()) == set(arguments) - {"kwargs"}
+    assert all(kind is not Any for kind in quantization_fields().values())
+
+
+def test_adapters_and_quantization_that_are_right_pass(write):
+    recipe = load_recipe(
+        write(MINIMAL),
+        [
+            "ppo.peft={r: 8, lora_alpha: 32, target_modules: all-linear, init_lora_weights: gaussian, modules_to_save: null}",
+            "ppo.quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}",
+            "rloo={policy: m, peft: {}}",
+        ],
+    )
+    assert recipe.ppo.peft["target_modules"] == "all-linear" and recipe.rloo.peft == {}
 
 
 def test_shipped_yaml_has_no_duplicate_keys_under_any_reader():

@@ -147,7 +147,7 @@ def test_what_is_wrong_with_a_model_names_its_key(key, classifier_folder):
     for spec, expected in (
         ({"name": "sentiment", "args": model | {"label": 2}}, "1.args.label: .* has no label 2; it has: NEGATIVE, POS"),
         ({"name": "reward_model", "args": model}, "1.name: reward_model: .* has 2 labels"),
-        ({"name": "sentiment", "args": {"model": "no/model"}}, "1: sentiment: model: no/model cannot be used"),
+        ({"name": "sentiment", "args": {"model": "no/model"}}, "1.args.model: no/model cannot be used"),
         ({"name": "regex", "args": {"pattern": "("}}, "1: regex: '\\(' is no regular expression"),
     ):
         made = recipe({"name": "length"}, spec)

@@ -1,0 +1,453 @@
+"""LoRA and 4-bit in all four stages: what is trained, what its folder holds, and that every reader gets it back."""
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from rlhf_recipes import adapters, finish
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.models import check_context, load_config, load_model
+from rlhf_recipes.recipe import check
+from rlhf_recipes.reward_funcs import reward_model, sentiment
+from rlhf_recipes.run import Run
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+KINDS = [pytest.param({"peft": LORA}, id="lora"), pytest.param({"peft": LORA, "quantization": NF4}, id="nf4")]
+
+# bitsandbytes' kernels for a CPU take layers of a multiple of 64 inputs.
+WIDTHS = {
+    "gpt2": {"n_embd": 64},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 128},
+    "llama": {"hidden_size": 64, "intermediate_size": 128},
+}
+BERTS = {
+    "distilbert": {"dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128},
+    "deberta-v2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+}
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of random models of every architecture, by name; BERTs without a head."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), word_tokenizer()
+    made = {n: save_pair(folder / n, causal_lm(tokenizer, n, **width), tokenizer) for n, width in WIDTHS.items()}
+    for name, sizes in BERTS.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+        made[name] = save_pair(folder / name, AutoModel.from_config(config), tokenizer)
+    return made
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The trainers of the stages that have run, by stage, as they were when they saved their model."""
+    seen, save = {}, finish.save_model
+
+    def save_and_keep(trainer, run):
+        seen[run.stage] = trainer
+        save(trainer, run)
+
+    monkeypatch.setattr(finish, "save_model", save_and_keep)
+    return seen
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a stage of a small recipe in this process; returns its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
+    texts = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 32, "learning_rate": 1e-2}
+    rollouts = {
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 6,
+        "num_generations": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "beta": 0.1,
+    }
+    trainers = {"sft": texts, "reward": texts, "ppo": rollouts, "rloo": rollouts}
+
+    def run(stage: str, sections: dict, checkpoint: Path | None = None, **recipe) -> Path:
+        values = {
+            "name": "tiny",
+            "description": "tiny",
+            "data": {"path": "reviews.jsonl", "prompt_tokens": [2, 4], "eval_fraction": 0.3},
+            "reward_funcs": [{"name": "length"}],
+            "eval": {"num_prompts": 4},
+            **{
+                name: section | {"trainer": trainers[name] | section.get("trainer", {})} if name in trainers else section
+                for name, section in sections.items()
+            },
+            **recipe,
+        }
+        started = Run(check(values, "tiny"), stage)
+        started.start()
+        started.checkpoint = checkpoint
+        import_module(f"rlhf_recipes.{'evaluate' if stage == 'eval' else stage}").main(started)
+        started.finish()
+        return started.path
+
+    return run
+
+
+def logits(model):
+    model.eval()
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):  # by which bitsandbytes rounds a model that is evaluated
+            part.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def quantized(section: dict, *whole: str) -> dict:
+    """What a reader passes to see the weights that training saw, all but `whole` quantized."""
+    settings = NF4 | ({"llm_int8_skip_modules": list(whole)} if whole else {})
+    return {"quantization_config": BitsAndBytesConfig(**settings)} if "quantization" in section else {}
+
+
+def assert_starts_at_the_reference(folder: Path) -> None:
+    first = lines(folder)[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["kl_k3"] == pytest.approx(0, abs=1e-6)
+    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["clip_fraction"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", KINDS)
+@pytest.mark.parametrize("architecture", list(WIDTHS))
+def test_sft_saves_an_adapter_that_plain_transformers_loads(architecture, section, models, run, trained):
+    base = models[architecture]
+    folder = run("sft", {"sft": {"model": str(base), **section}})
+    files = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json"} <= files
+    assert not files & {"model.safetensors", "training_args.bin", ".final", "ref"}
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    expected = logits(trained["sft"].model)
+    plain = AutoModelForCausalLM.from_pretrained(folder, **quantized(section))
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(base, **quantized(section))), expected, atol=1e-3)
+    merged = load_model(AutoModelForCausalLM, "model", str(folder), dtype="float32")
+    assert torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(folder)), atol=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == word_tokenizer().get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", KINDS)
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [
+        ("gpt_neox", {"score"}),
+        ("distilbert", {"pre_classifier", "classifier"}),
+        ("deberta-v2", {"pooler", "classifier"}),
+    ],
+)
+def test_a_reward_models_head_is_trained_and_comes_back(architecture, head, section, models, run, trained):
+    folder = run("reward", {"reward": {"model": str(models[architecture]), **section}})
+    saved = load_file(folder / "adapter_model.safetensors")
+    whole = {name.split(".")[2] for name in saved if "lora_" not in name}
+    assert whole == head
+    in_optimizer = {id(p) for group in trained["reward"].optimizer.param_groups for p in group["params"]}
+    parts = [p for n, p in trained["reward"].model.named_parameters() if ".modules_to_save.default." in n]
+    originals = [p for n, p in trained["reward"].model.named_parameters() if ".original_module." in n]
+    assert parts and all(id(part) in in_optimizer for part in parts)
+    assert any(not torch.equal(part, first) for part, first in zip(parts, originals, strict=True))
+    expected = logits(trained["reward"].model)
+    assert expected.shape == (1, 1)
+    trained["reward"].model.config.pad_token_id = None
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **quantized(section, *head))
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    merged = load_model(AutoModelForSequenceClassification, "model", str(folder), dtype="float32")
+    unquantized = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert torch.allclose(logits(merged), logits(unquantized), atol=1e-5)
+    score = reward_model(str(folder))
+    values = score(["the film"], ["was great"], completion_ids=[[5, 6]], finished=[True])
+    assert len(values) == 1 and abs(values[0]) < 100
+
+
+def test_sentiment_reads_a_classifiers_adapter(classifier_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_folder)
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"], lora_alpha=4000, init_lora_weights=False)
+    adapted = get_peft_model(model, adapter)
+    adapted.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(classifier_folder).save_pretrained(tmp_path)
+    read = {"prompts": [""] * 2, "completions": ["the film was great", "i hated it"]}
+    own, base = (sentiment(str(folder), "NEGATIVE")(**read) for folder in (tmp_path, classifier_folder))
+    tokenizer = AutoTokenizer.from_pretrained(classifier_folder)
+    adapted.eval()
+    with torch.no_grad():
+        expected = [adapted(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in read["completions"]]
+    assert own == pytest.approx(expected, abs=1e-5) and own != pytest.approx(base, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", KINDS)
+def test_the_whole_chain_on_adapters(section, models, run, trained, tmp_path):
+    """Supervised, reward model on its merged layers, PPO and RLOO that go on with its adapter, and their comparison."""
+    sections = {
+        "sft": {"model": str(models["llama"]), **section},
+        "reward": section,
+        "ppo": {"value_model": "shared", **section, "peft": {"r": 4, "target_modules": "all-linear"}},
+        "rloo": {"policy": "stage:ppo", **section, "peft": {}},
+        "eval": {"num_prompts": 4, "models": {"sft": "stage:sft", "ppo": "stage:ppo", "rloo": "stage:rloo"}},
+    }
+    scored = [{"name": "reward_model", "args": {"model": "stage:reward"}}]
+    sft = run("sft", sections)
+    reward = run("reward", sections)
+    merged = load_model(AutoModelForCausalLM, "model", str(sft), dtype="float32")
+    backbone = AutoModelForSequenceClassification.from_pretrained(reward / "base")
+    assert backbone.num_labels == 1
+    for name, parameter in backbone.base_model.named_parameters():
+        assert torch.equal(parameter, merged.base_model.get_parameter(name)), name
+    before = load_file(sft / "adapter_model.safetensors")
+    for stage, start in (("ppo", before), ("rloo", None)):
+        folder = run(stage, sections, reward_funcs=scored)
+        assert_starts_at_the_reference(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["r"] == 4 and config["lora_alpha"] == 16 and config["base_model_name_or_path"] == str(models["llama"])
+        after = load_file(folder / "adapter_model.safetensors")
+        start = load_file(folder.parent / "ppo" / "adapter_model.safetensors") if start is None else start
+        assert after.keys() == start.keys() and any(not torch.equal(after[name], start[name]) for name in after)
+        assert not (folder / "ref").exists()
+        expected = logits(trained[stage].model)
+        plain = AutoModelForCausalLM.from_pretrained(folder, **quantized(section))
+        assert torch.allclose(logits(plain), expected, atol=1e-5)
+    assert (folder.parent / "ppo" / "value_model" / "value_head.safetensors").is_file()
+    assert not any(p.requires_grad and ".ref." in n for n, p in trained["ppo"].model.named_parameters())
+    measured = json.loads((run("eval", sections, reward_funcs=scored) / "eval.json").read_text())["models"]
+    assert measured["sft"]["kl"] == pytest.approx(0, abs=1e-5) and set(measured) == {"sft", "ppo", "rloo"}
+    # Moved to another place, the reward model still finds its base.
+    shutil.move(reward, tmp_path / "elsewhere")
+    moved = load_model(AutoModelForSequenceClassification, "model", str(tmp_path / "elsewhere"))
+    assert moved.num_labels == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+@pytest.mark.parametrize("section", KINDS)
+def test_without_peft_the_adapter_is_merged_and_everything_trained(section, stage, models, run, trained):
+    sections = {"sft": {"model": str(models["gpt2"]), **section}, stage: {"trainer": {"learning_rate": 1e-3}}}
+    start = logits(load_model(AutoModelForCausalLM, "model", str(run("sft", sections)), dtype="float32"))
+    folder = run(stage, sections)
+    assert_starts_at_the_reference(folder)
+    assert torch.allclose(logits(trained[stage].ref_model), start, atol=1e-5)
+    assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(trained[stage].model), atol=1e-5)
+    assert not torch.allclose(logits(trained[stage].model), start, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", KINDS)
+@pytest.mark.parametrize("value_model", ["shared", "policy", "stage:reward"])
+@pytest.mark.parametrize("continued", [False, True])
+def test_ppo_on_an_adapter_with_every_value_network(continued, value_model, section, models, run, trained):
+    """Policy, reference and shared value head are one base; the value network is trained, saved and a whole model."""
+    sections = {"sft": {"model": str(models["gpt_neox"]), **section}, "reward": {**section}}
+    sections["ppo"] = {"policy": "stage:sft" if continued else str(models["gpt_neox"]), "value_model": value_model, **section}
+    run("sft", sections)
+    if value_model == "stage:reward":
+        run("reward", sections)
+    folder = run("ppo", sections)
+    assert_starts_at_the_reference(folder)
+    trainer = trained["ppo"]
+    assert trainer.ref_model is None
+    of_base = [p for n, p in trainer.model.named_parameters() if "dense_h_to_4h" in n and "lora_" not in n]
+    values = trainer.value_network
+    own = [] if value_model == "shared" else [p for n, p in values.named_parameters() if "dense_h_to_4h" in n]
+    assert len(of_base) == 2 * 2 + len(own)  # weight and bias of two layers, once
+    if "quantization" in section:
+        assert {p.dtype for n, p in trainer.model.named_parameters() if "dense_h_to_4h.base_layer.weight" in n} == {torch.uint8}
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in values.parameters())
+    if value_model == "shared":
+        head = load_file(folder / "value_model" / "value_head.safetensors")
+        assert torch.equal(head["head.weight"], values.head.weight) and values.head.weight.abs().sum() > 0
+    else:
+        saved = AutoModelForSequenceClassification.from_pretrained(folder / "value_model")
+        trained_network = dict(values.model.named_parameters())
+        assert all(torch.equal(p, trained_network[n]) for n, p in saved.named_parameters())
+
+
+@pytest.mark.slow
+def test_an_adapter_on_4_bit_learns_at_small_learning_rates(models, run, trained):
+    """In bf16, as TRL has it, a step of 1e-6 would be rounded away."""
+    trainer = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    section = {"policy": str(models["gpt2"]), "peft": LORA | {"init_lora_weights": "gaussian"}, "quantization": NF4}
+    run("rloo", {"rloo": section | {"trainer": trainer | {"max_steps": 3}}})
+    adapter = {n: p for n, p in trained["rloo"].model.named_parameters() if "lora_" in n}
+    assert {p.dtype for p in adapter.values()} == {torch.float32}
+    assert any(0 < p.abs().max() < 1e-5 for n, p in adapter.items() if "lora_B" in n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_4_bit_run_resumes_exactly(stage, models, run, trained, tmp_path):
+    section = {"peft": LORA, "quantization": NF4, "trainer": {"max_steps": 4, "save_steps": 1, "save_total_limit": 9}}
+    section |= {"model": str(models["gpt2"])} if stage == "sft" else {"policy": str(models["gpt2"])}
+    folder = run(stage, {stage: section})
+    whole = {n: p.detach().clone() for n, p in trained[stage].model.named_parameters()}
+    run(stage, {stage: section}, folder / "checkpoint-2", name="again")
+    for name, parameter in trained[stage].model.named_parameters():
+        assert torch.equal(parameter, whole[name]), name
+
+
+def test_target_modules_that_match_nothing_name_those_that_exist(models, run):
+    def refused(peft, stage="sft", architecture="gpt2"):
+        with pytest.raises(RecipeError) as caught:
+            run(stage, {stage: {"model": str(models[architecture]), "peft": peft}}, name=f"n{abs(hash(str(peft)))}")
+        return str(caught.value)
+
+    assert "sft.peft.target_modules" in (said := refused({"target_modules": ["q_proj"]}))
+    assert "'q_proj' matches no layer of" in said and "it has: c_attn, c_fc, c_proj, lm_head, wpe, wte." in said
+    assert "'c_atn' matches no layer" in refused({"target_modules": ["c_fc", "c_atn"]})
+    assert "'.*q_proj' matches no layer" in refused({"target_modules": ".*q_proj"})
+    said = refused({"target_modules": ["c_attn"]}, "reward", "distilbert")
+    assert "reward.peft.target_modules" in said and "q_lin" in said
+    assert "sft.peft" in refused({"r": 0})
+
+
+@pytest.mark.slow
+def test_going_on_with_an_adapter_under_other_settings_is_refused(models, run):
+    sections = {"sft": {"model": str(models["gpt2"]), "peft": {"r": 4}}}
+    run("sft", sections)
+    with pytest.raises(RecipeError, match=r"ppo.peft.r is 8, but the adapter stage:sft, .* has 4; set it to that"):
+        run("ppo", sections | {"ppo": {"peft": {"r": 8}}})
+    with pytest.raises(RecipeError, match=r"rloo.peft.target_modules is \['c_fc'\], but .* has \['c_attn'\]"):
+        run("rloo", sections | {"rloo": {"peft": {"r": 4, "target_modules": ["c_fc"]}}})
+    with pytest.raises(RecipeError, match=r"rloo.trainer.sync_ref_model: rloo.policy is an adapter"):
+        run("rloo", sections | {"rloo": {"trainer": {"sync_ref_model": True}}}, name="tiny")
+
+
+def test_4_bit_without_bitsandbytes_stops_before_any_model_is_looked_for(run, monkeypatch):
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"sft.quantization: .*pip install 'rlhf-recipes\[quantization\]'"):
+        run("sft", {"sft": {"model": "nobody/knows-it", "peft": {}, "quantization": NF4}})
+
+
+@pytest.mark.slow
+def test_an_adapters_context_is_its_bases(models, run):
+    from datasets import Dataset
+
+    folder = str(run("sft", {"sft": {"model": str(models["gpt2"]), "peft": LORA}}))
+    prompts = Dataset.from_dict({"prompt": ["the film was"]})
+    check_context("ppo.policy", folder, prompts, word_tokenizer(), 61)
+    with pytest.raises(RecipeError, match="more than the 64 of"):
+        check_context("ppo.policy", folder, prompts, word_tokenizer(), 62)
+
+
+def test_an_adapter_whose_base_is_gone(policy_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    shutil.copytree(policy_folder, tmp_path / "base-model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base-model")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])).save_pretrained(tmp_path / "lora")
+    assert load_config("policy", str(tmp_path / "lora")).model_type == "gpt2"
+    shutil.rmtree(tmp_path / "base-model")
+    with pytest.raises(RecipeError, match="ppo.policy: .*lora is an adapter of the model .*base-model, which is not there"):
+        load_model(AutoModelForCausalLM, "ppo.policy", str(tmp_path / "lora"))
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(policy_folder, models, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    model = AutoModelForCausalLM.from_pretrained(policy_folder)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    more = {name.replace(".h.0.", ".h.7."): tensor.clone() for name, tensor in weights.items() if ".h.0." in name}
+    save_file(weights | more, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RecipeError, match="does not fit its base: that has no .*h.7.attn"):
+        load_model(AutoModelForCausalLM, "ppo.policy", str(tmp_path))
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("executed").touch()
+Path({mark!r}).touch()
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+class OwnConfig(GPT2Config):
+    model_type = "own"
+
+
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, policy_folder, monkeypatch):
+    """A model with Python code of its own, and the file that this code makes when it runs."""
+    folder, mark = tmp_path / "own", tmp_path / "executed"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    shutil.copytree(policy_folder, folder)
+    (folder / "modeling_own.py").write_text(CODE.format(mark=str(mark)))
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, mark
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [{}, {"peft": {"target_modules": ["c_attn"]}}], ids=["full", "lora"])
+def test_a_models_own_code_runs_only_where_the_recipe_names_it(section, own_code, run):
+    folder, mark = own_code
+    sections = {"rloo": {"policy": str(folder), **section}}
+    with pytest.raises(RecipeError, match=r"rloo.policy: .*Python code of its own.* trust_remote_code"):
+        run("rloo", sections)
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        run("rloo", sections, trust_remote_code=["another/model"])
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        load_model(AutoModelForCausalLM, "eval.models.x", str(folder))
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        reward_model(str(folder))
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        run("rloo", {"rloo": sections["rloo"] | {"trainer": {"model_init_kwargs": {"trust_remote_code": True}}}})
+    assert not mark.exists()
+    assert (run("rloo", sections, trust_remote_code=[str(folder)]) / "manifest.json").is_file()
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rloo"])
+def test_pickled_weights_are_not_loaded(stage, policy_folder, tmp_path, run):
+    folder = tmp_path / "pickled"
+    shutil.copytree(policy_folder, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(AutoModelForCausalLM.from_pretrained(policy_folder).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=f"{stage}.{'model' if stage == 'sft' else 'policy'}: .*no weights in safetensors"):
+        run(stage, {stage: {"model" if stage == "sft" else "policy": str(folder)}})
+    with pytest.raises(RecipeError, match="eval.models.x: .*no weights in safetensors"):
+        load_model(AutoModelForCausalLM, "eval.models.x", str(folder))
+    assert (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
