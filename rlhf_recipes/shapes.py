@@ -259,10 +259,10 @@ def _by_label(
             seen.update(pair.values())
             made.append(pair)
     if not made:
-        known = ", training texts not counted" if others else ""
+        apart = "" if apart_from is None else " held-out texts that no training row has"
         raise RecipeError(
-            f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative texts{known}; pairs "
-            "need both."
+            f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative{apart or ' texts'}; "
+            "pairs need both."
         )
     return Dataset.from_list(made)
 

@@ -27,6 +27,9 @@ REVIEWS = [
     for end in ends
 ]
 
+HELD_OUT_REVIEWS = [row | {"text": row["text"].replace("the film", "a movie")} for row in REVIEWS]
+"""As many others: held-out pairs are made of texts that no training row has."""
+
 
 @pytest.fixture(scope="session")
 def reviews() -> list[dict]:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import REVIEWS, cli, run_python, write_jsonl
+from conftest import HELD_OUT_REVIEWS, REVIEWS, cli, run_python, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -172,9 +172,9 @@ def test_compare_and_score_commands(tiny):
 def stand_ins(bpe_policy_folder, classifier_folder, tmp_path_factory):
     """Overrides that put local models and data in place of imdb_positive's; pad == EOS, other column names."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [{"review": row["text"], "stars": row["label"]} for row in REVIEWS]
     (folder / "imdb").mkdir()
-    for split in ("train", "test"):
+    for split, reviews in (("train", REVIEWS), ("test", HELD_OUT_REVIEWS)):
+        rows = [{"review": row["text"], "stars": row["label"]} for row in reviews]
         write_jsonl(folder / "imdb" / f"{split}.jsonl", rows)
     small = "{per_device_train_batch_size: 8, max_completion_length: 6, num_generations: 4, num_iterations: 1}"
     return [

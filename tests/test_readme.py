@@ -45,7 +45,12 @@ def test_every_command_works(tmp_path):
     (tmp_path / "my_rewards.py").write_text(
         re.search(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL)[1]
     )
-    write_jsonl(tmp_path / "reviews.jsonl", [{"review": row["text"], "stars": row["label"]} for row in REVIEWS * 4])
+    reviews = [
+        {"review": row["text"].replace("the film", what), "stars": row["label"]}
+        for what in ("the film", "a movie", "this one", "the first half")
+        for row in REVIEWS
+    ]
+    write_jsonl(tmp_path / "reviews.jsonl", reviews)
     ran = 0
     for command in COMMANDS:
         if SMALLER.get(command, "") is None:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
+from conftest import HELD_OUT_REVIEWS, REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainers import ALGORITHMS, PROMPTS, make
@@ -157,8 +157,8 @@ class Launcher:
 def launcher(bpe_policy_folder, classifier_folder, tmp_path_factory) -> Launcher:
     folder = tmp_path_factory.mktemp("resume")
     (folder / "imdb").mkdir()
-    for split in ("train", "test"):
-        write_jsonl(folder / "imdb" / f"{split}.jsonl", REVIEWS)
+    for split, reviews in (("train", REVIEWS), ("test", HELD_OUT_REVIEWS)):
+        write_jsonl(folder / "imdb" / f"{split}.jsonl", reviews)
     (folder / "own.py").write_text(NOISY)
     plain = "per_device_train_batch_size: 2, max_length: 32, num_train_epochs: 3, logging_steps: 4, save_steps: 3"
     # 4 optimizer steps a rollout, 7 rollouts an epoch, 9 in all: neither lines nor checkpoints fall in step with them.

@@ -250,3 +250,9 @@ def test_the_corpus_is_all_that_is_trained_on():
     assert corpus(Data(path="x"), Dataset.from_dict({"text": ["g"]})) == ["g"]
     chat = [[{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]]
     assert corpus(Data(path="x"), Dataset.from_dict({"messages": chat})) == ["h", "i"]
+
+
+def test_held_out_texts_that_are_all_in_training():
+    rows = Dataset.from_list(REVIEWS)
+    found = error(pairs, Data(path="x"), rows, None, None, 0, apart_from=rows)
+    assert "0 positive and 0 negative held-out texts that no training row has" in found
