@@ -25,6 +25,7 @@ PARQUET = "refs/convert/parquet"
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
 _TITLE = re.compile(r"\b(mr|mrs|ms|dr|st|vs)\.")
+_MARKS = re.compile(r"([.!?])[.!?]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
 """Brackets, markup and other scripts would leave holes where they are dropped."""
@@ -265,8 +266,8 @@ def _inside(value: Any, path: list[str], where: str, column: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Lower case, without markup, and with no dot but at the end of a sentence."""
-    return _TITLE.sub(r"\1", _BREAK.sub(" ", text).lower())
+    """Lower case, without markup, with no dot but at the end of a sentence, and with one mark there."""
+    return _MARKS.sub(r"\1", _TITLE.sub(r"\1", _BREAK.sub(" ", text).lower()))
 
 
 def _words(text: str) -> list[str]:

@@ -66,9 +66,7 @@ def main(run: Run) -> str:
         fit_embeddings(model, tokenizer)
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
-        own, under_reference = (
-            sequence_logps(m, tokenizer, samples, settings.temperature, settings.batch_size) for m in (model, reference)
-        )
+        own, under_reference = (sequence_logps(m, tokenizer, samples, settings.batch_size) for m in (model, reference))
         call = columns | {
             "prompts": rows["prompt"][:],
             "completions": samples.completions,
@@ -100,8 +98,8 @@ def main(run: Run) -> str:
     return ", ".join(f"{name}: score {values['score_mean']:.2f}" for name, values in measured.items())
 
 
-def sequence_logps(model, tokenizer, samples: "Samples", temperature: float, batch_size: int) -> "Tensor":
-    """Log-probability of every whole completion under a model, (number of prompts,), on the CPU."""
+def sequence_logps(model, tokenizer, samples: "Samples", batch_size: int) -> "Tensor":
+    """Log-probability of every whole completion under a model at temperature 1, (number of prompts,), on the CPU."""
     import torch
 
     from rlhf_recipes.forward import completion_logits, pad_batch, sampled_logps
@@ -113,7 +111,7 @@ def sequence_logps(model, tokenizer, samples: "Samples", temperature: float, bat
         ids, attention_mask, mask = (tensor.to(model.device) for tensor in batch)
         with torch.inference_mode():
             logits, _ = completion_logits(model, ids, attention_mask, mask.size(1))
-            logps, _ = sampled_logps(logits, ids[:, -mask.size(1) :], temperature)
+            logps, _ = sampled_logps(logits, ids[:, -mask.size(1) :], temperature=1.0)
             sums.append((logps * mask).sum(1).cpu())
     return torch.cat(sums)
 

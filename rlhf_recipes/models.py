@@ -55,7 +55,7 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
     if is_hub_model(reference):
         name, _, revision = reference.partition("@")
         with loading(key, reference):
-            folder = _snapshot(name, revision or "main", hub_cache(), is_offline())
+            folder = _snapshot(name, revision, hub_cache(), is_offline())
         fix = (
             f"Pin a revision that has them, such as {name}@refs/pr/1, which the Hub's converter opens, or convert it: "
         )
@@ -97,19 +97,29 @@ def is_offline() -> bool:
 
 @functools.cache  # a branch that moves meanwhile: one run sees one commit
 def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
+    """Folder with the files of a Hub model; an older one whose weights are pickles is taken from the Hub's conversion."""
     # All ranks may call it at once: huggingface_hub locks every file while it is downloaded, so that each is only once.
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache,
-            local_files_only=offline,
-            allow_patterns=SNAPSHOT,
-            ignore_patterns=NOT_IN_SNAPSHOT,
-        )
-    )
+    how = {
+        "cache_dir": cache,
+        "local_files_only": offline,
+        "allow_patterns": SNAPSHOT,
+        "ignore_patterns": NOT_IN_SNAPSHOT,
+    }
+    folder = Path(snapshot_download(name, revision=revision or "main", **how))
+    if any(folder.glob(WEIGHTS)) or revision or offline:
+        return folder
+    from huggingface_hub import HfApi
+    from transformers.safetensors_conversion import get_conversion_pr_reference
+
+    try:
+        revision = get_conversion_pr_reference(HfApi(), name)
+    except OSError as error:  # the caller says that there are no safetensors
+        log.info("%s: the Hub has no conversion to safetensors: %s", name, error)
+        return folder
+    log.warning("%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision)
+    return Path(snapshot_download(name, revision=revision, **how))
 
 
 def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
@@ -304,7 +314,7 @@ def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
     base = adapter.base_model_name_or_path
     if base is not None and is_hub_model(base):
         with loading(key, base):
-            return str(_snapshot(base, adapter.revision or "main", hub_cache(), is_offline()))
+            return str(_snapshot(base, adapter.revision or "", hub_cache(), is_offline()))
     if base is None or (is_local(base) and not Path(base).is_dir()):
         raise RecipeError(
             f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "

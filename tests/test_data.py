@@ -112,7 +112,7 @@ def test_an_empty_csv_and_a_file_of_unknown_kind(tmp_path):
 def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
     rows = [
         {
-            "text": "Mr. Bean was FUN.<br /><br />I liked it (a lot). Was it good? xylophone was fun. Too long "
+            "text": "Mr. Bean was FUN...<br /><br />I liked it (a lot). Was it good?!? xylophone was fun. Too long "
             + "very " * 30
             + ".",
             "label": 1,

@@ -1,5 +1,6 @@
 """Tokenizers and models of other kinds than ours, and a clear word where they cannot work."""
 
+import importlib
 import json
 
 import pytest
@@ -269,6 +270,31 @@ def test_only_what_is_needed_is_downloaded_and_once(hub_cache, policy_folder, mo
     patterns = {kind: how[f"{kind}_patterns"] for kind in ("allow", "ignore")}
     found = filter_repo_objects(needed + others, allow_patterns=patterns["allow"], ignore_patterns=patterns["ignore"])
     assert list(found) == needed
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_old_weights_are_taken_from_the_conversion_of_the_hub(there, policy_folder, monkeypatch, tmp_path, caplog):
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "config.json").write_text("{}")
+    folders = {"main": tmp_path / "main", "refs/pr/7": policy_folder}
+
+    def conversion(api, name):
+        if there:
+            return "refs/pr/7"
+        raise OSError("no such file")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, **how: str(folders[revision]))
+    monkeypatch.setattr(importlib.import_module("transformers.safetensors_conversion"), "get_conversion_pr_reference", conversion)
+    name = f"org/pickled-{there}"
+    if there:
+        assert resolve_model(RECIPE, "ppo.policy", name) == str(policy_folder)
+        assert f"{name}@refs/pr/7" in caplog.text
+    else:
+        with pytest.raises(RecipeError, match="no weights in safetensors"):
+            resolve_model(RECIPE, "ppo.policy", name)
+    with pytest.raises(RecipeError, match="no weights in safetensors"):  # a pinned revision is that one
+        resolve_model(RECIPE, "ppo.policy", f"{name}@main")
 
 
 def test_code_of_a_model_runs_only_by_name(tmp_path):
