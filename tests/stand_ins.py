@@ -209,6 +209,8 @@ class Shelf:
 def small(recipe: Recipe) -> list[str]:
     """Two steps or two rollouts of every stage; batches keep their build."""
     made = ["episodes=null"] if recipe.episodes is not None else []
+    sections = {"data": recipe.data} | ({"reward.data": recipe.reward.data} if recipe.reward else {})
+    made += [f"{key}.max_rows=1500" for key, data in sections.items() if data and data.path.startswith("package:")]
     for stage in ("sft", "reward"):
         section = getattr(recipe, stage)
         if section is not None:

@@ -35,7 +35,7 @@ RECIPES = [
 
 ALL_STAGES = """
 import importlib, sys
-from rlhf_recipes.cli import MODULES
+from rlhf_recipes.launch import MODULES
 from rlhf_recipes.entry import run_stage
 stages, recipe, *overrides = sys.argv[1:]
 for stage in stages.split(","):
@@ -70,10 +70,8 @@ def test_a_recipe_names_only_models_and_data_that_are_known_here(name):
 def test_every_stage_runs(name, shelf, tmp_path):
     recipe = load_recipe(name)
     stages = [stage for stage in recipe.stages() if stage not in ("eval", "compare") or recipe.ppo or recipe.rloo]
-    overrides = [*shelf.overrides(recipe), *small(recipe)]
-    if recipe.sft is not None and recipe.sft.scratch is not None:
-        overrides.append("data.max_rows=600")
-    done = run_python("-c", ALL_STAGES, ",".join(stages), name, *overrides, cwd=tmp_path)
+    arguments = [",".join(stages), name, *shelf.overrides(recipe), *small(recipe)]
+    done = run_python("-c", ALL_STAGES, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in stages:
         path = tmp_path / "runs" / name / stage
