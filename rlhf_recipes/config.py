@@ -74,7 +74,8 @@ class Data(Section):
     max_prompt_tokens: int | None = Field(default=None, gt=0)
     """Longest prompt of a row's own, in tokens of the model. Longer ones are cut by `truncate`, or left out."""
     truncate: str | None = None
-    """Column in `prompt_template` that loses its last paragraphs, as many as it takes to fit `max_prompt_tokens`."""
+    """Column in `prompt_template` that loses its last paragraphs, as many as it takes to fit `max_prompt_tokens`; where
+    one paragraph is left, its last characters."""
     prompt_tokens: Range = [2, 8]
     """Shortest and longest prompt cut from `text`, in tokens of the policy; each length is equally likely."""
     prompt_words: Range | None = None

@@ -219,7 +219,14 @@ def _read(path: Path) -> dict:
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}."
         )
-    return values
+    return _unshared(values)
+
+
+def _unshared(values: Any) -> Any:
+    """A copy in which what YAML's aliases share is there once each: an override changes one place."""
+    if isinstance(values, dict):
+        return {key: _unshared(value) for key, value in values.items()}
+    return [_unshared(item) for item in values] if isinstance(values, list) else values
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:

@@ -180,13 +180,14 @@ def _short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBa
 
 
 def _fitting(data: Data, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str | list[dict] | None:
-    """A row's prompt, without as many last paragraphs as it takes; None where it does not fit with one left.
+    """A row's prompt, without as many last paragraphs as it takes, and characters of the only one; None if none is left.
 
-    Source: Huang et al. 2024 (2403.17031), whose code cuts at the last line break until the prompt fits.
+    Source: Huang et al. 2024 (2403.17031), whose code cuts at the last line break, or else the last character.
     """
     prompt = row["prompt"]
     while len(token_ids(tokenizer, prompt)) > data.max_prompt_tokens:
-        shorter = data.truncate and row[data.truncate].rpartition("\n")[0]
+        text = row[data.truncate] if data.truncate else ""
+        shorter = text.rpartition("\n")[0] or text[:-1]
         if not shorter or shorter.isspace():
             return None
         row = row | {data.truncate: shorter}

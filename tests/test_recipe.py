@@ -134,6 +134,13 @@ def test_a_child_without_a_name_is_named_after_its_file(write):
     assert load_recipe(write("extends: _base", "other.yaml")).name == "other"
 
 
+def test_an_override_changes_one_place_of_what_aliases_share(write):
+    shared = "ppo: {trainer: &t {beta: 0.1, top_k: 0}}\nrloo: {trainer: *t}\n"
+    recipe = load_recipe(write(MINIMAL + shared), ["ppo.trainer.lam=0.5", "rloo.trainer.beta=0.2"])
+    assert recipe.ppo.trainer == {"beta": 0.1, "top_k": 0, "lam": 0.5}
+    assert recipe.rloo.trainer == {"beta": 0.2, "top_k": 0}
+
+
 def test_overrides_follow_yaml_and_reach_into_lists(write):
     recipe = load_recipe(
         write(MINIMAL), ["ppo.trainer.beta=1e-3", "reward_funcs.0.weight=2", "data.columns={text: review}", "seed=7"]
