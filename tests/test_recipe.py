@@ -135,10 +135,11 @@ def test_a_child_without_a_name_is_named_after_its_file(write):
 
 
 def test_an_override_changes_one_place_of_what_aliases_share(write):
-    shared = "ppo: {trainer: &t {beta: 0.1, top_k: 0}}\nrloo: {trainer: *t}\n"
-    recipe = load_recipe(write(MINIMAL + shared), ["ppo.trainer.lam=0.5", "rloo.trainer.beta=0.2"])
-    assert recipe.ppo.trainer == {"beta": 0.1, "top_k": 0, "lam": 0.5}
-    assert recipe.rloo.trainer == {"beta": 0.2, "top_k": 0}
+    shared = MINIMAL.replace("trainer: {learning_rate: 1e-6", "trainer: &shared {learning_rate: 1e-6")
+    text = shared + "rloo: {policy: ./model, trainer: *shared}\n"
+    recipe = load_recipe(write(text), ["ppo.trainer.lam=0.5", "rloo.trainer.beta=0.2"])
+    assert recipe.ppo.trainer == {"learning_rate": 1e-6, "beta": 0.05, "lam": 0.5}
+    assert recipe.rloo.trainer == {"learning_rate": 1e-6, "beta": 0.2}
 
 
 def test_overrides_follow_yaml_and_reach_into_lists(write):
