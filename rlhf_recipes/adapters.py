@@ -31,16 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import writing
-from rlhf_recipes.models import (
-    MERGED_BASE,
-    adapter_of,
-    adapter_weights,
-    base_of,
-    is_hub_model,
-    load_config,
-    load_model,
-    loading,
-)
+from rlhf_recipes.models import MERGED_BASE, adapter_of, adapter_weights, base_of, load_config, load_model
+from rlhf_recipes.references import is_hub_model, loading
 from rlhf_recipes.run import Run
 
 

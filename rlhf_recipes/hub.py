@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config import Data, Recipe, RecipeError
-from rlhf_recipes.data import hub_arguments, is_local, locate_data
-from rlhf_recipes.models import hub_cache, is_hub_model, is_offline, resolve_model
+from rlhf_recipes.data import hub_arguments
+from rlhf_recipes.references import hub_cache, is_hub_model, is_local, is_offline, locate_data, resolve_model
 from rlhf_recipes.run import eval_models, read_manifest
 
 SECONDS_TO_ANSWER = 5

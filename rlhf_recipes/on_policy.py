@@ -24,11 +24,11 @@ from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.diagnosis import kl_suspects
 from rlhf_recipes.forward import completion_logits, longest, sampled_logps
 from rlhf_recipes.kl import ESTIMATORS, adapted_beta, adapted_lr_factor, k3
-from rlhf_recipes.models import continuation
 from rlhf_recipes.on_policy_config import OnPolicyConfig, distortions
 from rlhf_recipes.reward_calls import RewardError, call_all, checked
 from rlhf_recipes.reward_funcs import apply_missing_eos, as_reward_func
 from rlhf_recipes.sampling import sample_completions
+from rlhf_recipes.tokenizer import continuation
 
 logger = logging.getLogger(__name__)
 

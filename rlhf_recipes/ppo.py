@@ -16,10 +16,12 @@ def main(run: Run) -> str:
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.hub import OWN_VALUE_MODELS
-    from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import check_context
     from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
+    from rlhf_recipes.references import loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs
     from rlhf_recipes.shapes import prompts
+    from rlhf_recipes.tokenizer import load_tokenizer
     from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, ppo = run.recipe, run.recipe.ppo

@@ -23,20 +23,14 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import (
-        config_of,
-        fit_embeddings,
-        fit_length,
-        load_tokenizer,
-        loading,
-        resolve_model,
-        scale_head,
-    )
+    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, scale_head
+    from rlhf_recipes.references import loading, resolve_model
     from rlhf_recipes.reward_report import REPORT, Text, kept, measure, own_references
     from rlhf_recipes.samples import shared_out
     from rlhf_recipes.scoring import reader, trained_scoring
     from rlhf_recipes.shapes import pairs
     from rlhf_recipes.terminal import expected
+    from rlhf_recipes.tokenizer import load_tokenizer
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward

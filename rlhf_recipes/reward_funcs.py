@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
-from rlhf_recipes.models import load_model, loading, resolve_model
+from rlhf_recipes.models import load_model
+from rlhf_recipes.references import loading, resolve_model
 from rlhf_recipes.reward_calls import (
     Reward,
     RewardError,  # noqa: F401  # whoever calls reward functions looks for it here

@@ -15,10 +15,12 @@ def main(run: Run) -> str:
     from rlhf_recipes.callbacks import attach
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import check_context, load_tokenizer, loading, resolve_model
+    from rlhf_recipes.models import check_context
+    from rlhf_recipes.references import loading, resolve_model
     from rlhf_recipes.reward_funcs import build_reward_funcs
     from rlhf_recipes.rloo_trainer import RLOOConfig, RLOOTrainer
     from rlhf_recipes.shapes import prompts
+    from rlhf_recipes.tokenizer import load_tokenizer
     from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
 
     recipe, rloo = run.recipe, run.recipe.rloo

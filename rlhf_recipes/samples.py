@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.models import continuation, eos_token_ids, token_ids
 from rlhf_recipes.sampling import sample_completions
+from rlhf_recipes.tokenizer import continuation, eos_token_ids, token_ids
 
 
 @dataclass

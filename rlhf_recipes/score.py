@@ -56,7 +56,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
 
 def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[list[int]]:
     """Token ids of finished completions under the policy's tokenizer, EOS included."""
-    from rlhf_recipes.models import load_tokenizer
+    from rlhf_recipes.tokenizer import load_tokenizer
 
     policy = getattr(recipe, stage).policy
     if policy.startswith("stage:") and not is_finished(run_path(recipe, policy.removeprefix("stage:"))):

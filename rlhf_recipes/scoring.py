@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rlhf_recipes.config import RecipeError, Section
 from rlhf_recipes.reward_calls import RewardError, as_text
+from rlhf_recipes.tokenizer import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -212,11 +213,7 @@ def _longest(
     max_length: int | None,
 ) -> float:
     """Longest text in tokens that is read whole; infinite where nothing limits it."""
-    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-
-    context = getattr(classifier.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if tokenizer.model_max_length < VERY_LARGE_INTEGER:  # which it is where nobody set it
-        context = min(context, tokenizer.model_max_length)
+    context = context_length(classifier.config, tokenizer)
     trained = min(scoring.max_length or context, context)
     if max_length is None:
         return trained

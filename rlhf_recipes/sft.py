@@ -21,18 +21,11 @@ def main(run: Run) -> str:
     from rlhf_recipes.checkpoints import resumable
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import (
-        config_of,
-        fit_embeddings,
-        fit_length,
-        load_tokenizer,
-        loading,
-        make_model,
-        make_tokenizer,
-        resolve_model,
-    )
+    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, make_model
+    from rlhf_recipes.references import loading, resolve_model
     from rlhf_recipes.sft_report import measure_completions, rouge_rows, tokens_needed
     from rlhf_recipes.shapes import corpus, texts
+    from rlhf_recipes.tokenizer import load_tokenizer, make_tokenizer
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft

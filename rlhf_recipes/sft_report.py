@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.metrics import rouge
-from rlhf_recipes.models import token_ids
 from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import Run
 from rlhf_recipes.samples import sample, shared_out
 from rlhf_recipes.shapes import prompts
+from rlhf_recipes.tokenizer import token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset

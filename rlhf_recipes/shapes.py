@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Data, RecipeError
 from rlhf_recipes.data import missing_column, put_column
-from rlhf_recipes.models import token_ids
+from rlhf_recipes.tokenizer import token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -51,7 +51,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def word_tokenizer(**special):
     """A word-level tokenizer: its decoder drops the blank before a completion."""
     from rlhf_recipes.config import Scratch
-    from rlhf_recipes.models import make_tokenizer
+    from rlhf_recipes.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer(Scratch(tokenizer="word", vocabulary=200), [" ".join(WORDS)])
     for name, value in special.items():
@@ -62,7 +62,7 @@ def word_tokenizer(**special):
 def bpe_tokenizer():
     """A byte-level BPE tokenizer with a pad token of its own."""
     from rlhf_recipes.config import Scratch
-    from rlhf_recipes.models import make_tokenizer
+    from rlhf_recipes.tokenizer import make_tokenizer
 
     return make_tokenizer(Scratch(tokenizer="bpe", vocabulary=320), [row["text"] for row in REVIEWS])
 

@@ -101,7 +101,7 @@ def test_a_model_without_safetensors_is_found_before_anything_is_loaded(hub_cach
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch, tmp_path):
-    program = "from huggingface_hub.constants import HF_HUB_CACHE; from rlhf_recipes.models import hub_cache; "
+    program = "from huggingface_hub.constants import HF_HUB_CACHE; from rlhf_recipes.references import hub_cache; "
     program += "print(str(hub_cache()) == HF_HUB_CACHE, HF_HUB_CACHE)"
     variables = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
     found = set()

@@ -11,9 +11,11 @@ LAYERS = [
     {"config", "trainer_fields", "terminal", "launch"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"sweep_grid"},
-    {"data", "run", "sampling", "checkpoints"},
-    {"models", "scoring"},
-    {"reward_funcs", "shapes", "posts", "hub", "diagnosis", "value_model", "samples"},
+    {"run", "sampling", "checkpoints"},
+    {"references"},
+    {"data", "tokenizer"},
+    {"models", "scoring", "shapes", "posts", "samples"},
+    {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
     | {"adapters"},
     {"rloo_trainer", "ppo_trainer"},

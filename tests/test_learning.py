@@ -12,7 +12,7 @@ from tiny_trainers import make
 from rlhf_recipes import PPOTrainer, RLOOTrainer
 from rlhf_recipes.config import Scratch
 from rlhf_recipes.forward import completion_logits, pad_batch
-from rlhf_recipes.models import make_tokenizer
+from rlhf_recipes.tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -12,18 +12,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import RewardConfig, SFTConfig
 
 from rlhf_recipes.config import Data, Recipe, RecipeError, Scratch
-from rlhf_recipes.models import (
-    check_context,
-    config_of,
-    continuation,
-    eos_token_ids,
-    fit_embeddings,
-    fit_length,
-    is_hub_model,
-    load_tokenizer,
-    make_model,
-    resolve_model,
-)
+from rlhf_recipes.models import check_context, config_of, fit_embeddings, fit_length, make_model
+from rlhf_recipes.references import is_hub_model, resolve_model
+from rlhf_recipes.tokenizer import continuation, eos_token_ids, load_tokenizer
 
 
 def recipe_with(**more) -> Recipe:

@@ -197,8 +197,8 @@ def test_an_eos_that_the_tokenizer_adds_by_itself_does_not_end_a_cut_off_text(tm
 
 def test_an_encoder_reads_what_it_was_trained_on(classifier_folder, tmp_path):
     """DistilBERT has no EOS: stage reward lets the separator end a text, so a finished one has two."""
-    from rlhf_recipes.models import load_tokenizer
     from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.tokenizer import load_tokenizer
 
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(
