@@ -25,9 +25,8 @@ def main(run: Run) -> str:
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import config_of, fit_embeddings, fit_length, scale_head
     from rlhf_recipes.references import loading, resolve_model
-    from rlhf_recipes.reward_report import REPORT, Text, kept, measure, own_references
-    from rlhf_recipes.samples import shared_out
-    from rlhf_recipes.scoring import reader, trained_scoring
+    from rlhf_recipes.reward_report import REPORT, kept, measure, own_references, scorer
+    from rlhf_recipes.scoring import trained_scoring
     from rlhf_recipes.shapes import pairs
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.tokenizer import load_tokenizer
@@ -66,19 +65,8 @@ def main(run: Run) -> str:
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]
     scoring = trained_scoring(trainer, chat, center=0.0)
-    read = reader(str(run.path), trainer.model, tokenizer, args.per_device_eval_batch_size, None, scoring)
-
-    def score(texts: list[Text]) -> list[float]:
-        prompts, completions = [text[0] for text in texts], [text[1] for text in texts]
-        return read(prompts=prompts, completions=completions, finished=[True] * len(texts))
-
-    report = measure(
-        lambda texts: shared_out(trainer.accelerator, texts, score),
-        train.select(random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))),
-        held_out,
-        references,
-        reward.center,
-    )
+    as_many = random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))
+    report = measure(scorer(run, trainer, scoring), train.select(as_many), held_out, references, reward.center)
     report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
     if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
         scoring.model_copy(update={"center": report["score_center"]}).write(run.path)

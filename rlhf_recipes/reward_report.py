@@ -8,6 +8,8 @@ from rlhf_recipes.config import RecipeError
 from rlhf_recipes.data import load_rows
 from rlhf_recipes.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy
 from rlhf_recipes.run import Run
+from rlhf_recipes.samples import shared_out
+from rlhf_recipes.scoring import Scoring, reader
 from rlhf_recipes.shapes import prompts
 
 if TYPE_CHECKING:
@@ -17,6 +19,18 @@ REPORT = "reward_report.json"
 
 Text = tuple[str | list[dict], str | list[dict]]
 """A prompt and its completion, both plain texts or both chat messages; the prompt may be empty."""
+
+
+def scorer(run: Run, trainer: Any, scoring: Scoring) -> Callable[[list[Text]], list[float]]:
+    """What the trained model scores finished texts, read by `scoring`; every process reads its share of them."""
+    batch_size = trainer.args.per_device_eval_batch_size
+    read = reader(str(run.path), trainer.model, trainer.processing_class, batch_size, None, scoring)
+
+    def score(texts: list[Text]) -> list[float]:
+        prompts, completions = [text[0] for text in texts], [text[1] for text in texts]
+        return read(prompts=prompts, completions=completions, finished=[True] * len(texts))
+
+    return lambda texts: shared_out(trainer.accelerator, texts, score)
 
 
 def measure(
@@ -92,6 +106,11 @@ def own_references(run: Run, tokenizer: Any, chat: bool) -> list[Text]:
 
 
 def kept(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
+    """Those of the pairs whose number stands in the column `row` of what TRL has kept.
+
+    Raises:
+        RecipeError: None is left.
+    """
     if len(by_trl) == 0:
         raise RecipeError(
             f"reward.trainer.max_length: each of {len(pairs)} pairs has a text of more than {args.max_length} tokens, "

@@ -9,7 +9,7 @@ from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import Run
 from rlhf_recipes.samples import sample, shared_out
 from rlhf_recipes.shapes import prompts
-from rlhf_recipes.tokenizer import token_ids
+from rlhf_recipes.tokenizer import context_length, token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +48,8 @@ def tokens_needed(trainer: Any, rows: "Dataset") -> int:
     longest = 1 + max(map(len, references))
     new_tokens = min(longest, trainer.args.max_length or longest)
     prompt = max(len(token_ids(tokenizer, prompt)) for prompt in rows["prompt"])
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt + new_tokens > context:
+    context = context_length(trainer.model.config, tokenizer)
+    if prompt + new_tokens > context:
         raise RecipeError(
             f"sft.rouge_prompts: the longest held-out prompt has {prompt} tokens and the longest completion "
             f"{new_tokens}, more than the model's {context}; leave such rows out of the data, or set "
