@@ -170,11 +170,11 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
     # Of GPT-2; peft finds out itself, with a warning whenever the adapter is loaded.
     peft_config.fan_in_fan_out |= any(isinstance(part, Conv1D) for part in layers.values())
     key, targets = f"{run.stage}.peft.target_modules", peft_config.target_modules
-    if targets is None and peft_config.target_parameters is None:
-        if shape.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            raise RecipeError(
-                f"{key}: peft has no default for {shape.config.model_type} models; set it. {model} has: {known}."
-            )
+    known_to_peft = shape.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if targets is None and peft_config.target_parameters is None and not known_to_peft:
+        raise RecipeError(
+            f"{key}: peft has no default for {shape.config.model_type} models; set it. {model} has: {known}."
+        )
     for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
         if not _matched({target} if target is not targets else target, shape):
             raise RecipeError(f"{key}: {target!r} matches no layer of {model}; it has: {known}.")

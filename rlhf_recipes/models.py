@@ -150,9 +150,7 @@ def _labels_of(key: str, model: str) -> int:
     raise RecipeError(f"{key}: {model} is an adapter of a classifier without the classifier's head.")
 
 
-def _merged(
-    key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig"
-) -> tuple["PreTrainedModel", set[str]]:
+def _merged(key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig") -> tuple["PreTrainedModel", set[str]]:
     """The base with the adapter merged into it, and the names of the base's weights that the adapter brought whole."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
@@ -168,7 +166,9 @@ def _merged(
     if not generates:  # the head of a language model has no place in a classifier
         unused = {name for name in unused if f".{base.base_model_prefix}." in name}
     if unused:
-        raise RecipeError(f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}.")
+        raise RecipeError(
+            f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}."
+        )
     whole = adapted.merge_and_unload().requires_grad_(True)
     return whole, {name.removeprefix("base_model.model.") for name in saved}
 

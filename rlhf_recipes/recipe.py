@@ -41,13 +41,13 @@ HEADER_LABELS = ("Source", "Hardware", "Minutes", "Expected")
 class Header:
     """The comment that a recipe which can be run begins with.
 
-        # NAME: what it does in one sentence.
-        # Free text, as many lines as it takes.
-        # Source: where its numbers are from; what stands before the first semicolon is for the README's table.
-        # Hardware: ...
-        # Minutes: ...          (of all its stages; "not measured" is a value)
-        # Expected: ...
-        #   rlhf-recipes run NAME
+    # NAME: what it does in one sentence.
+    # Free text, as many lines as it takes.
+    # Source: where its numbers are from; what stands before the first semicolon is for the README's table.
+    # Hardware: ...
+    # Minutes: ...          (of all its stages; "not measured" is a value)
+    # Expected: ...
+    #   rlhf-recipes run NAME
     """
 
     what: str
@@ -350,7 +350,9 @@ def _check_adapter(stage: str, section: dict) -> list[str]:
     if isinstance(peft, dict):
         findings += _check_keys(f"{stage}.peft", peft, "LoraConfig", adapter_fields(), OURS_OF_PEFT)
         if section.get("scratch") is not None:
-            findings.append(f"{stage}.peft: a model from scratch has nothing to adapt; take peft out, or set {stage}.model.")
+            findings.append(
+                f"{stage}.peft: a model from scratch has nothing to adapt; take peft out, or set {stage}.model."
+            )
     if isinstance(quantization, dict):
         findings += _check_keys(f"{stage}.quantization", quantization, "BitsAndBytesConfig", quantization_fields(), {})
         bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key) is True]

@@ -150,7 +150,9 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
     except OSError as error:  # the caller says that there are no safetensors
         log.info("%s: the Hub has no conversion to safetensors: %s", name, error)
         return folder
-    log.warning("%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision)
+    log.warning(
+        "%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision
+    )
     return Path(snapshot_download(name, revision=revision, **how))
 
 

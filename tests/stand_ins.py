@@ -99,7 +99,9 @@ def distilbert(folder: Path, classifier: bool = False) -> Path:
     config = DistilBertConfig(vocab_size=len(tokenizer), dim=64, n_layers=2, n_heads=2, hidden_dim=64)
     if classifier:
         config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
-    return save_pair(folder, (DistilBertForSequenceClassification if classifier else DistilBertModel)(config), tokenizer)
+    return save_pair(
+        folder, (DistilBertForSequenceClassification if classifier else DistilBertModel)(config), tokenizer
+    )
 
 
 def deberta(folder: Path) -> Path:

@@ -276,7 +276,9 @@ def test_old_weights_are_taken_from_the_conversion_of_the_hub(there, policy_fold
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, **how: str(folders[revision]))
-    monkeypatch.setattr(importlib.import_module("transformers.safetensors_conversion"), "get_conversion_pr_reference", conversion)
+    monkeypatch.setattr(
+        importlib.import_module("transformers.safetensors_conversion"), "get_conversion_pr_reference", conversion
+    )
     name = f"org/pickled-{there}"
     if there:
         assert resolve_model(RECIPE, "ppo.policy", name) == str(policy_folder)

@@ -185,7 +185,10 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("ppo.peft.bias=some", ["ppo.peft.bias", "'none', 'all' or 'lora_only'", "'some'"]),
         ("ppo.peft.target_modules=3", ["ppo.peft.target_modules", "list", "string"]),
         ("ppo.peft.task_type=CAUSAL_LM", ["ppo.peft.task_type: not set here", "follows from the stage"]),
-        ("ppo={peft: {}, quantization: {load_in_4_bit: true}}", ["load_in_4_bit: unknown key", "nearest: load_in_4bit"]),
+        (
+            "ppo={peft: {}, quantization: {load_in_4_bit: true}}",
+            ["load_in_4_bit: unknown key", "nearest: load_in_4bit"],
+        ),
         ("ppo={peft: {}, quantization: {load_in_4bit: 1}}", ["ppo.quantization.load_in_4bit", "boolean", "1"]),
         ("ppo={peft: {}, quantization: {bnb_4bit_compute_dtype: bf16}}", ["compute_dtype", "'bfloat16'", "'bf16'"]),
         ("ppo={peft: {}, quantization: {bnb_4bit_quant_type: nf4}}", ["exactly one of load_in_4bit and load_in_8bit"]),

@@ -640,9 +640,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_whole(path, "old")
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(RecipeError, match="the manifest could not be written to .*No space left on device"):
-            with writing("the manifest", path):
-                write_whole(path, "new")
+        match = "the manifest could not be written to .*No space left on device"
+        with pytest.raises(RecipeError, match=match), writing("the manifest", path):
+            write_whole(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -656,7 +656,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     ],
 )
 def test_errors_that_are_not_the_disks_stay_what_they_are(error, is_disk, tmp_path):
-    with pytest.raises(RecipeError if is_disk else type(error)) as caught:
-        with writing("checkpoint-3", tmp_path / "checkpoint-3"):
-            raise error
+    folder = tmp_path / "checkpoint-3"
+    with pytest.raises(RecipeError if is_disk else type(error)) as caught, writing("checkpoint-3", folder):
+        raise error
     assert is_disk == isinstance(caught.value, RecipeError)
