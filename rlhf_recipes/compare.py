@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import stage_command
 from rlhf_recipes.report import draw_curves, draw_lengths, write_page
-from rlhf_recipes.run import Run, is_finished, read_manifest, require_stage, run_path
+from rlhf_recipes.run import Run, is_finished, read_manifest, read_metrics, require_stage, run_path
 
 
 def main(run: Run) -> str:
@@ -79,8 +79,7 @@ def _read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if manifest is None or manifest["status"] != "finished" or manifest["stage"] not in ("ppo", "rloo"):
         found = "no run" if manifest is None else f"stage {manifest['stage']}, {manifest['status']}"
         raise RecipeError(f"{path}: not a finished run of ppo or rloo ({found}).")
-    with open(path / "metrics.jsonl", encoding="utf-8") as file:
-        return manifest, [json.loads(line) for line in file]
+    return manifest, read_metrics(path)
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -26,6 +26,9 @@ USER_ERROR = 2
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a stage that was asked to stop; the same command goes on with it."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a stage that Ctrl-C ended."""
+
 
 def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     """Command line of one stage: `python -m rlhf_recipes.<stage> --recipe NAME [key=value ...]`; exits.
@@ -87,7 +90,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
     except KeyboardInterrupt as error:
         _fail(run, error)
         complain("interrupted.")
-        return 130
+        return INTERRUPTED
     except SystemExit as leaving:
         if leaving.code not in (STOPPED, USER_ERROR):  # a library's
             _fail(run, leaving)

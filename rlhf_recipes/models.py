@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import RewardConfig, SFTConfig
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MERGED_BASE = "base"
 """In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
@@ -264,7 +264,7 @@ def scale_head(model: Any, seed: int) -> None:
     import torch
 
     if any("ForSequenceClassification" in name for name in model.config.architectures or ()):
-        log.warning("reward.scale_head: reward.model brings a trained head, which is kept.")
+        logger.warning("reward.scale_head: reward.model brings a trained head, which is kept.")
         return
     heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 1]
     if not heads:

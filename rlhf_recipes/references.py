@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.run import require_stage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File name ending -> the `datasets` builder that reads it."""
@@ -148,9 +148,9 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
     try:
         revision = get_conversion_pr_reference(HfApi(), name)
     except OSError as error:  # the caller says that there are no safetensors
-        log.info("%s: the Hub has no conversion to safetensors: %s", name, error)
+        logger.info("%s: the Hub has no conversion to safetensors: %s", name, error)
         return folder
-    log.warning(
+    logger.warning(
         "%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision
     )
     return Path(snapshot_download(name, revision=revision, **how))

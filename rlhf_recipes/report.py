@@ -70,12 +70,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     Returns:
         The same picture as a data URI, for the page.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
+    figure, axes = _pyplot().subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
         for i, (name, lines) in enumerate(runs.items()):
             points = [
@@ -85,13 +80,12 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
             ]
             if points:
                 x, y = zip(*points, strict=True)
-                color = COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)])
+                color = _color(name, i)
                 axis.plot(x, y, color=color, alpha=0.3, linewidth=1)
                 axis.plot(x, _smooth(y), color=color, linewidth=2, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("episodes", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _tidy(axis)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
         axes.flat[0].legend(handles, labels, frameon=False)
@@ -108,13 +102,8 @@ def draw_lengths(histograms: dict[str, Any], file: Path) -> str:
     Returns:
         The same picture as a data URI, for the page.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     edges, counts = histograms["edges"], histograms["counts"]
-    figure, axes = pyplot.subplots(
+    figure, axes = _pyplot().subplots(
         len(counts),
         1,
         sharex=True,
@@ -125,21 +114,36 @@ def draw_lengths(histograms: dict[str, Any], file: Path) -> str:
     )
     for i, (axis, (name, heights)) in enumerate(zip(axes.flat, counts.items(), strict=True)):
         shares = [height / max(sum(heights), 1) for height in heights]
-        axis.stairs(shares, edges, fill=True, color=COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)]))
+        axis.stairs(shares, edges, fill=True, color=_color(name, i))
         axis.set_title(name, fontsize=10, loc="left")
         axis.yaxis.set_major_formatter("{x:.0%}")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _tidy(axis)
     axes.flat[-1].set_xlabel("completion length, tokens", fontsize=9)
     return _save(figure, file)
 
 
-def _save(figure, file: Path) -> str:
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # to files only: there need not be a screen
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _color(name: str, i: int) -> str:
+    return COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)])
+
+
+def _tidy(axis: Any) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, file: Path) -> str:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     file.write_bytes(picture.getvalue())
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
@@ -185,11 +189,7 @@ def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> Non
         curves: Label of a row -> lines of `metrics.jsonl` of each of its finished runs.
         file: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     panels = {("episodes", "score_mean"): {}, ("step", "loss"): {}}
     for label, runs in curves.items():
         on_policy = any("score_mean" in line for lines in runs for line in lines)
@@ -217,12 +217,10 @@ def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> Non
                 axis.fill_between(shared, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set_title(f"{y}, smoothed: mean and standard deviation over seeds", fontsize=10)
         axis.set_xlabel(x, fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _tidy(axis)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    figure.savefig(file, format="png", dpi=130)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def write_page(

@@ -56,6 +56,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What the run in a folder has logged, a line for each time."""
+    with open(path / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def is_finished(path: Path) -> bool:
     manifest = read_manifest(path)
     return manifest is not None and manifest["status"] == "finished"

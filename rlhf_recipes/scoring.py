@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILE = "scoring.json"
 """Name of the file beside a reward model."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Scoring(Section):
@@ -153,7 +153,7 @@ def reader(
     longest = _longest(model, scoring, classifier, tokenizer, max_length)
     # A classifier on a causal backbone reads the last token that is not padding: it must know which one pads.
     classifier.config.get_text_config().pad_token_id = scoring.pad_token_id
-    log.info("%s", _described(model, scoring, stored is not None, longest))
+    logger.info("%s", _described(model, scoring, stored is not None, longest))
 
     def score(prompts, completions, finished, **columns) -> list[float]:
         rows = [
@@ -162,7 +162,7 @@ def reader(
         ]
         cut = sum(len(row) > longest for row in rows)
         if cut:
-            log.warning(
+            logger.warning(
                 "reward_model: %s: %d of %d texts lose their beginning: they are longer than the %d tokens that it reads.",
                 model,
                 cut,

@@ -21,19 +21,16 @@ from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import write_whole, writing
-from rlhf_recipes.entry import STOPPED, load_checked
+from rlhf_recipes.entry import INTERRUPTED, STOPPED, load_checked
 from rlhf_recipes.launch import launch_stage
 from rlhf_recipes.recipe import to_yaml
 from rlhf_recipes.report import draw_sweep, print_sweep
-from rlhf_recipes.run import SETTINGS, Run, input_stages, read_manifest, run_path
+from rlhf_recipes.run import SETTINGS, Run, input_stages, read_manifest, read_metrics, run_path
 from rlhf_recipes.sweep_grid import in_path, labels, parse_grid, parse_seeds, path_parts, short_hash, without_trainer
 from rlhf_recipes.terminal import complain, say
 
 TRAINED = ("sft", "reward", "ppo", "rloo")
 """Stages that can be swept, in the order in which they run."""
-
-INTERRUPTED = 130
-"""Exit code of a stage that Ctrl-C ended."""
 
 
 @dataclass(eq=False)
@@ -259,7 +256,7 @@ def _report(sweep: Sweep, failed: dict[Job, str]) -> None:
     rows = [_measured(row, failed) for row in sweep.rows]
     curves = {}
     for row in sweep.rows:
-        runs = [_lines(cell.training.path / "metrics.jsonl") for cell in row.cells if cell.training not in failed]
+        runs = [read_metrics(cell.training.path) for cell in row.cells if cell.training not in failed]
         if runs:
             curves[row.label] = runs
     with writing("table and plot", sweep.folder / "sweep.json"):
@@ -374,8 +371,3 @@ def _replaced(values: Any, by: dict[str, str]) -> Any:
 
 def _first_line(text: str) -> str:
     return text.splitlines()[0] if text else ""
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
