@@ -1,7 +1,7 @@
 """The schema of a recipe: what may stand in its YAML file, what each key means, and why its default is what it is.
 
-Every section is closed: an unknown key is an error. What stands under `trainer:` belongs to TRL and is checked
-against TRL's own configuration classes by `recipe.py`.
+Every section is closed: an unknown key is an error. What stands under `trainer:`, `peft:` and `quantization:` belongs to
+TRL, peft and transformers, and is checked against their own classes by `recipe.py`.
 """
 
 from typing import Annotated, Any, Literal
@@ -40,9 +40,9 @@ class Sentences(Section):
 class Data(Section):
     """Where rows come from and what is made of them.
 
-    Rows need one of these sets of columns: `prompt` (text or chat messages; with `completion` for `sft`),
-    `text` (prompts are its first tokens; with `label` 0/1 for `reward`), or, for `reward`, `chosen` and `rejected`, or
-    `completion_0`, `completion_1` and `choice` (0 or 1: which of them was chosen).
+    Rows need one of these sets of columns: `prompt` (text or chat messages; with `completion` for `sft`), `text` (prompts
+    are its first tokens or words; with `label` 0/1 for `reward`), for `sft` alone `messages`, or, for `reward`, `chosen`
+    and `rejected`, or `completion_0`, `completion_1` and `choice` (0 or 1: which of them was chosen).
     """
 
     path: str
@@ -170,7 +170,7 @@ class Reward(Trained):
     """A reward model trained on pairs of a chosen and a rejected text."""
 
     model: str = "stage:sft"
-    """Where the backbone starts from; the scalar head is new."""
+    """Where the backbone starts from; the scalar head is new, unless this is a reward model already."""
     data: Data | None = None
     """Pairs of a data set of their own. None: the recipe's."""
     chosen_label: Literal[0, 1] = 1
@@ -181,7 +181,7 @@ class Reward(Trained):
     """Whether the new head starts as N(0, 1 / (d + 1)) for d hidden features (Huang et al. 2024, 2403.17031)."""
     center: Literal["pairs", "reference", "none"] = "pairs"
     """Whose mean score is stored in `scoring.json`, for the reward function `reward_model` to take away: both texts of
-    held-out pairs, or the completions of the recipe's own held-out rows (Huang et al. 2024, detail 15)."""
+    held-out pairs, or the completions of the recipe's own held-out rows (Huang et al. 2024, detail 15). `none`: 0."""
     trainer: dict[str, Any] = {}
     """TRL's `RewardConfig`."""
 

@@ -77,22 +77,15 @@ def main(run: Run) -> str:
         }
         scores, by_func = score_all(recipe.reward_funcs, score_funcs, **call)
         judged, by_judge = score_all(settings.judge_funcs, judge_funcs, **call) if settings.judge_funcs else (None, {})
-        measured[name] = (
-            _score_metrics(scores, settings.positive_threshold)
-            | (
-                {}
-                if judged is None
-                else {
-                    "judge_mean": _mean(judged),
-                    "judge_positive_share": _mean([None if j is None else j > 0 for j in judged]),
-                }
-            )
-            | {f"score/{func}": _mean(values) for func, values in by_func.items()}
-            | {f"judge/{func}": _mean(values) for func, values in by_judge.items()}
-            | _text_metrics(samples)
-            | (rouge(_plain(samples.completions), _plain(columns["reference"])) if "reference" in columns else {})
-            | _likelihood_metrics(samples, own, under_reference)
-        )
+        measured[name] = {
+            **_score_metrics(scores, settings.positive_threshold),
+            **_judge_metrics(judged),
+            **{f"score/{func}": _mean(values) for func, values in by_func.items()},
+            **{f"judge/{func}": _mean(values) for func, values in by_judge.items()},
+            **_text_metrics(samples),
+            **(rouge(_plain(samples.completions), _plain(columns["reference"])) if "reference" in columns else {}),
+            **_likelihood_metrics(samples, own, under_reference),
+        }
         answers[name] = {"samples": samples, "scores": scores, "judged": judged}
     lengths = {name: _lengths(answer["samples"]) for name, answer in answers.items()}
     _write(run, rows["prompt"][:], measured, answers, length_histograms(lengths, new_tokens))
@@ -151,6 +144,13 @@ def _score_metrics(scores: list[float | None], threshold: float) -> dict[str, fl
         raise RecipeError("reward_funcs: no reward function applies to any completion, so there is no score.")
     mean, std = mean_and_std(there)
     return {"score_mean": mean, "score_std": std, "positive_share": _mean([score > threshold for score in there])}
+
+
+def _judge_metrics(judged: list[float | None] | None) -> dict[str, float | None]:
+    if judged is None:
+        return {}
+    positive = [None if score is None else score > 0 for score in judged]
+    return {"judge_mean": _mean(judged), "judge_positive_share": _mean(positive)}
 
 
 def _text_metrics(samples: "Samples") -> dict[str, float]:

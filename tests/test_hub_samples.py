@@ -8,47 +8,24 @@ from conftest import word_tokenizer, write_jsonl
 
 from rlhf_recipes.config import Data, RecipeError
 from rlhf_recipes.data import load_rows
+from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.shapes import pairs, prompts, texts
 
 SAMPLES = Path(__file__).parent / "hub_samples"
 
-TLDR = {
-    "prompt_template": "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:",
-    "max_prompt_tokens": 512,
-    "truncate": "post",
-}
-
 DATA = {
-    "imdb": {"eval_split": "test", "prompt_tokens": [2, 4]},
-    "tldr": {"eval_split": "validation"},
-    "tldr-preference": {"eval_split": "validation"},
-    "summarize_from_feedback_tldr_3_filtered": {
-        "eval_split": "validation",
-        "columns": {"completion": "summary"},
-        "completion_prefix": " ",
-        **TLDR,
-    },
-    "summarize_from_feedback": {
-        "config": "comparisons",
-        "revision": "refs/convert/parquet",
-        "eval_split": "validation",
-        "columns": {
-            "subreddit": "info.subreddit",
-            "title": "info.title",
-            "post": "info.post",
-            "completion_0": "summaries.0.text",
-            "completion_1": "summaries.1.text",
-        },
-        "invalid_rows": "drop",
-        **TLDR,
-    },
-    "synthetic-instruct-gptj-pairwise": {"eval_fraction": 0.2, "columns": {"completion": "chosen"}},
+    "imdb": load_recipe("imdb_positive").data,
+    "tldr": Data(path="trl-lib/tldr", eval_split="validation"),
+    "tldr-preference": Data(path="trl-lib/tldr-preference", eval_split="validation"),
+    "summarize_from_feedback_tldr_3_filtered": load_recipe("tldr_1b").data,
+    "summarize_from_feedback": load_recipe("tldr_1b").reward.data,
+    "synthetic-instruct-gptj-pairwise": load_recipe("length_short").data,
 }
-"""Folder -> the data section with which recipes read the data set."""
+"""Folder -> the data section with which recipes read the data set; trl-lib's none does."""
 
 
 def section(name: str, **changes) -> Data:
-    return Data(path=str(SAMPLES / name), **DATA[name] | changes)
+    return DATA[name].model_copy(update={"path": str(SAMPLES / name)} | changes)
 
 
 def raw(name: str, split: str) -> list[dict]:
@@ -112,9 +89,10 @@ def test_instructions():
     rows, held_out = load_rows(data, 0)
     assert (len(rows), len(held_out)) == (4, 1)
     assert pairs(data, rows, word_tokenizer(), None, 0).column_names == ["prompt", "chosen", "rejected"]
-    assert texts(data, rows, word_tokenizer())["completion"][:] == rows["chosen"][:]
+    answers = [f" {answer}" for answer in rows["chosen"]]
+    assert texts(data, rows, word_tokenizer())["completion"][:] == answers
     made = prompts(data, rows, word_tokenizer(), 0)
-    assert made.column_names == ["prompt", "reference"] and made["reference"][:] == rows["chosen"][:]
+    assert made.column_names == ["prompt", "reference"] and made["reference"][:] == answers
 
 
 RENAMED = [
@@ -137,7 +115,7 @@ def test_a_renamed_column_fails_with_those_found(name, names, found, tmp_path):
             write_jsonl(
                 tmp_path / f"{split}.jsonl", [{names.get(k, k): v for k, v in row.items()} for row in raw(name, split)]
             )
-    data = section(name).model_copy(update={"path": str(tmp_path)})
+    data = section(name, path=str(tmp_path))
 
     def walk():
         rows, _ = load_rows(data, 0)
