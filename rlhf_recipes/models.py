@@ -22,6 +22,83 @@ MERGED_BASE = "base"
 """In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
 
 
+def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Add rows to the embeddings where the tokenizer has tokens beyond them; spare rows, as GPT-NeoX has, stay.
+
+    New rows are near the mean of the old ones, so that a new token is no likelier than the average one.
+
+    Raises:
+        RecipeError: An adapter is trained, which has no rows of its own.
+    """
+    from accelerate.utils import is_peft_model
+
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows and is_peft_model(model):
+        raise RecipeError(
+            f"special_tokens: the tokenizer has {len(tokenizer)} tokens with them, the model {rows}, and an adapter adds "
+            "none; name tokens that the vocabulary has, or train all weights (no peft)."
+        )
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def check_context(
+    recipe: Recipe,
+    key: str,
+    reference: str,
+    prompts: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    new_tokens: int,
+) -> None:
+    """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
+
+    Raises:
+        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
+    """
+    config = config_of(recipe, key, reference)
+    stage = key.partition(".")[0]
+    added = sum(tokenizer.convert_tokens_to_ids(t) >= config.vocab_size for t in recipe.special_tokens.values())
+    if len(tokenizer) > config.vocab_size + (added if stage == "eval" else 0):  # which calls fit_embeddings
+        fix = " Stage sft makes room for special_tokens: start from stage:sft, or leave them out." if added else ""
+        raise RecipeError(
+            f"{key}: the tokenizer of {reference} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
+        )
+    context = context_length(config, tokenizer)
+    longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
+    if longest + new_tokens > context:
+        length = "eval.max_new_tokens" if stage == "eval" else f"{stage}.trainer.max_completion_length"
+        raise RecipeError(
+            f"{key}: the longest prompt has {longest} tokens; with {new_tokens} new ones that is more than the "
+            f"{context} of {reference}: lower data.max_prompt_tokens (prompts of the data's own) or data.prompt_tokens "
+            f"(cut from texts), or {length}."
+        )
+
+
+def fit_length(
+    recipe: Recipe,
+    stage: str,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    args: "SFTConfig | RewardConfig",
+) -> None:
+    """Lower TRL's default of `max_length` to the model's context, for texts that would be longer.
+
+    Raises:
+        RecipeError: The recipe sets a greater one.
+    """
+    context = context_length(config, tokenizer)
+    if args.max_length is not None and args.max_length <= context:
+        return
+    trainer = getattr(recipe, stage).trainer
+    if "max_length" not in trainer:
+        args.max_length = context
+    elif context < math.inf:
+        raise RecipeError(
+            f"{stage}.trainer.max_length is {trainer['max_length'] or 'null'}, but the model reads {context} tokens at most; "
+            "set it to no more, or leave it out."
+        )
+
+
 def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
     """Configuration of a model's language part.
 
@@ -30,6 +107,36 @@ def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
     """
     folder = resolve_model(recipe, key, reference)
     return load_config(key, folder, reference in recipe.trust_remote_code).get_text_config()
+
+
+def adapter_of(key: str, model: str) -> "PeftConfig | None":
+    """Configuration of the adapter that a folder or Hub repository holds; None: it holds a whole model."""
+    from peft import PeftConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with loading(key, model):
+        return PeftConfig.from_pretrained(model) if find_adapter_config_file(model) is not None else None
+
+
+def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
+    """Folder of the whole model that an adapter belongs to; one of the Hub is downloaded.
+
+    Raises:
+        RecipeError: It is a folder that is not there any more.
+    """
+    merged = Path(model) / MERGED_BASE
+    if (merged / "config.json").is_file():  # also where the run was moved to another place
+        return str(merged)
+    base = adapter.base_model_name_or_path
+    if base is not None and is_hub_model(base):
+        with loading(key, base):
+            return str(hub_snapshot(base, adapter.revision or ""))
+    if base is None or (is_local(base) and not Path(base).is_dir()):
+        raise RecipeError(
+            f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "
+            f"base_model_name_or_path in {model}/adapter_config.json."
+        )
+    return base
 
 
 def load_config(key: str, model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -78,59 +185,6 @@ def load_model(
     return loaded
 
 
-def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
-    """A causal language model with random weights that fits the tokenizer.
-
-    Raises:
-        RecipeError: transformers knows no such architecture, or refuses the configuration.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-
-    set_seed(seed)
-    try:
-        config = AutoConfig.for_model(
-            scratch.architecture,
-            vocab_size=len(tokenizer),
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **scratch.config,
-        )
-        return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"sft.scratch: transformers refuses {scratch.architecture}: {str(error)[:300]}") from error
-
-
-def adapter_of(key: str, model: str) -> "PeftConfig | None":
-    """Configuration of the adapter that a folder or Hub repository holds; None: it holds a whole model."""
-    from peft import PeftConfig
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    with loading(key, model):
-        return PeftConfig.from_pretrained(model) if find_adapter_config_file(model) is not None else None
-
-
-def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
-    """Folder of the whole model that an adapter belongs to; one of the Hub is downloaded.
-
-    Raises:
-        RecipeError: It is a folder that is not there any more.
-    """
-    merged = Path(model) / MERGED_BASE
-    if (merged / "config.json").is_file():  # also where the run was moved to another place
-        return str(merged)
-    base = adapter.base_model_name_or_path
-    if base is not None and is_hub_model(base):
-        with loading(key, base):
-            return str(hub_snapshot(base, adapter.revision or ""))
-    if base is None or (is_local(base) and not Path(base).is_dir()):
-        raise RecipeError(
-            f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "
-            f"base_model_name_or_path in {model}/adapter_config.json."
-        )
-    return base
-
-
 def adapter_weights(key: str, model: str) -> Path:
     """The file with an adapter's weights."""
     from transformers.utils import cached_file
@@ -173,81 +227,27 @@ def _merged(key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig"
     return whole, {name.removeprefix("base_model.model.") for name in saved}
 
 
-def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add rows to the embeddings where the tokenizer has tokens beyond them; spare rows, as GPT-NeoX has, stay.
-
-    New rows are near the mean of the old ones, so that a new token is no likelier than the average one.
+def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A causal language model with random weights that fits the tokenizer.
 
     Raises:
-        RecipeError: An adapter is trained, which has no rows of its own.
+        RecipeError: transformers knows no such architecture, or refuses the configuration.
     """
-    from accelerate.utils import is_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows and is_peft_model(model):
-        raise RecipeError(
-            f"special_tokens: the tokenizer has {len(tokenizer)} tokens with them, the model {rows}, and an adapter adds "
-            "none; name tokens that the vocabulary has, or train all weights (no peft)."
+    set_seed(seed)
+    try:
+        config = AutoConfig.for_model(
+            scratch.architecture,
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **scratch.config,
         )
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
-
-
-def fit_length(
-    recipe: Recipe,
-    stage: str,
-    config: "PreTrainedConfig",
-    tokenizer: "PreTrainedTokenizerBase",
-    args: "SFTConfig | RewardConfig",
-) -> None:
-    """Lower TRL's default of `max_length` to the model's context, for texts that would be longer.
-
-    Raises:
-        RecipeError: The recipe sets a greater one.
-    """
-    context = context_length(config, tokenizer)
-    if args.max_length is not None and args.max_length <= context:
-        return
-    trainer = getattr(recipe, stage).trainer
-    if "max_length" not in trainer:
-        args.max_length = context
-    elif context < math.inf:
-        raise RecipeError(
-            f"{stage}.trainer.max_length is {trainer['max_length'] or 'null'}, but the model reads {context} tokens at most; "
-            "set it to no more, or leave it out."
-        )
-
-
-def check_context(
-    recipe: Recipe,
-    key: str,
-    reference: str,
-    prompts: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    new_tokens: int,
-) -> None:
-    """Refuse prompts that leave no room for the completion in the model's context, and tokens the model does not have.
-
-    Raises:
-        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
-    """
-    config = config_of(recipe, key, reference)
-    stage = key.partition(".")[0]
-    added = sum(tokenizer.convert_tokens_to_ids(t) >= config.vocab_size for t in recipe.special_tokens.values())
-    if len(tokenizer) > config.vocab_size + (added if stage == "eval" else 0):  # which calls fit_embeddings
-        fix = " Stage sft makes room for special_tokens: start from stage:sft, or leave them out." if added else ""
-        raise RecipeError(
-            f"{key}: the tokenizer of {reference} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
-        )
-    context = context_length(config, tokenizer)
-    longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
-    if longest + new_tokens > context:
-        length = "eval.max_new_tokens" if stage == "eval" else f"{stage}.trainer.max_completion_length"
-        raise RecipeError(
-            f"{key}: the longest prompt has {longest} tokens; with {new_tokens} new ones that is more than the "
-            f"{context} of {reference}: lower data.max_prompt_tokens (prompts of the data's own) or data.prompt_tokens "
-            f"(cut from texts), or {length}."
-        )
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"sft.scratch: transformers refuses {scratch.architecture}: {str(error)[:300]}") from error
 
 
 def scale_head(model: Any, seed: int) -> None:
