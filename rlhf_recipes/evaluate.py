@@ -83,7 +83,7 @@ def main(run: Run) -> str:
             **{f"score/{func}": _mean(values) for func, values in by_func.items()},
             **{f"judge/{func}": _mean(values) for func, values in by_judge.items()},
             **_text_metrics(samples),
-            **(rouge(_plain(samples.completions), _plain(columns["reference"])) if "reference" in columns else {}),
+            **(rouge(_texts(samples.completions), _texts(columns["reference"])) if "reference" in columns else {}),
             **_likelihood_metrics(samples, own, under_reference),
         }
         answers[name] = {"samples": samples, "scores": scores, "judged": judged}
@@ -120,17 +120,17 @@ def _training_length(recipe) -> int:
     return RLOOConfig.max_completion_length
 
 
-def _plain(messages: list) -> list[str]:
+def _texts(messages: list) -> list[str]:
     return [as_text(message) for message in messages]
 
 
-def _words(samples: "Samples") -> list[list[int]]:
+def _ids_without_eos(samples: "Samples") -> list[list[int]]:
     """Token ids without EOS, which is no word of the text: a longer text is not thereby a more repetitive one."""
     return [ids[:-1] if ended else ids for ids, ended in zip(samples.completion_ids, samples.finished, strict=True)]
 
 
 def _lengths(samples: "Samples") -> list[int]:
-    return [len(row) for row in _words(samples)]
+    return [len(row) for row in _ids_without_eos(samples)]
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -154,16 +154,16 @@ def _judge_metrics(judged: list[float | None] | None) -> dict[str, float | None]
 
 
 def _text_metrics(samples: "Samples") -> dict[str, float]:
-    words = _words(samples)
+    ids = _ids_without_eos(samples)
     length_mean, length_std = mean_and_std(_lengths(samples))
     return {
         "length_mean": length_mean,
         "length_std": length_std,
-        "empty_share": _mean([not text.strip() for text in _plain(samples.completions)]),
+        "empty_share": _mean([not text.strip() for text in _texts(samples.completions)]),
         "eos_rate": _mean(samples.finished),
-        "distinct_1": distinct_n(words, 1),
-        "distinct_2": distinct_n(words, 2),
-        "repetition": repetition_rate(words),
+        "distinct_1": distinct_n(ids, 1),
+        "distinct_2": distinct_n(ids, 2),
+        "repetition": repetition_rate(ids),
     }
 
 

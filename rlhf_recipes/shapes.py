@@ -25,7 +25,7 @@ LABELS = {
 COMPLETIONS = ("completion", "chosen", "rejected", "completion_0", "completion_1")
 """Columns of ours that may stand behind a prompt."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def texts(
@@ -175,7 +175,7 @@ def _short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBa
         what = f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {data.max_prompt_tokens} tokens"
         if not kept:
             raise RecipeError(f"{key}.max_prompt_tokens: {what}, so no row of {data.path} is left.")
-        logger.warning("%s.max_prompt_tokens: %s and are left out", key, what)
+        log.warning("%s.max_prompt_tokens: %s and are left out", key, what)
     return put_column(rows.select(kept), "prompt", [fitting[i] for i in kept])
 
 
@@ -209,7 +209,7 @@ def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Datase
     counts = ", ".join(f"{number} with {fault}" for fault, number in Counter(faults.values()).items())
     what = f"{len(faults)} of {len(rows)} rows of {data.path} cannot be used ({counts})"
     if data.invalid_rows == "drop" and len(faults) < len(rows):
-        logger.warning("%s: %s and are left out", key, what)
+        log.warning("%s: %s and are left out", key, what)
         return rows.select([i for i in range(len(rows)) if i not in faults])
     first = min(faults)
     content = ", ".join(f"{column} {rows[first][column]!r:.60}" for column in columns)

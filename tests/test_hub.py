@@ -100,20 +100,26 @@ def test_a_model_without_safetensors_is_found_before_anything_is_loaded(hub_cach
         check_references(recipe, "sft")
 
 
-def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch, tmp_path):
-    program = "from huggingface_hub.constants import HF_HUB_CACHE; from rlhf_recipes.references import hub_cache; "
-    program += "print(str(hub_cache()) == HF_HUB_CACHE, HF_HUB_CACHE)"
-    variables = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
-    found = set()
-    for name in (None, *variables):
-        for variable in variables:
-            monkeypatch.delenv(variable, raising=False)
-        if name:
-            monkeypatch.setenv(name, f"$HOME/{name}")
-        same, folder = run_python("-c", program, cwd=tmp_path).stdout.split()
-        assert same == "True", name
-        found.add(folder)
-    assert len(found) == 5
+def test_the_cache_is_where_huggingface_hub_has_it(tmp_path):
+    """huggingface_hub reads the environment when it is imported: in a process of its own, once for each variable."""
+    program = """
+import importlib, os
+from huggingface_hub import constants
+from rlhf_recipes.references import hub_cache
+
+variables = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+for name in (None, *variables):
+    for variable in variables:
+        os.environ.pop(variable, None)
+    if name:
+        os.environ[name] = f"$HOME/{name}"
+    importlib.reload(constants)
+    print(name, str(hub_cache()) == constants.HF_HUB_CACHE, constants.HF_HUB_CACHE)
+"""
+    done = run_python("-c", program, cwd=tmp_path)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert len({folder for _, _, folder in found}) == 5, done.stderr
+    assert all(same == "True" for _, same, _ in found), found
 
 
 def test_sources_say_which_commit_run_and_file(hub_cache, policy_folder, tmp_path):

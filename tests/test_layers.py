@@ -9,16 +9,14 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal", "launch"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
-    | {"sweep_grid"},
-    {"run", "sampling", "checkpoints"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
+    {"run", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples"},
     {"reward_funcs", "hub", "diagnosis", "value_model"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
-    | {"adapters"},
-    {"rloo_trainer", "ppo_trainer"},
+    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"rloo_trainer", "ppo_trainer", "adapters"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
     {"cli"},
 ]
