@@ -12,8 +12,9 @@ from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
+from rlhf_recipes.headers import recipe_table
 from rlhf_recipes.launch import launch_stage
-from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_table, to_yaml
+from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
 from rlhf_recipes.run import Run, run_path, stages_to_run

@@ -2,7 +2,6 @@
 
 import difflib
 import io
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -33,30 +32,8 @@ OURS_OF_PEFT = dict.fromkeys(
 ) | dict.fromkeys(("base_model_name_or_path", "revision"), "the stage's model or policy")
 """The same for keys of peft."""
 
-HEADER_LABELS = ("Source", "Hardware", "Minutes", "Expected")
-"""What the header of a recipe says, in this order, behind its first line and free text."""
-
-
-@dataclass
-class Header:
-    """The comment that a recipe which can be run begins with.
-
-    # NAME: what it does in one sentence.
-    # Free text, as many lines as it takes.
-    # Source: where its numbers are from; what stands before the first semicolon is for the README's table.
-    # Hardware: ...
-    # Minutes: ...          (of all its stages; "not measured" is a value)
-    # Expected: ...
-    #   rlhf-recipes run NAME
-    """
-
-    what: str
-    text: str
-    source: str
-    hardware: str
-    minutes: str
-    expected: str
-    commands: list[str]
+FORWARDED = ("trainer", "args", "config", "peft", "quantization")
+"""Sections that are handed on as they are: there, null is a value."""
 
 
 def recipe_folders() -> list[Path]:
@@ -112,64 +89,6 @@ def check(values: dict, where: str) -> Recipe:
     if findings:
         raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
     return recipe
-
-
-def recipe_header(path: Path) -> Header:
-    """Read the header of a recipe's file.
-
-    Raises:
-        RecipeError: A part of it is missing; every finding.
-    """
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
-    commands = []
-    while lines and lines[-1].startswith("  "):
-        commands.insert(0, lines.pop().strip())
-    # Text before the first label belongs to the first line; a label's text runs on to the next one.
-    parts: dict[str, list[str]] = {"": []}
-    for line in lines:
-        label, colon, rest = line.partition(": ")
-        if colon and label in HEADER_LABELS and label not in parts:
-            parts[label] = [rest]
-        else:
-            parts[list(parts)[-1]].append(line)
-    said = {label.lower(): " ".join(" ".join(parts.get(label, [])).split()) for label in HEADER_LABELS}
-    name, colon, what = (parts[""] or [""])[0].partition(": ")
-    findings = [f"a line '# {label}: ...'" for label in HEADER_LABELS if not said[label.lower()]]
-    if not commands:
-        findings.append(f"an indented command in its last line, such as '#   rlhf-recipes run {path.stem}'")
-    if name != path.stem or not what:
-        findings.insert(0, f"'# {path.stem}: what it does in one sentence.' as its first line")
-    if not findings and [label for label in parts if label] != list(HEADER_LABELS):
-        findings.append(f"the order {', '.join(HEADER_LABELS)}")
-    if findings:
-        raise RecipeError("\n".join(f"{path}: its header is without {finding}." for finding in findings))
-    return Header(what=what, text="\n".join(parts[""][1:]), commands=commands, **said)
-
-
-def recipe_table() -> str:
-    """Markdown table of all recipes that can be run by name, from their headers.
-
-    Raises:
-        RecipeError: A recipe cannot be read, or its header lacks a part; every finding.
-    """
-    rows = ["| recipe | what | hardware | minutes | expected | source |", "|---|---|---|---|---|---|"]
-    findings = []
-    for name, path in recipe_files().items():
-        try:
-            header, what = recipe_header(path), load_recipe(name).description
-        except RecipeError as error:
-            findings.append(str(error))
-            continue
-        source = header.source.partition(";")[0].removesuffix(".")
-        cells = [what, *(text.removesuffix(".") for text in (header.hardware, header.minutes, header.expected)), source]
-        rows.append(" | ".join([f"| `{name}`", *(cell.replace("|", "\\|") for cell in cells)]) + " |")
-    if findings:
-        raise RecipeError("\n".join(findings))
-    return "\n".join(rows)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -256,10 +175,6 @@ def _merge(base: dict, top: dict) -> dict:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
-
-
-FORWARDED = ("trainer", "args", "config", "peft", "quantization")
-"""Sections that are handed on as they are: there, null is a value."""
 
 
 def _without_nulls(values: Any) -> Any:

@@ -21,7 +21,7 @@ DATA = {
     "summarize_from_feedback": load_recipe("tldr_1b").reward.data,
     "synthetic-instruct-gptj-pairwise": load_recipe("length_short").data,
 }
-"""Folder -> the data section with which recipes read the data set; trl-lib's none does."""
+"""Folder -> how it is read: by a recipe's own data section; trl-lib's two layouts, which no recipe loads, as they are."""
 
 
 def section(name: str, **changes) -> Data:

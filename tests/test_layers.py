@@ -10,7 +10,7 @@ import rlhf_recipes
 LAYERS = [
     {"config", "trainer_fields", "terminal", "launch"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
-    {"run", "sampling", "checkpoints", "sweep_grid"},
+    {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples"},
