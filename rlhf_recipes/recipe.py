@@ -78,7 +78,7 @@ def check(values: dict, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        findings += [_describe(finding, values) for finding in error.errors()]
+        findings += [_describe(finding) for finding in error.errors()]
     for stage in CONFIG_CLASSES:
         section = values.get(stage)
         trainer = section.get("trainer") if isinstance(section, dict) else None
@@ -222,7 +222,7 @@ def _index(override: str, text: str, items: list) -> int:
     raise RecipeError(f"override {override!r}: {text!r} is no position in a list of {len(items)} (the first is 0).")
 
 
-def _describe(finding: dict, values: dict) -> str:
+def _describe(finding: dict) -> str:
     """One of pydantic's findings in our words."""
     key = ".".join(str(part) for part in finding["loc"])
     if finding["type"] == "extra_forbidden":

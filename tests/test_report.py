@@ -7,7 +7,7 @@ import pytest
 from rlhf_recipes.compare import _notes, write_report
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.report import print_table
+from rlhf_recipes.report import COLUMNS, print_table
 
 
 def fake_run(folder, stage="ppo", status="finished"):
@@ -77,8 +77,6 @@ def test_a_histogram_without_completions_is_drawn(tmp_path):
 
 
 def test_the_table_cuts_no_number_off(capsys):
-    from rlhf_recipes.report import COLUMNS
-
     print_table({"a long name of a model": dict.fromkeys(COLUMNS, 0.123456)})
     head, row = capsys.readouterr().out.splitlines()
     assert all(heading in head for heading, _, _ in COLUMNS.values()) and len(row.split()) == 6 + len(COLUMNS)
