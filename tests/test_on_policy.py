@@ -622,7 +622,8 @@ def test_a_refused_setting_is_named_by_its_key(tmp_path):
 def test_mistakes_are_found_before_the_policy_is_loaded(stage, override, expected, classifier_folder, tmp_path):
     """The policy is a folder that cannot be loaded: whoever tries to fails with another message."""
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "policy" / name).write_text("{}")
     data = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
     overrides = [f"{stage}.policy={tmp_path / 'policy'}", override.format(classifier=classifier_folder)]
     done = run_python(

@@ -28,6 +28,8 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     "accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive": None,
     "python benchmarks/ppo_vs_trl.py": None,  # test_benchmarks runs a small one
     "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
+    # Two of three sweeps: test_sweep runs one over keys that change together.
+    **dict.fromkeys((command for command in COMMANDS if "baseline=none" in command or "ppo,rloo" in command), None),
     "run": FEW,
     "sweep": [
         *("--seeds=1", "--no-eval"),
