@@ -118,7 +118,9 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
     except OSError as error:  # the caller says that there are no safetensors
         log.info("%s: the Hub has no conversion to safetensors: %s", name, error)
         return folder
-    log.warning("%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision)
+    log.warning(
+        "%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision
+    )
     return Path(snapshot_download(name, revision=revision, **how))
 
 
@@ -188,7 +190,8 @@ def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
             "none; name tokens that the vocabulary has, or train all weights (no peft)."
         )
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
+        with expected("multivariate normal"):
+            model.resize_token_embeddings(len(tokenizer))
 
 
 def check_context(
@@ -248,14 +251,34 @@ def fit_length(
         )
 
 
-def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
+def config_of(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedConfig":
     """Configuration of a model's language part.
 
+    Args:
+        recipe: The recipe, for `trust_remote_code`.
+        key: Where the model stands in the recipe, for messages.
+        reference: The model, as in `resolve_model`.
+        classifier: Whether the model is to give a text one number, or to write texts.
+
     Raises:
-        RecipeError: There is no such model, or transformers cannot read its configuration.
+        RecipeError: There is no such model, transformers cannot read its configuration, or it is of another kind.
     """
-    folder = resolve_model(recipe, key, reference)
-    return load_config(key, folder, reference in recipe.trust_remote_code).get_text_config()
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    trusted = reference in recipe.trust_remote_code
+    config = load_config(key, resolve_model(recipe, key, reference), trusted)
+    has_labels = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if classifier and has_labels and config.num_labels != 1:
+        raise RecipeError(
+            f"{key}: {reference} is a classifier with {config.num_labels} labels, and a reward model has one; start from "
+            "the model that it was trained from, or use it as it is by the reward function sentiment."
+        )
+    if not classifier and (has_labels or not (trusted or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING)):
+        kind = "classifier" if has_labels else "model"
+        raise RecipeError(
+            f"{key}: {reference} is a {config.model_type} {kind}, which writes no text; set a language model."
+        )
+    return config.get_text_config()
 
 
 def _context(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> float:
@@ -388,9 +411,7 @@ def _labels_of(key: str, model: str) -> int:
     raise RecipeError(f"{key}: {model} is an adapter of a classifier without the classifier's head.")
 
 
-def _merged(
-    key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig"
-) -> tuple["PreTrainedModel", set[str]]:
+def _merged(key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig") -> tuple["PreTrainedModel", set[str]]:
     """The base with the adapter merged into it, and the names of the base's weights that the adapter brought whole."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
@@ -406,7 +427,9 @@ def _merged(
     if not generates:  # the head of a language model has no place in a classifier
         unused = {name for name in unused if f".{base.base_model_prefix}." in name}
     if unused:
-        raise RecipeError(f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}.")
+        raise RecipeError(
+            f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}."
+        )
     whole = adapted.merge_and_unload().requires_grad_(True)
     return whole, {name.removeprefix("base_model.model.") for name in saved}
 
