@@ -133,7 +133,9 @@ def _load(data: Data, key: str):
         if path is None:
             return load_dataset(**hub_arguments(data))
         if path.is_file():
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+            # pandas would take the words NA, null and None for nothing.
+            more = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **more)
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             return load_from_disk(str(path))
         # Only a README, as in a copy of a Hub data set, gives a folder configurations.
@@ -143,7 +145,8 @@ def _load(data: Data, key: str):
         what = "empty or unreadable" if path is not None else "not to be had"
         if "scripts are no longer supported" in str(cause):
             what = f"a script, which `datasets` does not run; {key}.revision={PARQUET} is the Hub's copy of its rows"
-        raise RecipeError(f"{key}.path: {data.path} is {what} ({type(cause).__name__}: {str(cause)[:300]}).") from error
+        said = ": ".join(filter(None, (type(cause).__name__, " ".join(str(cause).split())[:300])))
+        raise RecipeError(f"{key}.path: {data.path} is {what} ({said}).") from error
 
 
 def _filter(data: Data, rows: "Dataset", key: str) -> "Dataset":

@@ -39,7 +39,8 @@ def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
             "none; name tokens that the vocabulary has, or train all weights (no peft)."
         )
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
+        with expected("multivariate normal"):
+            model.resize_token_embeddings(len(tokenizer))
 
 
 def check_context(
@@ -99,14 +100,34 @@ def fit_length(
         )
 
 
-def config_of(recipe: Recipe, key: str, reference: str) -> "PreTrainedConfig":
+def config_of(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedConfig":
     """Configuration of a model's language part.
 
+    Args:
+        recipe: The recipe, for `trust_remote_code`.
+        key: Where the model stands in the recipe, for messages.
+        reference: The model, as in `resolve_model`.
+        classifier: Whether the model is to give a text one number, or to write texts.
+
     Raises:
-        RecipeError: There is no such model, or transformers cannot read its configuration.
+        RecipeError: There is no such model, transformers cannot read its configuration, or it is of another kind.
     """
-    folder = resolve_model(recipe, key, reference)
-    return load_config(key, folder, reference in recipe.trust_remote_code).get_text_config()
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    trusted = reference in recipe.trust_remote_code
+    config = load_config(key, resolve_model(recipe, key, reference), trusted)
+    has_labels = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if classifier and has_labels and config.num_labels != 1:
+        raise RecipeError(
+            f"{key}: {reference} is a classifier with {config.num_labels} labels, and a reward model has one; start from "
+            "the model that it was trained from, or use it as it is by the reward function sentiment."
+        )
+    if not classifier and (has_labels or not (trusted or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING)):
+        kind = "classifier" if has_labels else "model"
+        raise RecipeError(
+            f"{key}: {reference} is a {config.model_type} {kind}, which writes no text; set a language model."
+        )
+    return config.get_text_config()
 
 
 def adapter_of(key: str, model: str) -> "PeftConfig | None":

@@ -27,7 +27,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.references import loading, resolve_model
     from rlhf_recipes.reward_report import REPORT, kept, measure, own_references, scorer
     from rlhf_recipes.scoring import trained_scoring
-    from rlhf_recipes.shapes import pairs
+    from rlhf_recipes.shapes import pairs, warn_of_copies
     from rlhf_recipes.terminal import expected
     from rlhf_recipes.tokenizer import load_tokenizer
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
@@ -36,8 +36,9 @@ def main(run: Run) -> str:
     args = trainer_args(run, RewardConfig)
     adapter = adapter_args(run, args)
     model = resolve_model(recipe, "reward.model", reward.model)
+    config = config_of(recipe, "reward.model", reward.model, classifier=True)
     tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
-    fit_length(recipe, "reward", config_of(recipe, "reward.model", reward.model), tokenizer, args)
+    fit_length(recipe, "reward", config, tokenizer, args)
     data, key = (recipe.data, "data") if reward.data is None else (reward.data, "reward.data")
     rows, held_out = load_rows(data, recipe.seed, key)
     limits = (reward.pairs, reward.pairs and max(1, reward.pairs // 10))
@@ -45,6 +46,7 @@ def main(run: Run) -> str:
         pairs(data, part, tokenizer, limit, recipe.seed, reward.chosen_label, apart_from, key)
         for part, limit, apart_from in zip((rows, held_out), limits, (None, rows), strict=True)
     )
+    warn_of_copies(train, held_out, key)
     chat = is_conversational(train[0])
     references = own_references(run, tokenizer, chat)
     if args.max_steps > 0:  # tokenize no more than training will see

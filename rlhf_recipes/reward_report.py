@@ -1,5 +1,6 @@
 """How good a reward model is: accuracy, by margin too, calibration, and the scores of the data's own completions."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REPORT = "reward_report.json"
+
+logger = logging.getLogger(__name__)
 
 Text = tuple[str | list[dict], str | list[dict]]
 """A prompt and its completion, both plain texts or both chat messages; the prompt may be empty."""
@@ -106,11 +109,18 @@ def own_references(run: Run, tokenizer: Any, chat: bool) -> list[Text]:
 
 
 def kept(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
-    """Those of the pairs whose number stands in the column `row` of what TRL has kept.
+    """Those of the pairs whose number stands in the column `row` of what TRL has kept: none is longer than `max_length`.
 
     Raises:
         RecipeError: None is left.
     """
+    if 0 < len(by_trl) < len(pairs):
+        logger.warning(
+            "reward.trainer.max_length: %d of %d pairs have a text of more than %d tokens and are left out",
+            len(pairs) - len(by_trl),
+            len(pairs),
+            args.max_length,
+        )
     if len(by_trl) == 0:
         raise RecipeError(
             f"reward.trainer.max_length: each of {len(pairs)} pairs has a text of more than {args.max_length} tokens, "

@@ -23,8 +23,8 @@ def main(run: Run) -> str:
     from rlhf_recipes.finish import save_model
     from rlhf_recipes.models import config_of, fit_embeddings, fit_length, make_model
     from rlhf_recipes.references import loading, resolve_model
-    from rlhf_recipes.sft_report import measure_completions, rouge_rows, tokens_needed
-    from rlhf_recipes.shapes import corpus, texts
+    from rlhf_recipes.sft_report import check_rows, measure_completions, rouge_rows, tokens_needed
+    from rlhf_recipes.shapes import corpus, texts, warn_of_copies
     from rlhf_recipes.tokenizer import load_tokenizer, make_tokenizer
     from rlhf_recipes.trainer_args import effective_batch, trainer_args
 
@@ -38,11 +38,13 @@ def main(run: Run) -> str:
         config = model.config
     else:
         model = resolve_model(recipe, "sft.model", sft.model)
-        tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
         config = config_of(recipe, "sft.model", sft.model)
+        tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
     asked = rouge_rows(run, held_out, tokenizer) if sft.rouge_prompts else None
     train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
+    if "prompt" in train.column_names:  # short texts come twice in any language
+        warn_of_copies(train, held_out, "data")
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
     with loading("sft.model", str(sft.model)):
@@ -50,6 +52,7 @@ def main(run: Run) -> str:
         trainer = resumable(SFTTrainer)(
             **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    check_rows(trainer, train, held_out)
     fit_embeddings(trainer.model, tokenizer)
     new_tokens = tokens_needed(trainer, asked) if asked else 0
     settle(trainer, start, model, str(sft.model))

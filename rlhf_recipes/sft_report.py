@@ -1,6 +1,7 @@
 """How good a language model's completions are after stage sft: ROUGE against the data's own."""
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import RecipeError
@@ -9,7 +10,7 @@ from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import Run
 from rlhf_recipes.samples import sample, shared_out
 from rlhf_recipes.shapes import prompts
-from rlhf_recipes.tokenizer import context_length, token_ids
+from rlhf_recipes.tokenizer import context_length, eos_token_ids, token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +20,38 @@ ROUGE_TEMPERATURE = 0.01
 
 SAMPLES = "samples.jsonl"
 NUM_SAMPLES = 16
+
+logger = logging.getLogger(__name__)
+
+
+def check_rows(trainer: Any, train: "Dataset", held_out: "Dataset") -> None:
+    """Warn of rows that TRL left out, and where no row teaches the model to stop.
+
+    Args:
+        trainer: The `SFTTrainer`, with its tokenized rows.
+        train: Rows that it was given.
+        held_out: Likewise.
+
+    Raises:
+        RecipeError: It left out all of them.
+    """
+    args = trainer.args
+    for kind, given, made in (("training", train, trainer.train_dataset), ("held-out", held_out, trainer.eval_dataset)):
+        out = 0 if args.packing else len(given) - len(made)
+        what = f"sft.trainer.max_length: {out} of {len(given)} {kind} prompts have {args.max_length} tokens or more"
+        if len(made) == 0:
+            raise RecipeError(
+                f"{what}, so no completion is left; raise it, or leave them out with data.max_prompt_tokens."
+            )
+        if out:
+            logger.warning("%s and are left out", what)
+    ends, labels = eos_token_ids(trainer.model, trainer.processing_class), trainer.train_dataset["labels"][:100]
+    if all(set(ends).isdisjoint(row) for row in labels):
+        logger.warning(
+            "sft: none of the first %d training rows ends with EOS, so the model does not learn to stop; sft.trainer."
+            "max_length may cut it off, or the chat template have none.",
+            len(labels),
+        )
 
 
 def rouge_rows(run: Run, rows: "Dataset", tokenizer: Any) -> "Dataset":
@@ -52,8 +85,8 @@ def tokens_needed(trainer: Any, rows: "Dataset") -> int:
     if prompt + new_tokens > context:
         raise RecipeError(
             f"sft.rouge_prompts: the longest held-out prompt has {prompt} tokens and the longest completion "
-            f"{new_tokens}, more than the model's {context}; leave such rows out of the data, or set "
-            "sft.trainer.max_length lower."
+            f"{new_tokens}, more than the model's {context}; leave such rows out with "
+            "data.max_prompt_tokens, or set sft.trainer.max_length lower."
         )
     return new_tokens
 

@@ -5,11 +5,12 @@ import random
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Data, RecipeError
 from rlhf_recipes.data import missing_column, put_column
+from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.tokenizer import token_ids
 
 if TYPE_CHECKING:
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LABELS = {
-    **{value: 1 for value in (1, True, "1", "pos", "positive", "POSITIVE")},
-    **{value: 0 for value in (0, False, "0", "neg", "negative", "NEGATIVE")},
+    **{value: 1 for value in (1, True, "1", "pos", "positive")},
+    **{value: 0 for value in (0, False, "0", "neg", "negative")},
 }
-"""What a `label` column may hold -> 1 for positive, 0 for negative."""
+"""What a `label` column may hold, in small letters or capitals -> 1 for positive, 0 for negative."""
 
 COMPLETIONS = ("completion", "chosen", "rejected", "completion_0", "completion_1")
 """Columns of ours that may stand behind a prompt."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def texts(
@@ -46,9 +47,7 @@ def texts(
 def corpus(data: Data, rows: "Dataset", labels: list[int] | None = None) -> list[str]:
     """The texts of `texts`, prompt and completion joined, for a tokenizer that is yet to be made."""
     rows, columns = _texts(data, rows, labels)
-    if columns == ["messages"]:
-        return [message["content"] for messages in rows["messages"] for message in messages]
-    return ["".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
+    return ["".join(map(as_text, parts)) for parts in zip(*(rows[column] for column in columns), strict=True)]
 
 
 def pairs(
@@ -110,13 +109,34 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
     return made.remove_columns([column for column in (*COMPLETIONS, "choice") if column in made.column_names])
 
 
+def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str) -> None:
+    """Say how many held-out rows are also training rows: what is measured on them is no measure of anything new."""
+
+    def lines(rows: "Dataset") -> Iterator[str]:
+        return map(repr, zip(*(rows[column][:] for column in sorted(rows.column_names)), strict=True))
+
+    seen = set(lines(train))
+    copies = sum(line in seen for line in lines(held_out))
+    if copies:
+        logger.warning(
+            "%s: %d of %d held-out rows are training rows too, so held-out numbers flatter; take duplicates out of the "
+            "data.",
+            key,
+            copies,
+            len(held_out),
+        )
+
+
 def _texts(data: Data, rows: "Dataset", labels: list[int] | None) -> tuple["Dataset", list[str]]:
     if labels is not None:
         _need(data, rows, "label", "sft.labels selects by it", "data")
         read = _label_reader(data, "data")
         rows = rows.filter(lambda row: read(row["label"]) in labels)
         if len(rows) == 0:
-            raise RecipeError(f"sft.labels: no row of {data.path} has one of the labels {labels}.")
+            raise RecipeError(
+                f"sft.labels: no training row of {data.path}, or no held-out one, has one of the labels {labels}; set "
+                "others, or hold out more rows with data.eval_fraction."
+            )
     rows = _with_prompts(data, rows, "data")
     for columns in (["prompt", "completion"], ["messages"], ["text"]):
         if all(column in rows.column_names for column in columns):
@@ -139,11 +159,11 @@ def _with_prompts(data: Data, rows: "Dataset", key: str) -> "Dataset":
         for field in fields:
             if field not in rows.column_names:
                 raise missing_column(data, rows, field or "''", f"{key}.prompt_template names it", key)
-            if field in COMPLETIONS or field in [data.columns.get(column) for column in COMPLETIONS]:
+            if _is_answer(data, field):
                 raise RecipeError(f"{key}.prompt_template: {{{field}}} is the answer, which no prompt may contain.")
         filled = [
             None if None in row.values() else data.prompt_template.format_map(row)
-            for row in (rows.select_columns(fields) if fields else rows)
+            for row in (rows.select_columns(fields) if fields else [{}] * len(rows))
         ]
         rows = put_column(rows, "prompt", filled)
     if data.completion_prefix:
@@ -162,11 +182,34 @@ def _fields(data: Data, key: str) -> list[str]:
         parts = list(string.Formatter().parse(data.prompt_template or ""))
     except ValueError as error:
         raise RecipeError(f"{key}.prompt_template: {error}; a brace that is meant is written twice.") from error
+    for _, field, spec, conversion in parts:
+        if spec or conversion:
+            raise RecipeError(
+                f"{key}.prompt_template: {{{field}}} takes the column as it is, without {(spec or conversion)!r} behind "
+                f"it; a brace that is meant is written twice, and other forms are made by {key}.transform."
+            )
     return [field for _, field, _, _ in parts if field is not None]
 
 
+def _is_answer(data: Data, field: str) -> bool:
+    """Whether a column is a completion, is what `data.columns` makes one of, or holds that inside."""
+    source = data.columns.get(field, field)
+    answers = [data.columns.get(column, column) for column in COMPLETIONS]
+    return field in COMPLETIONS or any(f"{answer}.".startswith(f"{source}.") for answer in answers)
+
+
 def _short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> "Dataset":
-    """Rows whose prompts have at most `data.max_prompt_tokens` tokens, after `data.truncate`."""
+    """Rows whose prompts have at most `data.max_prompt_tokens` tokens, after `data.truncate`.
+
+    Raises:
+        RecipeError: None has; or they are chat messages, and the tokenizer has no template for them.
+    """
+    first = next((rows[0][name] for name in ("messages", "prompt", "chosen") if name in rows.column_names), "")
+    if isinstance(first, list) and not tokenizer.chat_template:
+        raise RecipeError(
+            f"{key}: {data.path} has chat messages, but the model's tokenizer has no chat template; save one beside the "
+            f"model as chat_template.jinja, or make plain texts of the messages with {key}.transform."
+        )
     if data.max_prompt_tokens is None or "prompt" not in rows.column_names:
         return rows
     fitting = [_fitting(data, row, tokenizer) for row in rows]
@@ -175,19 +218,23 @@ def _short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBa
         what = f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {data.max_prompt_tokens} tokens"
         if not kept:
             raise RecipeError(f"{key}.max_prompt_tokens: {what}, so no row of {data.path} is left.")
-        log.warning("%s.max_prompt_tokens: %s and are left out", key, what)
+        logger.warning("%s.max_prompt_tokens: %s and are left out", key, what)
     return put_column(rows.select(kept), "prompt", [fitting[i] for i in kept])
 
 
 def _fitting(data: Data, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> str | list[dict] | None:
     """A row's prompt, without as many last paragraphs as it takes, and characters of the only one; None if none is left.
 
+    A character has four tokens at most (its bytes), so a quarter of the excess can go at once.
+
     Source: Huang et al. 2024 (2403.17031), whose code cuts at the last line break, or else the last character.
     """
     prompt = row["prompt"]
-    while len(token_ids(tokenizer, prompt)) > data.max_prompt_tokens:
-        text = row[data.truncate] if data.truncate else ""
-        shorter = text.rpartition("\n")[0] or text[:-1]
+    while (excess := len(token_ids(tokenizer, prompt)) - data.max_prompt_tokens) > 0:
+        text = str(row[data.truncate]) if data.truncate else ""
+        end = max(0, len(text) - max(1, excess // 4))
+        paragraph = text.rfind("\n", 0, end + 1)
+        shorter = text[: paragraph if paragraph > 0 else end]
         if not shorter or shorter.isspace():
             return None
         row = row | {data.truncate: shorter}
@@ -196,9 +243,17 @@ def _fitting(data: Data, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBas
 
 
 def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Dataset":
-    """Rows with something in each of `columns`, and with two texts in a pair; others as `data.invalid_rows` says."""
+    """Rows with something in each of `columns`, and with two texts in a pair; others as `data.invalid_rows` says.
+
+    Raises:
+        RecipeError: A value is neither text nor chat messages, a row has both, or rows cannot be used.
+    """
     faults = {}
     for i, row in enumerate(rows.select_columns(columns)):
+        kinds = {column: _kind(data, row, column, key) for column in columns if row[column] is not None}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{column} {kind}" for column, kind in kinds.items())
+            raise RecipeError(f"{key}: {data.path} mixes {found}; make them of one kind with {key}.transform.")
         empty = [column for column in columns if _is_blank(row[column])]
         if empty:
             faults[i] = f"an empty {empty[0]}"
@@ -209,7 +264,7 @@ def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Datase
     counts = ", ".join(f"{number} with {fault}" for fault, number in Counter(faults.values()).items())
     what = f"{len(faults)} of {len(rows)} rows of {data.path} cannot be used ({counts})"
     if data.invalid_rows == "drop" and len(faults) < len(rows):
-        log.warning("%s: %s and are left out", key, what)
+        logger.warning("%s: %s and are left out", key, what)
         return rows.select([i for i in range(len(rows)) if i not in faults])
     first = min(faults)
     content = ", ".join(f"{column} {rows[first][column]!r:.60}" for column in columns)
@@ -217,6 +272,24 @@ def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Datase
         f"{key}: {what}; the first is row {first + 1} of these: {content}. Correct them, or leave them out with "
         f"{key}.invalid_rows: drop."
     )
+
+
+def _kind(data: Data, row: dict[str, Any], column: str, key: str) -> str:
+    """Which of the two kinds a value is."""
+    value = row[column]
+    if isinstance(value, str) and column != "messages":
+        return "text"
+    if isinstance(value, list) and column != "text" and all(map(_is_message, value)):
+        return "chat messages"
+    wanted = {"text": "text", "messages": "a list of {role, content}"}.get(column, "text or a list of {role, content}")
+    raise RecipeError(
+        f"{key}: the column {column} of {data.path} holds {value!r:.80}, and must hold {wanted}; make that of it with "
+        f"{key}.transform."
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys() and isinstance(value["content"], str | None)
 
 
 def _is_blank(value: str | list[dict] | None) -> bool:
@@ -243,8 +316,10 @@ def _by_label(
 ) -> "Dataset":
     from datasets import Dataset
 
-    for column in ("text", "label"):
-        _need(data, rows, column, "reward makes pairs of positive and negative texts", key)
+    _need(
+        data, rows, "text", "or chosen and rejected, or completion_0, completion_1 and choice: reward makes pairs", key
+    )
+    _need(data, rows, "label", "reward makes pairs of positive and negative texts", key)
     rows = _valid(data, rows, ["text"], key)
     read = _label_reader(data, key)
     others = set() if apart_from is None else set(apart_from["text"])
@@ -260,10 +335,14 @@ def _by_label(
             seen.update(pair.values())
             made.append(pair)
     if not made:
-        apart = "" if apart_from is None else " held-out texts that no training row has"
+        found = f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative"
+        if apart_from is None:
+            raise RecipeError(
+                f"{found} texts; pairs need both: look at {key}.columns, {key}.filter and {key}.max_rows."
+            )
         raise RecipeError(
-            f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative{apart or ' texts'}; "
-            "pairs need both."
+            f"{found} held-out texts that no training row has; pairs need both: hold out more rows with "
+            f"{key}.eval_fraction, or another {key}.eval_split."
         )
     return Dataset.from_list(made)
 
@@ -298,11 +377,13 @@ def _need(data: Data, rows: "Dataset", column: str, why: str, key: str) -> None:
 
 def _label_reader(data: Data, key: str) -> Callable[[object], int]:
     def read(label: object) -> int:
-        if label not in LABELS:
+        known = label.lower() if isinstance(label, str) else label
+        if not isinstance(known, str | int | float) or known not in LABELS:
             raise RecipeError(
-                f"{key}: the label column of {data.path} holds {label!r}; known: {', '.join(map(repr, LABELS))}."
+                f"{key}: the label column of {data.path} holds {label!r:.60}; known: {', '.join(map(repr, LABELS))}. Make "
+                f"these of it with {key}.transform, which may leave rows out."
             )
-        return LABELS[label]
+        return LABELS[known]
 
     return read
 

@@ -250,3 +250,10 @@ def test_a_data_set_that_is_a_script_is_named(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", hub)
     assert "data.revision=refs/convert/parquet" in error(load_rows, Data(path="some/data"), 0)
+
+
+def test_words_that_pandas_takes_for_nothing_are_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nNA,1\nnull,0\n,1\nNone,\n", encoding="utf-8")
+    train, held_out = load_rows(Data(path=str(tmp_path / "a.csv")), 0)
+    rows = {row["text"]: row["label"] for part in (train, held_out) for row in part}
+    assert rows == {"NA": 1, "null": 0, None: 1, "None": None}

@@ -8,7 +8,7 @@ from conftest import WORDS, bpe_tokenizer, causal_lm, put_into_cache, save_pair,
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from trl import RewardConfig, SFTConfig
 
 from rlhf_recipes.config import Data, Recipe, RecipeError, Scratch
@@ -183,6 +183,27 @@ def test_texts_are_no_longer_than_the_context(stage, config_class, section, poli
             longest(tokenizer, max_length=wrong)
     tokenizer.model_max_length = 62  # RoBERTa's positions begin at 2
     assert longest(tokenizer) == 62
+
+
+def test_models_of_the_wrong_kind(policy_folder, classifier_folder, tmp_path):
+    config_of(RECIPE, "reward.model", str(policy_folder), classifier=True)
+    with pytest.raises(
+        RecipeError, match=r"reward\.model: .* is a classifier with 2 labels, and a reward model has one"
+    ):
+        config_of(RECIPE, "reward.model", str(classifier_folder), classifier=True)
+    with pytest.raises(RecipeError, match=r"sft\.model: .* is a distilbert classifier, which writes no text"):
+        config_of(RECIPE, "sft.model", str(classifier_folder))
+    tokenizer = word_tokenizer()
+    config = causal_lm(tokenizer).config
+    config.num_labels = 1
+    folder = str(save_pair(tmp_path / "gpt2", AutoModelForSequenceClassification.from_config(config), tokenizer))
+    config_of(RECIPE, "reward.model", folder, classifier=True)  # goes on with its head
+    with pytest.raises(RecipeError, match="is a gpt2 classifier"):
+        config_of(RECIPE, "ppo.policy", folder)
+    DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1)).save_pretrained(tmp_path / "encoder")
+    config_of(RECIPE, "reward.model", str(tmp_path / "encoder"), classifier=True)
+    with pytest.raises(RecipeError, match="is a distilbert model, which writes no text"):
+        config_of(RECIPE, "ppo.policy", str(tmp_path / "encoder"))
 
 
 def test_references(tmp_path):

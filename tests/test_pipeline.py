@@ -277,9 +277,9 @@ def test_models_that_cannot_be_used(stand_ins, bpe_policy_folder, classifier_fol
 
     shutil.copytree(bpe_policy_folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     weightless = cli("ppo", "imdb_positive", *stand_ins, "ppo.policy=./weightless", cwd=tmp_path)
-    assert weightless.returncode == 2 and "ppo.policy: ./weightless has no weights in safetensors" in weightless.stderr, (
-        weightless.stderr
-    )
+    assert (
+        weightless.returncode == 2 and "ppo.policy: ./weightless has no weights in safetensors" in weightless.stderr
+    ), weightless.stderr
     bert = cli("rloo", "imdb_positive", *stand_ins, f"rloo.policy={classifier_folder}", cwd=tmp_path)
     assert bert.returncode == 2 and "rloo.policy" in bert.stderr and "Traceback" not in bert.stderr
 

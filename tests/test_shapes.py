@@ -5,7 +5,8 @@ from conftest import REVIEWS, bpe_tokenizer, word_tokenizer
 from datasets import Dataset
 
 from rlhf_recipes.config import Data, RecipeError
-from rlhf_recipes.shapes import corpus, pairs, prompts, texts
+from rlhf_recipes.models import token_ids
+from rlhf_recipes.shapes import corpus, pairs, prompts, texts, warn_of_copies
 
 
 def error(function, *args, **more) -> str:
@@ -53,7 +54,8 @@ def test_prompts_are_the_first_tokens_of_texts(tokenizer):
 
 @pytest.mark.parametrize("own", ["the film", [{"role": "user", "content": "hi"}]])
 def test_own_prompts_are_kept_text_or_chat(own):
-    made = prompts(Data(path="x"), Dataset.from_dict({"prompt": [own], "completion": ["x"]}), word_tokenizer(), 0)
+    tokenizer = word_tokenizer(chat_template="{{ messages }}")
+    made = prompts(Data(path="x"), Dataset.from_dict({"prompt": [own], "completion": ["x"]}), tokenizer, 0)
     assert made[0] == {"prompt": own, "reference": "x"}
 
 
@@ -68,7 +70,9 @@ def test_texts_for_sft():
     both = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "text": ["c"]})
     assert set(texts(Data(path="x"), both, None).column_names) == {"prompt", "completion"}
     assert "data.columns.text=NAME" in error(texts, Data(path="x"), Dataset.from_dict({"body": ["a"]}), None)
-    assert "no row" in error(texts, Data(path="x"), Dataset.from_dict({"text": ["a"], "label": [0]}), None, [1])
+    assert "sft.labels: no training row" in error(
+        texts, Data(path="x"), Dataset.from_dict({"text": ["a"], "label": [0]}), None, [1]
+    )
 
 
 def test_which_label_is_chosen():
@@ -114,6 +118,10 @@ def test_templates_fill_columns_whose_braces_are_data():
         ({"prompt_template": "{}"}, "no column ''"),
         ({"prompt_template": "{title"}, "data.prompt_template: "),
         ({"prompt_template": "{title} {completion}"}, "{completion} is the answer"),
+        ({"prompt_template": "{title:d}"}, "{title} takes the column as it is, without 'd'"),
+        ({"prompt_template": "{title!r}"}, "{title} takes the column as it is, without 'r'"),
+        ({"prompt_template": "{t}", "columns": {"t": "summary", "completion": "summary"}}, "{t} is the answer"),
+        ({"prompt_template": "{all}", "columns": {"completion": "all.answer"}}, "{all} is the answer"),
         ({"prompt_template": "{summary}", "columns": {"completion": "summary"}}, "{summary} is the answer"),
         ({"prompt_template": "{title}", "max_prompt_tokens": 5, "truncate": "post"}, "data.truncate: post"),
         ({"prompt_template": "{title}", "truncate": "title"}, "data.max_prompt_tokens"),
@@ -121,6 +129,8 @@ def test_templates_fill_columns_whose_braces_are_data():
 )
 def test_templates_that_do_not_fit(settings, expected):
     rows = Dataset.from_list([{"title": "a", "completion": "c", "summary": "c"}])
+    for field in ("t", "all"):  # as `data.columns` makes them
+        rows = rows.add_column(field, ["c"]) if f"{{{field}}}" in settings["prompt_template"] else rows
     assert expected in error(texts, Data(path="x", **settings), rows, None)
 
 
@@ -139,6 +149,23 @@ def test_a_prompt_loses_paragraphs_until_it_fits(caplog):
     assert cut(6) == "the film \nTL;DR:"  # of the last paragraph, characters
     assert not caplog.records
     assert "1 of 1 prompts have more than 4 tokens" in error(cut, 4)
+
+
+@pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()])
+def test_a_prompt_loses_no_more_than_it_must(tokenizer, monkeypatch):
+    """As if one paragraph or character went at a time, in far fewer steps."""
+    asked = []
+    monkeypatch.setattr("rlhf_recipes.shapes.token_ids", lambda *args: asked.append(0) or token_ids(*args))
+    many = 0
+    for post in ("the film was great 😀 ünï\n\nfun " * 6, "the plot\n" * 30 + "x" * 50, "a great movie " * 40):
+        for limit in (9, 14, 33):
+            data = Data(path="x", prompt_template="{post} end", max_prompt_tokens=limit, truncate="post")
+            wanted = post
+            while len(tokenizer(f"{wanted} end")["input_ids"]) > limit:
+                wanted, many = wanted.rpartition("\n")[0] or wanted[:-1], many + 1
+            rows = Dataset.from_dict({"post": [post], "completion": ["c"]})
+            assert prompts(data, rows, tokenizer, 0)[0]["prompt"] == f"{wanted} end"
+    assert len(asked) < 0.7 * many
 
 
 @pytest.mark.parametrize("shape", ["texts", "pairs", "prompts"])
@@ -230,9 +257,9 @@ def test_pairs_that_cannot_be_used_are_refused_or_dropped(caplog):
     ],
 )
 def test_texts_that_cannot_be_used(rows, expected):
-    rows = Dataset.from_dict(rows)
-    assert expected in error(texts, Data(path="x"), rows, None)
-    assert len(texts(Data(path="x", invalid_rows="drop"), rows, None)) == 1
+    rows, tokenizer = Dataset.from_dict(rows), word_tokenizer(chat_template="{{ messages }}")
+    assert expected in error(texts, Data(path="x"), rows, tokenizer)
+    assert len(texts(Data(path="x", invalid_rows="drop"), rows, tokenizer)) == 1
 
 
 def test_empty_prompts_and_what_is_left_of_them():
@@ -250,10 +277,80 @@ def test_the_corpus_is_all_that_is_trained_on():
     assert corpus(data, rows, labels=[0]) == ["b: d = f"]
     assert corpus(Data(path="x"), Dataset.from_dict({"text": ["g"]})) == ["g"]
     chat = [[{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]]
-    assert corpus(Data(path="x"), Dataset.from_dict({"messages": chat})) == ["h", "i"]
+    assert corpus(Data(path="x"), Dataset.from_dict({"messages": chat})) == ["h\ni"]
 
 
 def test_held_out_texts_that_are_all_in_training():
     rows = Dataset.from_list(REVIEWS)
     found = error(pairs, Data(path="x"), rows, None, None, 0, apart_from=rows)
     assert "0 positive and 0 negative held-out texts that no training row has" in found
+
+
+def chat(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({"prompt": ["a"], "completion": [5]}, "the column completion of x holds 5"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": ["b"]}, "the column prompt of x holds {'role'"),
+        ({"prompt": [["a"]], "completion": ["b"]}, "the column prompt of x holds ['a'], and must hold text or a list"),
+        ({"prompt": [[{"from": "human", "value": "a"}]], "completion": [chat("b")]}, "a list of {role, content}"),
+        ({"prompt": ["a"], "completion": [chat("b")]}, "x mixes prompt text, completion chat messages"),
+        ({"text": [chat("a")]}, "must hold text; make that of it with data.transform"),
+        ({"messages": ["a"]}, "the column messages of x holds 'a', and must hold a list of {role, content}"),
+    ],
+)
+def test_what_is_neither_text_nor_chat_messages(rows, expected):
+    assert expected in error(texts, Data(path="x", invalid_rows="drop"), Dataset.from_dict(rows), None)
+    if "prompt" in rows:
+        answers = {"chosen": rows["completion"], "rejected": rows["completion"]}
+        assert "reward.data" in error(
+            pairs, Data(path="x"), Dataset.from_dict(rows | answers), None, 1, 0, key="reward.data"
+        )
+
+
+def test_chat_messages_need_a_template():
+    answers = {name: [chat(name)] for name in ("completion", "chosen", "rejected")}
+    rows = Dataset.from_dict({"prompt": [chat("a")], **answers})
+    for made in (
+        error(texts, Data(path="x"), rows, word_tokenizer()),
+        error(texts, Data(path="x"), Dataset.from_dict({"messages": [chat("a")]}), word_tokenizer()),
+        error(pairs, Data(path="x"), rows, word_tokenizer(), None, 0),
+        error(pairs, Data(path="x"), rows.remove_columns("prompt"), word_tokenizer(), None, 0),
+        error(prompts, Data(path="x", max_prompt_tokens=5), rows, word_tokenizer(), 0),
+    ):
+        assert "data: x has chat messages, but the model's tokenizer has no chat template" in made
+
+
+def test_a_template_without_columns_looks_at_none():
+    rows = Dataset.from_dict({"completion": ["a", "b"], "other": [None, "c"]})
+    assert prompts(Data(path="x", prompt_template="Go:"), rows, None, 0)["prompt"][:] == ["Go:", "Go:"]
+
+
+def test_labels_in_any_case_and_others():
+    rows = [row | {"label": "Positive" if row["label"] else "NEG"} for row in REVIEWS]
+    assert len(pairs(Data(path="x"), Dataset.from_list(rows), None, None, 0)) == 15
+    for label in ("LABEL_1", 2, [1], None):
+        rows = Dataset.from_dict({"text": ["a"], "label": [label]})
+        found = error(pairs, Data(path="x"), rows, None, None, 0)
+        assert f"holds {label!r}; known: 1, '1', 'pos'" in found and "data.transform" in found
+
+
+def test_pairs_of_one_label_only():
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 1]})
+    assert "2 positive and 0 negative texts" in error(pairs, Data(path="x"), rows, None, None, 0)
+    others = Dataset.from_dict({"text": ["c"], "label": [0]})
+    assert "data.eval_fraction" in error(pairs, Data(path="x"), rows, None, None, 0, apart_from=others)
+    found = error(pairs, Data(path="x"), Dataset.from_dict({"chosen": ["a"]}), None, None, 0)
+    assert "no column text (or chosen and rejected, or" in found
+
+
+def test_held_out_rows_that_are_training_rows_are_counted(caplog):
+    train = Dataset.from_dict({"prompt": ["a", "a", "b"], "completion": ["c", "d", "e"]})
+    held_out = Dataset.from_dict({"completion": ["d", "d", "c"], "prompt": ["a", "b", "a"]})
+    warn_of_copies(train, held_out.select([1]), "data")
+    assert not caplog.records
+    warn_of_copies(train, held_out, "reward.data")
+    assert "reward.data: 2 of 3 held-out rows are training rows too" in caplog.text

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rlhf_recipes.metrics import rouge
 from rlhf_recipes.models import scale_head
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import reward_model
-from rlhf_recipes.reward_report import REPORT, measure
+from rlhf_recipes.reward_report import REPORT, kept, measure
 from rlhf_recipes.run import Run
 from rlhf_recipes.samples import Samples, shared_out
 from rlhf_recipes.sft_report import SAMPLES
@@ -210,6 +211,14 @@ def test_pairs_that_are_all_too_long_are_refused(tmp_path, policy_folder):
         reward.main(run)
 
 
+def test_pairs_that_are_left_out_are_counted(caplog):
+    pairs = Dataset.from_dict({"row": [0, 1, 2]})
+    args = SimpleNamespace(max_length=9)
+    assert kept(pairs, pairs, args)["row"][:] == [0, 1, 2] and not caplog.records
+    assert kept(pairs, pairs.select([2]), args)["row"][:] == [2]
+    assert "reward.trainer.max_length: 2 of 3 pairs have a text of more than 9 tokens and are left out" in caplog.text
+
+
 def wide_model(kind="llama", hidden=4096):
     """A sequence classifier with very many features and little else."""
     from transformers import AutoConfig
@@ -318,6 +327,28 @@ def test_the_loss_is_over_completions_where_there_are_prompts(kind, tmp_path, po
     assert run.results["eval_perplexity"] == pytest.approx(math.exp(run.results["eval_loss"]))
 
 
+@pytest.mark.parametrize("side", ["training", "held-out"])
+def test_prompts_that_leave_no_room_for_a_completion(side, tmp_path, policy_folder, caplog):
+    long, short = ([{"prompt": "it was " * n + end, "completion": " good"} for end in ("a", "i")] for n in (40, 1))
+    settings = SFT.format(policy_folder, "1e-2")
+    rows = (long, short) if side == "training" else (long + short, long)
+    with pytest.raises(
+        RecipeError, match=rf"sft\.trainer\.max_length: 2 of 2 {side} prompts have 24 tokens or more, so"
+    ):
+        sft.main(Run(recipe_of(tmp_path, settings, *rows), "sft"))
+    assert ("2 of 4 training prompts have 24 tokens or more and are left out" in caplog.text) == (side == "held-out")
+
+
+@pytest.mark.slow
+def test_a_model_that_never_sees_eos_is_warned_of(tmp_path, policy_folder, caplog):
+    settings = SFT.format(policy_folder, "1e-2")
+    run_stage(sft, "sft", recipe_of(tmp_path, settings, SUMMARIES, SUMMARIES))
+    assert "does not learn to stop" not in caplog.text
+    rows = [row | {"completion": " good" * 30} for row in SUMMARIES]
+    run_stage(sft, "sft", recipe_of(tmp_path, settings, rows, rows, "name=long"))
+    assert "none of the first 8 training rows ends with EOS, so the model does not learn to stop" in caplog.text
+
+
 @pytest.mark.slow
 def test_sft_reports_rouge_of_its_completions(tmp_path, policy_folder):
     """A model that has learned what follows a prompt says it, word by word, and then ends."""
@@ -352,7 +383,7 @@ def test_rouge_needs_completions_and_room(tmp_path, policy_folder):
     settings = SFT.format(policy_folder, "0.0").replace("sft: {", "sft: {rouge_prompts: 4, ")
     with pytest.raises(RecipeError, match=r"sft\.rouge_prompts: .* it has: text, label\. .* sft\.rouge_prompts=0"):
         sft.main(Run(recipe_of(tmp_path, settings, REVIEWS, REVIEWS), "sft"))
-    long = [{"prompt": "the film " * 31, "completion": " was good ."}]
+    long = [{"prompt": prompt, "completion": " was good ."} for prompt in ("the film " * 31, "it")]
     with pytest.raises(RecipeError, match=r"sft\.rouge_prompts: .* prompt has 62 tokens .* 4, more than .* 64"):
         sft.main(Run(recipe_of(tmp_path, settings, SUMMARIES, long), "sft"))
 
