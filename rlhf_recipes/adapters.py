@@ -44,6 +44,10 @@ from rlhf_recipes.models import (
 from rlhf_recipes.run import Run
 
 
+OF_WEIGHTS = ("pissa", "mica", "corda", "loftq")
+"""Beginnings of values of `init_lora_weights` that peft cannot make of quantized weights."""
+
+
 def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
     """`peft_config` and `quantization_config` of a TRL trainer, made of the stage's settings; each None without any.
 
@@ -109,6 +113,8 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
         return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
     _require_same(run, where, reference, peft_config, start, _shape(where, model, trusted, auto_class))
     base = base_of(where, model, start)
+    if not is_hub_model(start.base_model_name_or_path or ""):
+        start.base_model_name_or_path = base  # which may have moved with the run's folder
     adapter_weights(where, model)
     with loading(where, base):
         whole = auto_class.from_pretrained(base, quantization_config=adapter["quantization_config"], **settings)
@@ -158,7 +164,7 @@ def _refusals(key: str) -> Iterator[None]:
     """Turn a library's refusal of settings into a `RecipeError`."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, re.error) as error:
         raise RecipeError(f"{key}: {str(error)[:400]}") from error
 
 
@@ -184,8 +190,29 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
                 f"{key}: peft has no default for {shape.config.model_type} models; set it. {model} has: {known}."
             )
     for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
-        if not _matched({target} if target is not targets else target, shape):
+        with _refusals(f"{key}: {target!r}"):
+            matched = _matched({target} if target is not targets else target, shape)
+        if not matched:
             raise RecipeError(f"{key}: {target!r} matches no layer of {model}; it has: {known}.")
+    embeddings = next(name for name, part in layers.items() if part is shape.get_input_embeddings())
+    if auto_class is AutoModelForCausalLM and shape.config.get_text_config().tie_word_embeddings:
+        of_embeddings = {
+            "target_modules": targets and embeddings in _matched(targets, shape),
+            "trainable_token_indices": peft_config.trainable_token_indices,
+        }
+        for name in [name for name, given in of_embeddings.items() if given]:
+            raise RecipeError(
+                f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter changes one of "
+                "the two only; leave it out."
+            )
+    for name in peft_config.modules_to_save or ():  # peft passes over one that is not there
+        if not any(f".{part}".endswith(f".{name}") for part, _ in shape.named_modules()):
+            raise RecipeError(f"{run.stage}.peft.modules_to_save: {model} has no layer {name!r}; it has: {known}.")
+    if quantization_config is not None and str(peft_config.init_lora_weights).startswith(OF_WEIGHTS):
+        raise RecipeError(
+            f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} is made of the model's weights, and "
+            f"{run.stage}.quantization takes them away; leave one of the two out."
+        )
     trial = copy.deepcopy(peft_config)
     trial.init_lora_weights = True  # others look at the weights, which are not there
     with _refusals(f"{run.stage}.peft"), torch.device("meta"):

@@ -21,7 +21,7 @@ from transformers import (
 from rlhf_recipes import adapters, finish
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.models import check_context, load_config, load_model
-from rlhf_recipes.recipe import check
+from rlhf_recipes.recipe import check, load_recipe
 from rlhf_recipes.reward_funcs import reward_model, sentiment
 from rlhf_recipes.run import Run
 
@@ -330,9 +330,50 @@ def test_target_modules_that_match_nothing_name_those_that_exist(models, run):
     assert "'q_proj' matches no layer of" in said and "it has: c_attn, c_fc, c_proj, lm_head, wpe, wte." in said
     assert "'c_atn' matches no layer" in refused({"target_modules": ["c_fc", "c_atn"]})
     assert "'.*q_proj' matches no layer" in refused({"target_modules": ".*q_proj"})
+    assert "sft.peft.target_modules: '(c_fc': missing )" in refused({"target_modules": "(c_fc"})
+    assert "sft.peft.modules_to_save" in (said := refused({"modules_to_save": ["head"]}))
+    assert "has no layer 'head'; it has: c_attn" in said
     said = refused({"target_modules": ["c_attn"]}, "reward", "distilbert")
     assert "reward.peft.target_modules" in said and "q_lin" in said
     assert "sft.peft" in refused({"r": 0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["target_modules", "trainable_token_indices", "modules_to_save"])
+def test_embeddings_can_be_adapted_but_not_those_that_are_the_output_too(key, models, run, trained):
+    def peft(name):
+        return {key: [5, 7] if key == "trainable_token_indices" else [name]}
+
+    folder = run("sft", {"sft": {"model": str(models["llama"]), "peft": peft("embed_tokens")}})
+    before, after = (load_model(AutoModelForCausalLM, "model", str(path)) for path in (models["llama"], folder))
+    assert torch.allclose(logits(after), logits(trained["sft"].model), atol=1e-5)
+    assert not torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    tied = {"sft": {"model": str(models["gpt2"]), "peft": peft("wte")}}
+    if key == "modules_to_save":
+        assert torch.allclose(
+            logits(load_model(AutoModelForCausalLM, "model", str(run("sft", tied, name="tied")))),
+            logits(trained["sft"].model),
+            atol=1e-5,
+        )
+    else:
+        with pytest.raises(RecipeError, match=f"sft.peft.{key}: transformer.wte of .* is its output layer too"):
+            run("sft", tied, name="tied")
+
+
+def test_an_adapter_that_is_made_of_weights_needs_them_whole(models, run):
+    peft = {"init_lora_weights": "pissa"}
+    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: pissa is made of .*sft.quantization"):
+        run("sft", {"sft": {"model": str(models["gpt2"]), "peft": peft, "quantization": NF4}})
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_cannot_be_adapted(models, run, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["one", "more"])
+    shutil.copytree(models["gpt2"], tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    for stage in ("sft", "reward"):
+        with pytest.raises(RecipeError, match=rf"{stage}.model: the tokenizer has 27 tokens .*, the model 25, .*\(no peft\)"):
+            run(stage, {stage: {"model": str(tmp_path / "gpt2"), "peft": {}}})
 
 
 @pytest.mark.slow
@@ -358,10 +399,32 @@ def test_an_adapters_context_is_its_bases(models, run):
     from datasets import Dataset
 
     folder = str(run("sft", {"sft": {"model": str(models["gpt2"]), "peft": LORA}}))
+    recipe = load_recipe(f"{folder}/recipe.yaml")
     prompts = Dataset.from_dict({"prompt": ["the film was"]})
-    check_context("ppo.policy", folder, prompts, word_tokenizer(), 61)
+    check_context(recipe, "ppo.policy", folder, prompts, word_tokenizer(), 61)
     with pytest.raises(RecipeError, match="more than the 64 of"):
-        check_context("ppo.policy", folder, prompts, word_tokenizer(), 62)
+        check_context(recipe, "ppo.policy", folder, prompts, word_tokenizer(), 62)
+
+
+@pytest.mark.slow
+def test_an_adapter_finds_its_base_where_the_recipes_folder_was_moved_to(models, run, trained, tmp_path):
+    """Also that of the stage which it goes on from; a base with another id is not taken."""
+    sections = {"sft": {"model": str(models["gpt2"])}, "ppo": {"peft": LORA}, "rloo": {"policy": "stage:ppo", "peft": {}}}
+    for stage in sections:
+        run(stage, sections)
+    expected = logits(trained["rloo"].model)
+    shutil.move("runs", "elsewhere")
+    with pytest.raises(OSError, match="runs"):
+        AutoModelForCausalLM.from_pretrained("elsewhere/tiny/rloo")
+    moved = load_model(AutoModelForCausalLM, "model", "elsewhere/tiny/rloo")
+    assert torch.allclose(logits(moved), expected, atol=1e-5)
+    folder = run("rloo", {"rloo": {"policy": "elsewhere/tiny/ppo", "peft": {}}}, name="more")
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "elsewhere" / "tiny" / "sft")
+    manifest = Path("elsewhere/tiny/sft/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"id": "', '"id": "x'))
+    with pytest.raises(RecipeError, match="is an adapter of the model .*, which is not there"):
+        load_model(AutoModelForCausalLM, "model", "elsewhere/tiny/rloo")
 
 
 def test_an_adapter_whose_base_is_gone(policy_folder, tmp_path):
