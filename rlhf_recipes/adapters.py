@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
@@ -44,8 +45,8 @@ from rlhf_recipes.models import (
 from rlhf_recipes.run import Run
 
 
-OF_WEIGHTS = ("pissa", "mica", "corda", "loftq")
-"""Beginnings of values of `init_lora_weights` that peft cannot make of quantized weights."""
+INTO_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of values of `init_lora_weights` by which peft changes the model's own weights."""
 
 
 def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
@@ -69,6 +70,13 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
         with _refusals(f"{run.stage}.peft"):
             task_type = "SEQ_CLS" if run.stage == "reward" else "CAUSAL_LM"
             peft_config = LoraConfig(**section.peft | {"task_type": task_type})
+        if str(peft_config.init_lora_weights).startswith(INTO_BASE):
+            raise RecipeError(
+                f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} moves a part of the model's own weights "
+                "into the adapter, so that what is left is no reference; take gaussian, orthogonal or true."
+            )
+        if peft_config.init_lora_weights == "mica" and quantization_config is not None:
+            raise RecipeError(f"{run.stage}.peft.init_lora_weights: mica needs weights that are not quantized.")
     return {"peft_config": peft_config, "quantization_config": quantization_config}
 
 
@@ -128,7 +136,8 @@ def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> N
     An adapter names its base so that it is found from everywhere: by its Hub id and commit, or by its whole path.
 
     On a quantized model it casts the adapter to bf16, where an update below 1/256 of a weight is lost, as those of a
-    small learning rate are, and where an adapter that training goes on with differs from its frozen copy. And on a CPU,
+    small learning rate are, and where an adapter that training goes on with differs from its frozen copy, and layers
+    that are trained whole from what they were. And on a CPU,
     bitsandbytes rounds the base's scales to bf16 whenever it is evaluated between two checkpoints.
 
     Args:
@@ -153,7 +162,12 @@ def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> N
         for part in adapted.modules():
             if hasattr(part, "support_avx512bf16_for_cpu"):
                 part.support_avx512bf16_for_cpu = False
-        if start.get("peft_config") is None:
+        if start.get("peft_config") is not None:
+            for part in adapted.modules():
+                if isinstance(part, ModulesToSaveWrapper):
+                    for trained in part.modules_to_save.values():
+                        trained.load_state_dict(part.original_module.state_dict())
+        else:
             weights = load_peft_weights(model, device=str(adapted.device))
             for adapter in adapted.peft_config:
                 set_peft_model_state_dict(adapted, weights, adapter)
@@ -208,11 +222,6 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
     for name in peft_config.modules_to_save or ():  # peft passes over one that is not there
         if not any(f".{part}".endswith(f".{name}") for part, _ in shape.named_modules()):
             raise RecipeError(f"{run.stage}.peft.modules_to_save: {model} has no layer {name!r}; it has: {known}.")
-    if quantization_config is not None and str(peft_config.init_lora_weights).startswith(OF_WEIGHTS):
-        raise RecipeError(
-            f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} is made of the model's weights, and "
-            f"{run.stage}.quantization takes them away; leave one of the two out."
-        )
     trial = copy.deepcopy(peft_config)
     trial.init_lora_weights = True  # others look at the weights, which are not there
     with _refusals(f"{run.stage}.peft"), torch.device("meta"):
@@ -249,6 +258,11 @@ def _require_same(
     if not isinstance(start, LoraConfig) or start.task_type not in ("CAUSAL_LM", None):
         raise RecipeError(
             f"{where}: {reference} is no LoRA adapter of a language model, so training cannot go on with it."
+        )
+    if str(start.init_lora_weights).startswith(INTO_BASE):
+        raise RecipeError(
+            f"{where}: the adapter {reference} has a part of its base's weights in it (init_lora_weights: "
+            f"{start.init_lora_weights}), so training cannot go on with it; without {run.stage}.peft the merged model is trained."
         )
     start.task_type = "CAUSAL_LM"
     for name in getattr(run.recipe, run.stage).peft:

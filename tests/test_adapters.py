@@ -360,10 +360,27 @@ def test_embeddings_can_be_adapted_but_not_those_that_are_the_output_too(key, mo
             run("sft", tied, name="tied")
 
 
-def test_an_adapter_that_is_made_of_weights_needs_them_whole(models, run):
-    peft = {"init_lora_weights": "pissa"}
-    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: pissa is made of .*sft.quantization"):
-        run("sft", {"sft": {"model": str(models["gpt2"]), "peft": peft, "quantization": NF4}})
+def test_an_adapter_with_a_part_of_its_bases_weights_is_refused(models, run, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def section(init):
+        return {"model": str(models["llama"]), "peft": {"init_lora_weights": init}}
+
+    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: pissa moves a part of"):
+        run("sft", {"sft": section("pissa")})
+    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: mica .* not quantized"):
+        run("sft", {"sft": section("mica") | {"quantization": NF4}})
+    model = AutoModelForCausalLM.from_pretrained(models["llama"])
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights="olora")).save_pretrained(tmp_path / "olora")
+    word_tokenizer().save_pretrained(tmp_path / "olora")
+    with pytest.raises(RecipeError, match=r"rloo.policy: .*init_lora_weights: olora.*without rloo.peft"):
+        run("rloo", {"rloo": {"policy": str(tmp_path / "olora"), "peft": {}}})
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_trained_whole_on_4_bit_starts_as_it_was(models, run):
+    peft = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    assert_starts_at_the_reference(run("rloo", {"rloo": {"policy": str(models["llama"]), "peft": peft, "quantization": NF4}}))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_cannot_be_adapted(models, run, tmp_path):
