@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
@@ -34,6 +35,9 @@ from rlhf_recipes.disk import writing
 from rlhf_recipes.models import MERGED_BASE, adapter_of, adapter_weights, base_of, load_config, load_model
 from rlhf_recipes.references import is_hub_model, loading
 from rlhf_recipes.run import Run
+
+INTO_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of values of `init_lora_weights` by which peft changes the model's own weights."""
 
 
 def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
@@ -57,6 +61,13 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
         with _refusals(f"{run.stage}.peft"):
             task_type = "SEQ_CLS" if run.stage == "reward" else "CAUSAL_LM"
             peft_config = LoraConfig(**section.peft | {"task_type": task_type})
+        if str(peft_config.init_lora_weights).startswith(INTO_BASE):
+            raise RecipeError(
+                f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} moves a part of the model's own weights "
+                "into the adapter, so that what is left is no reference; take gaussian, orthogonal or true."
+            )
+        if peft_config.init_lora_weights == "mica" and quantization_config is not None:
+            raise RecipeError(f"{run.stage}.peft.init_lora_weights: mica needs weights that are not quantized.")
     return {"peft_config": peft_config, "quantization_config": quantization_config}
 
 
@@ -101,6 +112,8 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
         return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
     _require_same(run, where, reference, peft_config, start, _shape(where, model, trusted, auto_class))
     base = base_of(where, model, start)
+    if not is_hub_model(start.base_model_name_or_path or ""):
+        start.base_model_name_or_path = base  # which may have moved with the run's folder
     adapter_weights(where, model)
     with loading(where, base):
         whole = auto_class.from_pretrained(base, quantization_config=adapter["quantization_config"], **settings)
@@ -114,7 +127,8 @@ def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> N
     An adapter names its base so that it is found from everywhere: by its Hub id and commit, or by its whole path.
 
     On a quantized model it casts the adapter to bf16, where an update below 1/256 of a weight is lost, as those of a
-    small learning rate are, and where an adapter that training goes on with differs from its frozen copy. And on a CPU,
+    small learning rate are, and where an adapter that training goes on with differs from its frozen copy, and layers
+    that are trained whole from what they were. And on a CPU,
     bitsandbytes rounds the base's scales to bf16 whenever it is evaluated between two checkpoints.
 
     Args:
@@ -139,7 +153,12 @@ def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> N
         for part in adapted.modules():
             if hasattr(part, "support_avx512bf16_for_cpu"):
                 part.support_avx512bf16_for_cpu = False
-        if start.get("peft_config") is None:
+        if start.get("peft_config") is not None:
+            for part in adapted.modules():
+                if isinstance(part, ModulesToSaveWrapper):
+                    for trained in part.modules_to_save.values():
+                        trained.load_state_dict(part.original_module.state_dict())
+        else:
             weights = load_peft_weights(model, device=str(adapted.device))
             for adapter in adapted.peft_config:
                 set_peft_model_state_dict(adapted, weights, adapter)
@@ -150,7 +169,7 @@ def _refusals(key: str) -> Iterator[None]:
     """Turn a library's refusal of settings into a `RecipeError`."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, re.error) as error:
         raise RecipeError(f"{key}: {str(error)[:400]}") from error
 
 
@@ -176,8 +195,24 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
             f"{key}: peft has no default for {shape.config.model_type} models; set it. {model} has: {known}."
         )
     for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
-        if not _matched({target} if target is not targets else target, shape):
+        with _refusals(f"{key}: {target!r}"):
+            matched = _matched({target} if target is not targets else target, shape)
+        if not matched:
             raise RecipeError(f"{key}: {target!r} matches no layer of {model}; it has: {known}.")
+    embeddings = next(name for name, part in layers.items() if part is shape.get_input_embeddings())
+    if auto_class is AutoModelForCausalLM and shape.config.get_text_config().tie_word_embeddings:
+        of_embeddings = {
+            "target_modules": targets and embeddings in _matched(targets, shape),
+            "trainable_token_indices": peft_config.trainable_token_indices,
+        }
+        for name in [name for name, given in of_embeddings.items() if given]:
+            raise RecipeError(
+                f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter changes one of "
+                "the two only; leave it out."
+            )
+    for name in peft_config.modules_to_save or ():  # peft passes over one that is not there
+        if not any(f".{part}".endswith(f".{name}") for part, _ in shape.named_modules()):
+            raise RecipeError(f"{run.stage}.peft.modules_to_save: {model} has no layer {name!r}; it has: {known}.")
     trial = copy.deepcopy(peft_config)
     trial.init_lora_weights = True  # others look at the weights, which are not there
     with _refusals(f"{run.stage}.peft"), torch.device("meta"):
@@ -214,6 +249,11 @@ def _require_same(
     if not isinstance(start, LoraConfig) or start.task_type not in ("CAUSAL_LM", None):
         raise RecipeError(
             f"{where}: {reference} is no LoRA adapter of a language model, so training cannot go on with it."
+        )
+    if str(start.init_lora_weights).startswith(INTO_BASE):
+        raise RecipeError(
+            f"{where}: the adapter {reference} has a part of its base's weights in it (init_lora_weights: "
+            f"{start.init_lora_weights}), so training cannot go on with it; without {run.stage}.peft the merged model is trained."
         )
     start.task_type = "CAUSAL_LM"
     for name in getattr(run.recipe, run.stage).peft:

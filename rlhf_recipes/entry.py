@@ -15,6 +15,7 @@ from typing import Any
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.hub import check_references, sources
+from rlhf_recipes.launch import PARENT
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
 from rlhf_recipes.run import Run
@@ -123,8 +124,12 @@ def _fail(run: Run | None, error: BaseException) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Take the death of `accelerate launch` for a SIGTERM (Linux): for one process it passes none on, and leaves it."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by the launcher
+    """Take the death of `accelerate launch`, `run` or `sweep` for a SIGTERM (Linux): killed, they leave the stage alone.
+
+    `accelerate launch` passes no SIGTERM on either when it has started one process.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or os.environ.get(PARENT) == str(os.getppid())
+    if sys.platform == "linux" and launched:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 

@@ -65,7 +65,7 @@ def main(run: Run) -> str:
                 f"eval.models.{name}: another tokenizer than {reference_name}'s, so there is no KL between them."
             )
         check_context(recipe, f"eval.models.{name}", models[name], rows, tokenizer, new_tokens)
-        fit_embeddings(model, tokenizer)
+        fit_embeddings(f"eval.models.{name}", model, tokenizer)
         torch.manual_seed(recipe.seed)
         samples = sample(model, tokenizer, rows["prompt"][:], new_tokens, settings.temperature, settings.batch_size)
         own, under_reference = (sequence_logps(m, tokenizer, samples, settings.batch_size) for m in (model, reference))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
 from rlhf_recipes.references import hub_snapshot, is_hub_model, is_local, loading, resolve_model
+from rlhf_recipes.run import read_manifest
 from rlhf_recipes.terminal import expected
 from rlhf_recipes.tokenizer import context_length, token_ids
 
@@ -22,23 +23,29 @@ MERGED_BASE = "base"
 """In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
 
 
-def fit_embeddings(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+def fit_embeddings(key: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Add rows to the embeddings where the tokenizer has tokens beyond them; spare rows, as GPT-NeoX has, stay.
 
     New rows are near the mean of the old ones, so that a new token is no likelier than the average one.
+
+    Args:
+        key: Where the model stands in the recipe, for messages.
+        model: Changed in place.
+        tokenizer: Gives the number of rows.
 
     Raises:
         RecipeError: An adapter is trained, which has no rows of its own.
     """
     from accelerate.utils import is_peft_model
 
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows and is_peft_model(model):
-        raise RecipeError(
-            f"special_tokens: the tokenizer has {len(tokenizer)} tokens with them, the model {rows}, and an adapter adds "
-            "none; name tokens that the vocabulary has, or train all weights (no peft)."
-        )
-    if len(tokenizer) > rows:
+    if is_peft_model(model):
+        rows = model.config.get_text_config().vocab_size
+        if len(tokenizer) > rows:
+            raise RecipeError(
+                f"{key}: the tokenizer has {len(tokenizer)} tokens (special_tokens included), the model {rows}, and an "
+                "adapter adds none; name special_tokens that the vocabulary has, or train all weights (no peft)."
+            )
+    elif len(tokenizer) > model.get_input_embeddings().num_embeddings:
         with expected("multivariate normal"):
             model.resize_token_embeddings(len(tokenizer))
 
@@ -153,11 +160,27 @@ def base_of(key: str, model: str, adapter: "PeftConfig") -> str:
         with loading(key, base):
             return str(hub_snapshot(base, adapter.revision or ""))
     if base is None or (is_local(base) and not Path(base).is_dir()):
+        moved = base and _moved_along(Path(model).resolve(), Path(base))
+        if moved:
+            return str(moved)
         raise RecipeError(
             f"{key}: {model} is an adapter of the model {base}, which is not there; put it back, or set "
             f"base_model_name_or_path in {model}/adapter_config.json."
         )
     return base
+
+
+def _moved_along(run: Path, base: Path) -> Path | None:
+    """Where a base is now that was a stage on which the run builds, by its id: the recipe's folder was moved as a whole."""
+    if base.parent.name != run.parent.name:
+        return None
+    for name, run_id in (read_manifest(run) or {}).get("inputs", {}).items():
+        beside = run.parent / name
+        if run_id is not None and (read_manifest(beside) or {}).get("id") == run_id:
+            found = beside if name == base.name else _moved_along(beside, base)
+            if found is not None:
+                return found
+    return None
 
 
 def load_config(key: str, model: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -190,7 +213,9 @@ def load_model(
         RecipeError: It cannot be loaded, or weights are missing.
     """
     adapter = adapter_of(key, model)
-    source = model if adapter is None else base_of(key, model, adapter)
+    source = model
+    if adapter is not None:
+        source = adapter.base_model_name_or_path = base_of(key, model, adapter)  # which may have moved
     settings = settings | {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if adapter is not None and adapter.task_type == "SEQ_CLS":
         settings.setdefault("num_labels", _labels_of(key, model))

@@ -58,7 +58,7 @@ def main(run: Run) -> str:
         trainer = resumable(RewardTrainer)(
             **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
-    fit_embeddings(trainer.model, tokenizer)
+    fit_embeddings("reward.model", trainer.model, tokenizer)
     train, held_out = kept(train, trainer.train_dataset, args), kept(held_out, trainer.eval_dataset, args)
     if reward.scale_head:
         scale_head(trainer.model, recipe.seed)

@@ -53,7 +53,7 @@ def main(run: Run) -> str:
             **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
     check_rows(trainer, train, held_out)
-    fit_embeddings(trainer.model, tokenizer)
+    fit_embeddings("sft.model", trainer.model, tokenizer)
     new_tokens = tokens_needed(trainer, asked) if asked else 0
     settle(trainer, start, model, str(sft.model))
     attach(trainer, run)

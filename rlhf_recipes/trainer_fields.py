@@ -17,12 +17,13 @@ CONFIG_CLASSES = {
 }
 """Stage -> the configuration class behind its `trainer:`, as (file, class)."""
 
-_WITHOUT_DEFAULT = {
+_OF_QUANTIZATION = {
     "llm_int8_skip_modules": list[str] | None,
     "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16", None],
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
     "bnb_4bit_quant_storage": Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", None],
 }
-"""Types of BitsAndBytesConfig's arguments whose default, None, does not tell them."""
+"""Types of BitsAndBytesConfig's arguments whose default does not tell them."""
 
 _PARENTS = {
     "OnPolicyConfig": "rlhf_recipes/on_policy_config.py",
@@ -66,7 +67,7 @@ def quantization_fields() -> dict[str, Any]:
     names = [argument.arg for argument in init.args.args[1:]]
     defaults = [ast.literal_eval(default) for default in init.args.defaults]
     return {
-        name: type(default) if default is not None else _WITHOUT_DEFAULT.get(name, Any)
+        name: _OF_QUANTIZATION.get(name, Any if default is None else type(default))
         for name, default in zip(names, defaults, strict=True)
     }
 

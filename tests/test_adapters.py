@@ -21,7 +21,7 @@ from transformers import (
 from rlhf_recipes import adapters, finish
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.models import check_context, load_config, load_model
-from rlhf_recipes.recipe import check
+from rlhf_recipes.recipe import check, load_recipe
 from rlhf_recipes.reward_funcs import reward_model, sentiment
 from rlhf_recipes.run import Run
 
@@ -99,7 +99,9 @@ def run(tmp_path, monkeypatch):
             "reward_funcs": [{"name": "length"}],
             "eval": {"num_prompts": 4},
             **{
-                name: section | {"trainer": trainers[name] | section.get("trainer", {})} if name in trainers else section
+                name: section | {"trainer": trainers[name] | section.get("trainer", {})}
+                if name in trainers
+                else section
                 for name, section in sections.items()
             },
             **recipe,
@@ -152,7 +154,9 @@ def test_sft_saves_an_adapter_that_plain_transformers_loads(architecture, sectio
     expected = logits(trained["sft"].model)
     plain = AutoModelForCausalLM.from_pretrained(folder, **quantized(section))
     assert torch.allclose(logits(plain), expected, atol=1e-5)
-    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(base, **quantized(section))), expected, atol=1e-3)
+    assert not torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(base, **quantized(section))), expected, atol=1e-3
+    )
     merged = load_model(AutoModelForCausalLM, "model", str(folder), dtype="float32")
     assert torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(folder)), atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -234,7 +238,11 @@ def test_the_whole_chain_on_adapters(section, models, run, trained, tmp_path):
         folder = run(stage, sections, reward_funcs=scored)
         assert_starts_at_the_reference(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["r"] == 4 and config["lora_alpha"] == 16 and config["base_model_name_or_path"] == str(models["llama"])
+        assert (
+            config["r"] == 4
+            and config["lora_alpha"] == 16
+            and config["base_model_name_or_path"] == str(models["llama"])
+        )
         after = load_file(folder / "adapter_model.safetensors")
         start = load_file(folder.parent / "ppo" / "adapter_model.safetensors") if start is None else start
         assert after.keys() == start.keys() and any(not torch.equal(after[name], start[name]) for name in after)
@@ -273,7 +281,11 @@ def test_without_peft_the_adapter_is_merged_and_everything_trained(section, stag
 def test_ppo_on_an_adapter_with_every_value_network(continued, value_model, section, models, run, trained):
     """Policy, reference and shared value head are one base; the value network is trained, saved and a whole model."""
     sections = {"sft": {"model": str(models["gpt_neox"]), **section}, "reward": {**section}}
-    sections["ppo"] = {"policy": "stage:sft" if continued else str(models["gpt_neox"]), "value_model": value_model, **section}
+    sections["ppo"] = {
+        "policy": "stage:sft" if continued else str(models["gpt_neox"]),
+        "value_model": value_model,
+        **section,
+    }
     run("sft", sections)
     if value_model == "stage:reward":
         run("reward", sections)
@@ -286,7 +298,9 @@ def test_ppo_on_an_adapter_with_every_value_network(continued, value_model, sect
     own = [] if value_model == "shared" else [p for n, p in values.named_parameters() if "dense_h_to_4h" in n]
     assert len(of_base) == 2 * 2 + len(own)  # weight and bias of two layers, once
     if "quantization" in section:
-        assert {p.dtype for n, p in trainer.model.named_parameters() if "dense_h_to_4h.base_layer.weight" in n} == {torch.uint8}
+        assert {p.dtype for n, p in trainer.model.named_parameters() if "dense_h_to_4h.base_layer.weight" in n} == {
+            torch.uint8
+        }
     assert all(p.requires_grad and p.dtype == torch.float32 for p in values.parameters())
     if value_model == "shared":
         head = load_file(folder / "value_model" / "value_head.safetensors")
@@ -330,9 +344,73 @@ def test_target_modules_that_match_nothing_name_those_that_exist(models, run):
     assert "'q_proj' matches no layer of" in said and "it has: c_attn, c_fc, c_proj, lm_head, wpe, wte." in said
     assert "'c_atn' matches no layer" in refused({"target_modules": ["c_fc", "c_atn"]})
     assert "'.*q_proj' matches no layer" in refused({"target_modules": ".*q_proj"})
+    assert "sft.peft.target_modules: '(c_fc': missing )" in refused({"target_modules": "(c_fc"})
+    assert "sft.peft.modules_to_save" in (said := refused({"modules_to_save": ["head"]}))
+    assert "has no layer 'head'; it has: c_attn" in said
     said = refused({"target_modules": ["c_attn"]}, "reward", "distilbert")
     assert "reward.peft.target_modules" in said and "q_lin" in said
     assert "sft.peft" in refused({"r": 0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["target_modules", "trainable_token_indices", "modules_to_save"])
+def test_embeddings_can_be_adapted_but_not_those_that_are_the_output_too(key, models, run, trained):
+    def peft(name):
+        return {key: [5, 7] if key == "trainable_token_indices" else [name]}
+
+    folder = run("sft", {"sft": {"model": str(models["llama"]), "peft": peft("embed_tokens")}})
+    before, after = (load_model(AutoModelForCausalLM, "model", str(path)) for path in (models["llama"], folder))
+    assert torch.allclose(logits(after), logits(trained["sft"].model), atol=1e-5)
+    assert not torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    tied = {"sft": {"model": str(models["gpt2"]), "peft": peft("wte")}}
+    if key == "modules_to_save":
+        assert torch.allclose(
+            logits(load_model(AutoModelForCausalLM, "model", str(run("sft", tied, name="tied")))),
+            logits(trained["sft"].model),
+            atol=1e-5,
+        )
+    else:
+        with pytest.raises(RecipeError, match=f"sft.peft.{key}: transformer.wte of .* is its output layer too"):
+            run("sft", tied, name="tied")
+
+
+def test_an_adapter_with_a_part_of_its_bases_weights_is_refused(models, run, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def section(init):
+        return {"model": str(models["llama"]), "peft": {"init_lora_weights": init}}
+
+    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: pissa moves a part of"):
+        run("sft", {"sft": section("pissa")})
+    with pytest.raises(RecipeError, match="sft.peft.init_lora_weights: mica .* not quantized"):
+        run("sft", {"sft": section("mica") | {"quantization": NF4}})
+    model = AutoModelForCausalLM.from_pretrained(models["llama"])
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights="olora")).save_pretrained(
+        tmp_path / "olora"
+    )
+    word_tokenizer().save_pretrained(tmp_path / "olora")
+    with pytest.raises(RecipeError, match=r"rloo.policy: .*init_lora_weights: olora.*without rloo.peft"):
+        run("rloo", {"rloo": {"policy": str(tmp_path / "olora"), "peft": {}}})
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_trained_whole_on_4_bit_starts_as_it_was(models, run):
+    peft = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    assert_starts_at_the_reference(
+        run("rloo", {"rloo": {"policy": str(models["llama"]), "peft": peft, "quantization": NF4}})
+    )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_cannot_be_adapted(models, run, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["one", "more"])
+    shutil.copytree(models["gpt2"], tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    for stage in ("sft", "reward"):
+        with pytest.raises(
+            RecipeError, match=rf"{stage}.model: the tokenizer has 27 tokens .*, the model 25, .*\(no peft\)"
+        ):
+            run(stage, {stage: {"model": str(tmp_path / "gpt2"), "peft": {}}})
 
 
 @pytest.mark.slow
@@ -358,10 +436,36 @@ def test_an_adapters_context_is_its_bases(models, run):
     from datasets import Dataset
 
     folder = str(run("sft", {"sft": {"model": str(models["gpt2"]), "peft": LORA}}))
+    recipe = load_recipe(f"{folder}/recipe.yaml")
     prompts = Dataset.from_dict({"prompt": ["the film was"]})
-    check_context("ppo.policy", folder, prompts, word_tokenizer(), 61)
+    check_context(recipe, "ppo.policy", folder, prompts, word_tokenizer(), 61)
     with pytest.raises(RecipeError, match="more than the 64 of"):
-        check_context("ppo.policy", folder, prompts, word_tokenizer(), 62)
+        check_context(recipe, "ppo.policy", folder, prompts, word_tokenizer(), 62)
+
+
+@pytest.mark.slow
+def test_an_adapter_finds_its_base_where_the_recipes_folder_was_moved_to(models, run, trained, tmp_path):
+    """Also that of the stage which it goes on from; a base with another id is not taken."""
+    sections = {
+        "sft": {"model": str(models["gpt2"])},
+        "ppo": {"peft": LORA},
+        "rloo": {"policy": "stage:ppo", "peft": {}},
+    }
+    for stage in sections:
+        run(stage, sections)
+    expected = logits(trained["rloo"].model)
+    shutil.move("runs", "elsewhere")
+    with pytest.raises(OSError, match="runs"):
+        AutoModelForCausalLM.from_pretrained("elsewhere/tiny/rloo")
+    moved = load_model(AutoModelForCausalLM, "model", "elsewhere/tiny/rloo")
+    assert torch.allclose(logits(moved), expected, atol=1e-5)
+    folder = run("rloo", {"rloo": {"policy": "elsewhere/tiny/ppo", "peft": {}}}, name="more")
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "elsewhere" / "tiny" / "sft")
+    manifest = Path("elsewhere/tiny/sft/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"id": "', '"id": "x'))
+    with pytest.raises(RecipeError, match="is an adapter of the model .*, which is not there"):
+        load_model(AutoModelForCausalLM, "model", "elsewhere/tiny/rloo")
 
 
 def test_an_adapter_whose_base_is_gone(policy_folder, tmp_path):
@@ -369,10 +473,14 @@ def test_an_adapter_whose_base_is_gone(policy_folder, tmp_path):
 
     shutil.copytree(policy_folder, tmp_path / "base-model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base-model")
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])).save_pretrained(
+        tmp_path / "lora"
+    )
     assert load_config("policy", str(tmp_path / "lora")).model_type == "gpt2"
     shutil.rmtree(tmp_path / "base-model")
-    with pytest.raises(RecipeError, match="ppo.policy: .*lora is an adapter of the model .*base-model, which is not there"):
+    with pytest.raises(
+        RecipeError, match="ppo.policy: .*lora is an adapter of the model .*base-model, which is not there"
+    ):
         load_model(AutoModelForCausalLM, "ppo.policy", str(tmp_path / "lora"))
 
 
@@ -446,8 +554,12 @@ def test_pickled_weights_are_not_loaded(stage, policy_folder, tmp_path, run):
     shutil.copytree(policy_folder, folder)
     (folder / "model.safetensors").unlink()
     torch.save(AutoModelForCausalLM.from_pretrained(policy_folder).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(RecipeError, match=f"{stage}.{'model' if stage == 'sft' else 'policy'}: .*no weights in safetensors"):
+    with pytest.raises(
+        RecipeError, match=f"{stage}.{'model' if stage == 'sft' else 'policy'}: .*no weights in safetensors"
+    ):
         run(stage, {stage: {"model" if stage == "sft" else "policy": str(folder)}})
     with pytest.raises(RecipeError, match="eval.models.x: .*no weights in safetensors"):
         load_model(AutoModelForCausalLM, "eval.models.x", str(folder))
-    assert (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    assert (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"})
+    )

@@ -114,7 +114,7 @@ def test_embeddings_grow_only_where_there_is_no_room(architecture):
     before = tight.get_input_embeddings().weight.detach().clone()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     for model in (roomy, tight):
-        fit_embeddings(model, tokenizer)
+        fit_embeddings("sft.model", model, tokenizer)
     assert roomy.config.vocab_size == roomy.get_input_embeddings().num_embeddings == len(tokenizer) + 6
     assert tight.config.vocab_size == tight.get_output_embeddings().out_features == len(tokenizer)
     assert tight.get_input_embeddings().weight[:-1].equal(before)
@@ -124,7 +124,7 @@ def test_a_classifiers_embeddings_grow_too(policy_folder):
     model = AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1)
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    fit_embeddings(model, tokenizer)
+    fit_embeddings("reward.model", model, tokenizer)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == model.config.vocab_size
 
 
