@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 # Ten checkpoints a run: to be killed costs a tenth of it at most.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
+
+BITSANDBYTES = re.compile("^paged_|bnb|^ademamix|^(adamw|lion)_8bit")
+"""Found in the names of transformers' optimizers that are bitsandbytes'."""
 
 
 def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
@@ -51,6 +55,11 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         message = str(error)[:500]
         about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
         raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
+    if BITSANDBYTES.search(args.optim) and find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"{run.stage}.trainer.optim: {args.optim.value} needs bitsandbytes, which is not installed: "
+            "pip install 'rlhf-recipes[quantization]', or take another, such as adamw_torch."
+        )
     if run.stage in ("ppo", "rloo"):
         if "logging_steps" not in given:
             args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
