@@ -53,7 +53,8 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
         if len(train) < 2:
             raise RecipeError(f"{key}.path: {data.path} has {len(train)} row; at least 2 are needed, one to hold out.")
         # Always the same rows, whatever the recipe's seed: what one run trained on, no other may be measured on.
-        parts = train.train_test_split(test_size=max(1, round(len(train) * data.eval_fraction)), seed=0)
+        held_out = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
+        parts = train.train_test_split(test_size=held_out, seed=0)
         train, held_out = parts["train"], parts["test"]
     if data.max_rows is not None:
         train, held_out = (
@@ -66,7 +67,10 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
     if data.sentences is not None:
         if "text" not in train.column_names:
             raise missing_column(data, train, "text", f"{key}.sentences cuts texts", key)
-        vocabulary = common_words(train["text"], data.sentences.vocabulary)
+        for text in (text for part in (train, held_out) for text in part["text"]):
+            if not isinstance(text, str | None):
+                raise RecipeError(f"{key}.sentences cuts texts, but the column text of {data.path} holds {text!r:.60}.")
+        vocabulary = common_words(filter(None, train["text"]), data.sentences.vocabulary)
         train, held_out = (_cut_sentences(part, data.sentences, vocabulary) for part in (train, held_out))
     for part, name in ((train, "training"), (held_out, "held-out")):
         if len(part) == 0:
@@ -238,7 +242,7 @@ def _cut_sentences(rows: "Dataset", sentences: Sentences, vocabulary: set[str]) 
     def cut(batch: dict) -> dict:
         made = defaultdict(list)
         for i, text in enumerate(batch["text"]):
-            for words in whole_sentences(text):
+            for words in whole_sentences(text or ""):
                 if shortest <= len(words) <= longest and vocabulary.issuperset(words):
                     for column in batch:
                         made[column].append(" ".join(words) if column == "text" else batch[column][i])

@@ -9,8 +9,12 @@ so the perplexity) is that of the completion's tokens.
 
 import math
 
+from rlhf_recipes.config import RecipeError
 from rlhf_recipes.entry import stage_command
 from rlhf_recipes.run import Run
+
+LARGEST_LOSS = 700.0
+"""Nats a token; a vocabulary's logarithm is about 10, and the perplexity would be no number any more."""
 
 
 def main(run: Run) -> str:
@@ -30,6 +34,8 @@ def main(run: Run) -> str:
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
+    if args.dataset_text_field != "text":
+        raise RecipeError("sft.trainer.dataset_text_field: leave it out; data.columns.text names the column of texts.")
     adapter = adapter_args(run, args)
     train, held_out = load_rows(recipe.data, recipe.seed)
     if sft.scratch is not None:
@@ -59,6 +65,11 @@ def main(run: Run) -> str:
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]
+    if not loss < LARGEST_LOSS:  # or NaN
+        raise RecipeError(
+            f"sft.trainer: the held-out loss of the trained model is {loss:.3g}, so training has diverged; lower "
+            "learning_rate, or max_grad_norm."
+        )
     run.results = {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
     line = f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
     if asked:

@@ -101,7 +101,8 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
     """
     rows = _with_prompts(data, rows, "data")
     if "prompt" in rows.column_names:
-        made = _short_enough(data, _valid(data, rows, ["prompt"], "data"), tokenizer, "data")
+        columns = [column for column in ("prompt", "completion") if column in rows.column_names]
+        made = _short_enough(data, _valid(data, rows, columns, "data"), tokenizer, "data")
     else:
         made = _beginnings(data, rows, tokenizer, random.Random(seed))
     if "completion" in made.column_names:
@@ -350,6 +351,7 @@ def _by_label(
 def _beginnings(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", lengths: random.Random) -> "Dataset":
     """Rows with the first words or tokens of `text` as `prompt`, in its place."""
     _need(data, rows, "text", "prompts are cut from it (or name a prompt column)", "data")
+    rows = _valid(data, rows, ["text"], "data")
     unit, (shortest, longest) = (
         ("tokens", data.prompt_tokens) if data.prompt_words is None else ("words", data.prompt_words)
     )

@@ -60,6 +60,9 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
             f"{run.stage}.trainer.optim: {args.optim.value} needs bitsandbytes, which is not installed: "
             "pip install 'rlhf-recipes[quantization]', or take another, such as adamw_torch."
         )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
     if run.stage in ("ppo", "rloo"):
         if "logging_steps" not in given:
             args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score

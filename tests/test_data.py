@@ -257,3 +257,19 @@ def test_words_that_pandas_takes_for_nothing_are_texts(tmp_path):
     train, held_out = load_rows(Data(path=str(tmp_path / "a.csv")), 0)
     rows = {row["text"]: row["label"] for part in (train, held_out) for row in part}
     assert rows == {"NA": 1, "null": 0, None: 1, "None": None}
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.3, 2), (0.99, 4)])
+def test_neither_part_is_ever_empty(tmp_path, fraction, held_out):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(5)])
+    parts = load_rows(Data(path=str(file), eval_fraction=fraction), 0)
+    assert list(map(len, parts)) == [5 - held_out, held_out]
+
+
+def test_sentences_of_nothing_and_of_numbers(tmp_path):
+    whole = "the film was very good ."
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": whole}, {"text": None}] * 4)
+    data = Data(path=str(file), eval_fraction=0.5, sentences={"words": [2, 9]})
+    assert {text for part in load_rows(data, 0) for text in part["text"]} == {whole}
+    write_jsonl(file, [{"text": 5}] * 4)
+    assert "data.sentences cuts texts, but the column text of" in error(load_rows, data, 0)

@@ -55,8 +55,8 @@ def test_prompts_are_the_first_tokens_of_texts(tokenizer):
 @pytest.mark.parametrize("own", ["the film", [{"role": "user", "content": "hi"}]])
 def test_own_prompts_are_kept_text_or_chat(own):
     tokenizer = word_tokenizer(chat_template="{{ messages }}")
-    made = prompts(Data(path="x"), Dataset.from_dict({"prompt": [own], "completion": ["x"]}), tokenizer, 0)
-    assert made[0] == {"prompt": own, "reference": "x"}
+    made = prompts(Data(path="x"), Dataset.from_dict({"prompt": [own], "completion": [own]}), tokenizer, 0)
+    assert made[0] == {"prompt": own, "reference": own}
 
 
 def test_texts_too_short_for_a_prompt():
@@ -354,3 +354,16 @@ def test_held_out_rows_that_are_training_rows_are_counted(caplog):
     assert not caplog.records
     warn_of_copies(train, held_out, "reward.data")
     assert "reward.data: 2 of 3 held-out rows are training rows too" in caplog.text
+
+
+def test_prompts_of_rows_without_a_completion_or_a_text(caplog):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]})
+    assert "1 of 2 rows of x cannot be used (1 with an empty completion)" in error(
+        prompts, Data(path="x"), rows, None, 0
+    )
+    assert prompts(Data(path="x", invalid_rows="drop"), rows, None, 0)["reference"][:] == ["c"]
+    rows = Dataset.from_dict({"text": ["the film was", None]})
+    assert "1 with an empty text" in error(prompts, Data(path="x"), rows, word_tokenizer(), 0)
+    found = prompts(Data(path="x", invalid_rows="drop", prompt_tokens=[2, 2]), rows, word_tokenizer(), 0)
+    assert found["prompt"][:] == ["the film"]
+    assert "holds 5" in error(prompts, Data(path="x"), Dataset.from_dict({"text": [5]}), word_tokenizer(), 0)

@@ -339,6 +339,26 @@ def test_prompts_that_leave_no_room_for_a_completion(side, tmp_path, policy_fold
     assert ("2 of 4 training prompts have 24 tokens or more and are left out" in caplog.text) == (side == "held-out")
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; it must be at least 1"),
+        ("dataset_text_field=body", "dataset_text_field: leave it out; data.columns.text"),
+    ],
+)
+def test_trainer_arguments_that_cannot_be(setting, expected, tmp_path, policy_folder):
+    recipe = recipe_of(tmp_path, SFT.format(policy_folder, "1e-2"), REVIEWS, REVIEWS, f"sft.trainer.{setting}")
+    with pytest.raises(RecipeError, match=rf"sft\.trainer\.{expected}"):
+        sft.main(Run(recipe, "sft"))
+
+
+@pytest.mark.slow
+def test_sft_that_has_diverged_is_refused(tmp_path, policy_folder):
+    recipe = recipe_of(tmp_path, SFT.format(policy_folder, "1e30"), SUMMARIES, SUMMARIES, "sft.trainer.max_steps=3")
+    with pytest.raises(RecipeError, match=r"sft\.trainer: the held-out loss .* diverged; lower learning_rate"):
+        run_stage(sft, "sft", recipe)
+
+
 @pytest.mark.slow
 def test_a_model_that_never_sees_eos_is_warned_of(tmp_path, policy_folder, caplog):
     settings = SFT.format(policy_folder, "1e-2")
