@@ -31,6 +31,15 @@ HELD_OUT_REVIEWS = [row | {"text": row["text"].replace("the film", "a movie")} f
 """As many others: held-out pairs are made of texts that no training row has."""
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """A stage that runs in the tests' own process sets variables for trackers; the next test's processes get none."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def reviews() -> list[dict]:
     """30 short reviews with labels, 15 of each."""

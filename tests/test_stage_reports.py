@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -31,15 +30,6 @@ PAIRS = [
     for good, bad in zip(GOOD, BAD, strict=True)
 ]
 HELD_OUT = PAIRS[:16]
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """Stages set variables for trackers."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def recipe_of(tmp_path, text, rows=PAIRS, held_out=HELD_OUT, *overrides):
