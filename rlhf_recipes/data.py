@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.config import Data, RecipeError, Sentences
 from rlhf_recipes.references import FILE_FORMATS, locate_data
-from rlhf_recipes.user_code import find_function
+from rlhf_recipes.user_code import find_function, running_user_code
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -171,14 +171,8 @@ def _transform(data: Data, transform: Callable, rows: "Dataset", key: str) -> "D
     where = f"{key}.transform: {data.transform}"
 
     def apply(batch: Any) -> dict[str, list]:
-        try:
+        with running_user_code(f"{where} failed on rows with the columns {', '.join(batch)}"):
             made = transform(dict(batch))
-        except RecipeError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise RecipeError(
-                f"{where} failed on rows with the columns {', '.join(batch)}: {type(error).__name__}: {error}"
-            ) from error
         if not isinstance(made, dict) or not all(isinstance(values, list) for values in made.values()):
             found = {n: type(v).__name__ for n, v in made.items()} if isinstance(made, dict) else type(made).__name__
             raise RecipeError(f"{where} returned {found}; it must return a dictionary of column name -> list.")

@@ -9,7 +9,7 @@ from rlhf_recipes.config import Recipe, RecipeError, Scratch
 from rlhf_recipes.references import hub_snapshot, is_hub_model, is_local, loading, resolve_model
 from rlhf_recipes.run import read_manifest
 from rlhf_recipes.terminal import expected
-from rlhf_recipes.tokenizer import context_length, token_ids
+from rlhf_recipes.tokenizer import context_length, longest_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +72,7 @@ def check_context(
             f"{key}: the tokenizer of {reference} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
         )
     context = context_length(config, tokenizer)
-    longest = max(len(token_ids(tokenizer, prompt)) for prompt in prompts["prompt"])
+    longest = longest_prompt(tokenizer, prompts["prompt"])
     if longest + new_tokens > context:
         length = "eval.max_new_tokens" if stage == "eval" else f"{stage}.trainer.max_completion_length"
         raise RecipeError(

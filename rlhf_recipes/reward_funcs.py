@@ -30,7 +30,7 @@ from rlhf_recipes.reward_calls import (
     checked,
 )
 from rlhf_recipes.scoring import reader
-from rlhf_recipes.user_code import find_function
+from rlhf_recipes.user_code import find_function, running_user_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -306,14 +306,8 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
 def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
     if _is_reward_itself(found):
         return functools.partial(found, **args)
-    try:
+    with running_user_code(f"reward function {spec.name!r} could not be set up"):
         function = found(**args)
-    except RecipeError:
-        raise
-    except Exception as error:  # a user's factory may raise anything
-        raise RecipeError(
-            f"reward function {spec.name!r} could not be set up: {type(error).__name__}: {error}"
-        ) from error
     if not callable(function):
         raise RecipeError(
             f"reward function {spec.name!r} returned {type(function).__name__} when set up; a factory returns a function "

@@ -10,7 +10,7 @@ from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import Run
 from rlhf_recipes.samples import sample, shared_out
 from rlhf_recipes.shapes import prompts
-from rlhf_recipes.tokenizer import context_length, eos_token_ids, token_ids
+from rlhf_recipes.tokenizer import context_length, eos_token_ids, longest_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ def tokens_needed(trainer: Any, rows: "Dataset") -> int:
     references = tokenizer(list(map(as_text, rows["reference"])), add_special_tokens=False)["input_ids"]
     longest = 1 + max(map(len, references))
     new_tokens = min(longest, trainer.args.max_length or longest)
-    prompt = max(len(token_ids(tokenizer, prompt)) for prompt in rows["prompt"])
+    prompt = longest_prompt(tokenizer, rows["prompt"])
     context = context_length(trainer.model.config, tokenizer)
     if prompt + new_tokens > context:
         raise RecipeError(

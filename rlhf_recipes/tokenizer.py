@@ -1,6 +1,7 @@
 """Tokenizers: loading a model's, making one, and what prompts and completions are in its tokens."""
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rlhf_recipes.config import Recipe, RecipeError, Scratch
@@ -95,6 +96,11 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) ->
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
         "input_ids"
     ]
+
+
+def longest_prompt(tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[str | list[dict]]) -> int:
+    """Tokens of the longest of some prompts."""
+    return max(len(token_ids(tokenizer, prompt)) for prompt in prompts)
 
 
 def continuation(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion_ids: list[int]) -> str:

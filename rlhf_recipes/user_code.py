@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_recipes.config import RecipeError
@@ -21,18 +22,9 @@ def find_function(name: str, what: str) -> Callable:
         RecipeError: The module cannot be imported, or has no such function.
     """
     module_name, _, attribute = name.rpartition(":")
-    try:
-        module = (
-            _module_from_file(module_name, what)
-            if module_name.endswith(".py")
-            else importlib.import_module(module_name)
-        )
-    except RecipeError:
-        raise
-    except Exception as error:  # a user's module may raise anything when imported
-        raise RecipeError(
-            f"{what} {name!r}: {module_name or 'the module'} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    with running_user_code(f"{what} {name!r}: {module_name or 'the module'} cannot be imported"):
+        is_file = module_name.endswith(".py")
+        module = _module_from_file(module_name, what) if is_file else importlib.import_module(module_name)
     function = getattr(module, attribute, None)
     if not callable(function):
         there = [
@@ -42,6 +34,17 @@ def find_function(name: str, what: str) -> Callable:
             f"{what} {name!r}: no function {attribute!r} in {module_name}; it has: {', '.join(there) or 'none'}."
         )
     return function
+
+
+@contextmanager
+def running_user_code(failure: str) -> Iterator[None]:
+    """Turn whatever a user's own code raises into a `RecipeError` that begins with `failure`; its own stay."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:  # it may raise anything
+        raise RecipeError(f"{failure}: {type(error).__name__}: {error}") from error
 
 
 def _module_from_file(file: str, what: str):

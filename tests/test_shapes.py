@@ -5,8 +5,8 @@ from conftest import REVIEWS, bpe_tokenizer, word_tokenizer
 from datasets import Dataset
 
 from rlhf_recipes.config import Data, RecipeError
-from rlhf_recipes.models import token_ids
 from rlhf_recipes.shapes import corpus, pairs, prompts, texts, warn_of_copies
+from rlhf_recipes.tokenizer import token_ids
 
 
 def error(function, *args, **more) -> str:
