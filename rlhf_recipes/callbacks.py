@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_recipes.disk import append_lines, step_of, write_whole, writing
+from rlhf_recipes.distributed import confirm
 from rlhf_recipes.run import Run
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -138,6 +139,16 @@ class EventsCallback(TensorBoardCallback):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
+class SetupCallback(TrainerCallback):
+    """Writes into the manifest how the run is spread over processes, before the first step; see `distributed.confirm`."""
+
+    def __init__(self, run: Run, trainer: Any):
+        self._run, self._trainer = run, trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._run.record_setup(confirm(self._trainer))
+
+
 def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
     """Cut from a jsonl file what was written after a checkpoint, half a line included; returns what is left.
 
@@ -162,6 +173,7 @@ def attach(trainer: Any, run: Run) -> RunCallback:
     """Give a trainer our callback in place of its own printing, and trackers that go on where the run goes on."""
     callback = RunCallback(run, trainer)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SetupCallback(run, trainer))
     trainer.add_callback(callback)
     if run.is_main:
         os.environ.setdefault("WANDB_RUN_ID", run.manifest["id"])

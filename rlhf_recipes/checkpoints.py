@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import last_complete, mark_complete, require_processes, writing
+from rlhf_recipes.disk import last_complete, mark_complete, saved_setup, writing
+from rlhf_recipes.distributed import Setup, require_same, setup_of
 from rlhf_recipes.terminal import expected
 
 
@@ -45,14 +46,14 @@ class Resumable:
         """As the parent's; `resume_from_checkpoint=True` means the last checkpoint in `output_dir` that is whole.
 
         Raises:
-            RecipeError: There is none, or it was saved by another number of processes.
+            RecipeError: There is none, or it was saved by processes in another setup.
         """
         if resume_from_checkpoint is True:
             found = last_complete(Path(self.args.output_dir)) if self.is_world_process_zero() else None
             found = broadcast_object_list([found])[0]
             if found is None:
                 raise RecipeError(f"{self.args.output_dir} holds no whole checkpoint to go on from.")
-            require_processes(found, self.args.world_size)
+            require_same(found, Setup(**saved_setup(found)), setup_of(self))
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
             self.args.eval_on_start = False  # that was at the start
@@ -81,7 +82,7 @@ class Resumable:
 
         def mark() -> None:
             if is_main and not self.args.save_only_model:  # without optimizer there is nothing to go on from
-                mark_complete(folder, self.args.world_size)
+                mark_complete(folder, setup_of(self).to_dict())
 
         try:
             for write in (clear, lambda: super(Resumable, self)._save_checkpoint(model, trial), mark):

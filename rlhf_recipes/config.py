@@ -16,6 +16,9 @@ class RecipeError(ValueError):
 STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
 """Stages in the order in which `run` goes through them."""
 
+TRANSFORMERS_BATCH_SIZE = 8
+"""transformers' default of `per_device_train_batch_size`."""
+
 Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -130,18 +133,50 @@ class Scratch(Section):
 
 
 class Trained(Section):
-    """What every stage that trains has."""
+    """What every stage that trains has, beside `trainer`: the settings of its own trainer."""
 
     peft: dict[str, Any] | None = None
     """peft's `LoraConfig`: trains an adapter, `{}` one with peft's defaults. None: trains all weights."""
     quantization: dict[str, Any] | None = None
     """transformers' `BitsAndBytesConfig`, such as `{load_in_4bit: true}`; it needs `peft`. None: weights as they are."""
+    global_batch_size: int | None = Field(default=None, gt=0)
+    """Rows (sft), pairs (reward) or completions (ppo, rloo) of one optimizer step over all processes, so that one GPU
+    trains as eight do: what one process takes at once, at most `trainer.per_device_train_batch_size`, and
+    `gradient_accumulation_steps` follow. None: the product of these two and the number of processes, as transformers does."""
 
     @model_validator(mode="after")
     def _adapter_on_quantized_weights(self):
         if self.quantization is not None and self.peft is None:
             raise ValueError("quantization: quantized weights cannot be trained; add peft, such as peft: {r: 8}")
         return self
+
+    @model_validator(mode="after")
+    def _one_batch_size(self):
+        for key, instead in (
+            ("gradient_accumulation_steps", "it follows"),
+            ("steps_per_generation", "set generation_batch_size"),
+        ):
+            if self.global_batch_size is not None and self.trainer.get(key) is not None:
+                raise ValueError(f"global_batch_size: take trainer.{key} out ({instead})")
+        return self
+
+    def batches(self, processes: int) -> dict[str, int]:
+        """What `global_batch_size` makes of `per_device_train_batch_size` and `gradient_accumulation_steps`; {} without it.
+
+        Raises:
+            RecipeError: The processes cannot share the batch equally; begins with the key, without the stage.
+        """
+        if self.global_batch_size is None:
+            return {}
+        if self.global_batch_size % processes:
+            raise RecipeError(
+                f"global_batch_size: {self.global_batch_size} cannot be divided by {processes} processes; set a multiple of "
+                f"{processes}, or launch another number."
+            )
+        share = self.global_batch_size // processes
+        most = self.trainer.get("per_device_train_batch_size", TRANSFORMERS_BATCH_SIZE)
+        size = max(n for n in range(1, min(max(most, 1), share) + 1) if share % n == 0)
+        return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
 
 
 class Sft(Trained):

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.config import RecipeError
 
@@ -42,19 +43,19 @@ def append_lines(path: Path, lines: list[dict]) -> None:
         file.write(text)
 
 
-def mark_complete(checkpoint: Path, world_size: int) -> None:
+def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
     """Bring every file of a checkpoint to the disk, then say in `MARKER` that it is whole.
 
     Args:
         checkpoint: Its folder; all processes are done with it.
-        world_size: Number of processes that saved it.
+        setup: How the processes that saved it were set up.
     """
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with open(path, "r+b") as file:
             _sync(file)
             files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-    write_whole(checkpoint / MARKER, json.dumps({"world_size": world_size, "files": files}, indent=2))
+    write_whole(checkpoint / MARKER, json.dumps({"setup": setup, "files": files}, indent=2))
     if hasattr(os, "O_DIRECTORY"):  # not on Windows: there a folder cannot be opened
         folder = os.open(checkpoint, os.O_DIRECTORY)
         os.fsync(folder)
@@ -81,18 +82,9 @@ def last_complete(folder: Path) -> Path | None:
     return None
 
 
-def require_processes(checkpoint: Path, world_size: int) -> None:
-    """Refuse to go on with another number of processes: data order and random numbers belong to that number.
-
-    Raises:
-        RecipeError: Says both numbers.
-    """
-    saved_by = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["world_size"]
-    if saved_by != world_size:
-        raise RecipeError(
-            f"{checkpoint} was saved by {saved_by} process(es), and this launch has {world_size}. Go on with "
-            f"{saved_by}, or start anew: under another name (name=...), or after moving that folder away."
-        )
+def saved_setup(checkpoint: Path) -> dict[str, Any]:
+    """How the processes were set up that saved a whole checkpoint."""
+    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["setup"]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
+from rlhf_recipes.distributed import check_launch, launched, prepare
 from rlhf_recipes.hub import check_references, sources
 from rlhf_recipes.launch import PARENT
 from rlhf_recipes.recipe import load_recipe
@@ -29,6 +31,12 @@ STOPPED = 128 + signal.SIGTERM
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a stage that Ctrl-C ended."""
+
+LOST = (
+    "another process of this run has ended: with an error of its own, which stands above, or killed without a word (by the "
+    "system, when memory is full). The same command goes on from the last checkpoint."
+)
+"""What a process says that can do nothing without the others."""
 
 
 def stage_command(stage: str, main: Callable[[Run], str]) -> None:
@@ -64,15 +72,19 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         recipe = load_checked(name, overrides)
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
+        given = getattr(getattr(recipe, stage, None), "trainer", {})
+        check_launch(given)
+        _join(given)
         run = Run(recipe, stage, is_main)
         if _of_main(lambda: run.is_done(overwrite)):
             if is_main:
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
+        prepare()
         check_references(recipe, stage)
         log = run.path / "log.txt" if is_main else None
         log_to(log if log and log.is_file() else None)  # what an earlier attempt left may deserve a warning
-        run.checkpoint = _of_main(lambda: run.start(int(os.environ.get("WORLD_SIZE", "1"))))
+        run.checkpoint = _of_main(lambda: run.start(launched()))
         log_to(log)
         hush_libraries()
         _of_main(lambda: run.record_sources(sources(recipe, stage)))
@@ -86,6 +98,8 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
     except RecipeError as error:
         _fail(run, error)
         logging.getLogger(__name__).info("stopped by: %s", traceback.format_exc())
+        if not is_main:
+            _let_others_speak()
         complain(str(error))
         return USER_ERROR
     except KeyboardInterrupt as error:
@@ -104,8 +118,13 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             say(f"{stage:<8} stopped, {there}   {run.path}")
         return leaving.code
     except BaseException as error:
-        _fail(run, error)
+        lost = _is_distributed() and _lost_company(error)
+        _fail(run, RecipeError(LOST) if lost else error)
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
+        if lost:
+            _let_others_speak(to_be_ended=not is_main)
+            complain(LOST)
+            return USER_ERROR
         if run is None or not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
             raise
         what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
@@ -133,6 +152,37 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
+def _let_others_speak(to_be_ended: bool = True) -> None:
+    """Wait for the process whose error this is: when it ends, the launcher ends this one, and the error is said once.
+
+    Args:
+        to_be_ended: False where that process may have been killed without a word, so that this one has to say it.
+    """
+    if to_be_ended:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(3)
+
+
+def _lost_company(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is not there any more."""
+    from torch.distributed import DistError
+
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "gloo/transport")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+    )
+
+
+def _join(given: dict[str, Any]) -> None:
+    """Meet the other processes of this launch, on the device on which the stage will train."""
+    if _is_distributed():
+        prepare()
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=bool(given.get("use_cpu")) or not torch.accelerator.is_available())
+
+
 def _progress(checkpoint: Path) -> str:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return f"step {state['global_step']} of {state['max_steps']}"
@@ -149,12 +199,11 @@ def _of_main(question: Callable[[], Any]) -> Any:
     """
     if not _is_distributed():
         return question()
-    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     answer = error = None
-    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+    if PartialState().is_main_process:
         try:
             answer = question()
         except RecipeError as caught:

@@ -20,13 +20,17 @@ from uuid import uuid4
 import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import checkpoints, last_complete, require_processes, step_of, write_whole, writing
+from rlhf_recipes.disk import checkpoints, last_complete, saved_setup, step_of, write_whole, writing
+from rlhf_recipes.distributed import Setup, require_same
 from rlhf_recipes.recipe import to_yaml
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
+
+ALONE = Setup(1, "NO")
+"""The setup of a launch without a launcher."""
 
 COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
 SETTINGS = {
@@ -129,21 +133,21 @@ class Run:
             )
         return manifest["status"] == "finished" and not differences
 
-    def start(self, world_size: int = 1) -> Path | None:
+    def start(self, setup: Setup = ALONE) -> Path | None:
         """Go on with this very run from its last whole checkpoint, or make the folder for a new one.
 
         A new one begins with the resolved recipe and a manifest that says `running`; what an earlier attempt left is
         moved to `<stage>.<time>`, never deleted.
 
         Args:
-            world_size: Number of processes of this launch.
+            setup: Of this launch.
 
         Returns:
             The checkpoint to go on from, None for a new run.
 
         Raises:
-            RecipeError: Another process is at this run, the checkpoint was saved by another number of processes, or
-                the folder cannot be written.
+            RecipeError: Another process is at this run, the checkpoint was saved by processes in another setup,
+                or the folder cannot be written.
         """
         if not self.is_main:
             return None
@@ -156,7 +160,7 @@ class Run:
             if self.checkpoint is None:
                 self._begin()
             else:
-                require_processes(self.checkpoint, world_size)
+                require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), setup)
                 self._go_on(earlier, self.checkpoint)
         return self.checkpoint
 
@@ -209,6 +213,19 @@ class Run:
         }
         self._write()  # first: without a manifest, a folder is taken for something else's
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
+
+    def record_setup(self, setup: Setup) -> None:
+        """Write into the manifest in what setup the run trains.
+
+        Raises:
+            RecipeError: It goes on from a checkpoint that was saved in another precision.
+        """
+        if self.checkpoint is not None:
+            require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), setup)
+        if self.is_main:
+            self.manifest["setup"] = setup.to_dict()
+            with writing("the manifest", self.path / MANIFEST):
+                self._write()
 
     def record_sources(self, sources: dict[str, Any]) -> None:
         """Write into the manifest which files the run loads; a run that goes on warns where they are others by now."""

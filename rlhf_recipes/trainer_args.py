@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.distributed import check_setup, launched
 from rlhf_recipes.run import Run
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,12 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     Raises:
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
-    given = dict(getattr(run.recipe, run.stage).trainer)
+    section = getattr(run.recipe, run.stage)
+    given = dict(section.trainer)
+    try:
+        given |= section.batches(launched().num_processes)
+    except RecipeError as error:
+        raise RecipeError(f"{run.stage}.{error}") from error
     values = DEFAULTS | _for_this_machine(given) | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
@@ -55,6 +61,12 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         message = str(error)[:500]
         about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
         raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
+    check_setup(args)
+    if args.n_gpu > 1:  # of one process; transformers would spread it over all GPUs by DataParallel
+        logger.warning(
+            "one process trains on one GPU, and %d are here: --accelerate-config ddp_8gpu uses more.", args.n_gpu
+        )
+        args._n_gpu = 1
     if BITSANDBYTES.search(args.optim) and find_spec("bitsandbytes") is None:
         raise RecipeError(
             f"{run.stage}.trainer.optim: {args.optim.value} needs bitsandbytes, which is not installed: "

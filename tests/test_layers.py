@@ -9,7 +9,18 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal", "launch"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
+    {
+        "recipe",
+        "distributed",
+        "advantages",
+        "kl",
+        "metrics",
+        "forward",
+        "reward_calls",
+        "on_policy_config",
+        "disk",
+        "user_code",
+    },
     {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import mark_complete
+from rlhf_recipes.distributed import Setup
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
 
@@ -128,7 +129,7 @@ def killed(load, tmp_path):
     run.start()
     (run.path / "checkpoint-20").mkdir()
     (run.path / "checkpoint-20" / "model.safetensors").write_bytes(b"weights")
-    mark_complete(run.path / "checkpoint-20", world_size=1)
+    mark_complete(run.path / "checkpoint-20", Setup(1, "NO", mixed_precision="no").to_dict())
     return run
 
 
@@ -165,8 +166,8 @@ def test_a_run_that_failed_or_was_stopped_goes_on_too(killed, load):
 def test_other_settings_inputs_or_processes_do_not_go_on(killed, load):
     with pytest.raises(RecipeError, match="other settings"):
         Run(load("sft.trainer.max_steps=9"), "sft").is_done()
-    with pytest.raises(RecipeError, match="saved by 1 process.*has 2"):
-        Run(load(), "sft").start(world_size=2)
+    with pytest.raises(RecipeError, match="saved by 1 process, and this launch is 2 processes with DDP"):
+        Run(load(), "sft").start(Setup(2, "MULTI"))
     other = Run(load("sft.trainer.max_steps=9"), "sft")
     assert not other.is_done(overwrite=True) and other.start() is None
     assert any((path / "checkpoint-20").is_dir() for path in killed.path.parent.iterdir() if path.name != "sft")
