@@ -8,6 +8,7 @@ import io
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import bpe_tokenizer, causal_lm, save_pair
@@ -208,6 +209,18 @@ class Shelf:
         return made
 
 
+def micro_batches(stage: str, section: Any) -> list[str]:
+    """Micro-batches of 4; two a step where the recipe has several, and as many steps a rollout as it has."""
+    made = [f"{stage}.trainer.per_device_train_batch_size=4"]
+    if section.global_batch_size is None:
+        accumulation = min(2, section.trainer.get("gradient_accumulation_steps", 1))
+        return [*made, f"{stage}.trainer.gradient_accumulation_steps={accumulation}"]
+    made.append(f"{stage}.global_batch_size=8")
+    if rollout := section.trainer.get("generation_batch_size"):
+        made.append(f"{stage}.trainer.generation_batch_size={8 * rollout // section.global_batch_size}")
+    return made
+
+
 def small(recipe: Recipe) -> list[str]:
     """Two steps or two rollouts of every stage; batches keep their build."""
     made = ["episodes=null"] if recipe.episodes is not None else []
@@ -216,25 +229,18 @@ def small(recipe: Recipe) -> list[str]:
     for stage in ("sft", "reward"):
         section = getattr(recipe, stage)
         if section is not None:
-            accumulation = min(2, section.trainer.get("gradient_accumulation_steps", 1))
-            made += [
-                f"{stage}.trainer.max_steps=2",
-                f"{stage}.trainer.per_device_train_batch_size=4",
-                f"{stage}.trainer.gradient_accumulation_steps={accumulation}",
-            ]
+            made += [f"{stage}.trainer.max_steps=2", *micro_batches(stage, section)]
     for stage in ("ppo", "rloo"):
         section = getattr(recipe, stage)
         if section is None:
             continue
         trainer = section.trainer
-        accumulation = trainer.get("gradient_accumulation_steps", 1)
-        per_rollout = trainer.get("steps_per_generation", accumulation) // accumulation
-        accumulation = min(2, accumulation)
+        per_rollout = trainer.get("generation_batch_size", section.global_batch_size or 1) // (
+            section.global_batch_size or 1
+        )
         steps = 2 * per_rollout * trainer.get("num_iterations", 1)
         made += [
-            f"{stage}.trainer.per_device_train_batch_size=4",
-            f"{stage}.trainer.gradient_accumulation_steps={accumulation}",
-            f"{stage}.trainer.steps_per_generation={accumulation * per_rollout}",
+            *micro_batches(stage, section),
             f"{stage}.trainer.max_completion_length=8",
             f"{stage}.trainer.max_steps={steps}",
         ]

@@ -98,19 +98,23 @@ def test_every_stage_runs(name, shelf, tmp_path):
                 assert (path / "value_model").is_dir()
 
 
-@pytest.mark.parametrize(("gpus", "name"), [(8, "tldr_1b"), (8, "tldr_2.8b"), (8, "tldr_6.9b"), (1, "tldr_1b_lora")])
+@pytest.mark.parametrize(
+    ("gpus", "name"), [(8, "tldr_1b"), (1, "tldr_1b"), (8, "tldr_2.8b"), (16, "tldr_6.9b"), (1, "tldr_1b_lora")]
+)
 def test_batches_are_those_of_the_papers(name, gpus):
     """Huang et al. 2024: 128, 64, 512 and 4 epochs of one mini-batch; Ahmadian et al. 2024: rollout 512, steps of 256."""
     recipe = load_recipe(name)
 
-    def batch(stage: str, steps: str = "gradient_accumulation_steps") -> int:
-        trainer = getattr(recipe, stage).trainer
-        accumulation = trainer.get("gradient_accumulation_steps", 1)
-        return gpus * trainer["per_device_train_batch_size"] * trainer.get(steps, accumulation)
+    def batch(stage: str) -> int:
+        made = getattr(recipe, stage).batches(gpus)
+        return gpus * made["per_device_train_batch_size"] * made["gradient_accumulation_steps"]
 
-    assert (batch("sft"), batch("reward")) == (128, 64)
-    assert batch("ppo") == batch("ppo", "steps_per_generation") == 512
-    assert (batch("rloo"), batch("rloo", "steps_per_generation")) == (256, 512)
+    assert (batch("sft"), batch("reward"), batch("ppo"), batch("rloo")) == (128, 64, 512, 256)
+    assert "generation_batch_size" not in recipe.ppo.trainer and recipe.rloo.trainer["generation_batch_size"] == 512
+    assert recipe.ppo.batches(8) == {
+        "per_device_train_batch_size": recipe.ppo.trainer["per_device_train_batch_size"],
+        "gradient_accumulation_steps": 64 // recipe.ppo.trainer["per_device_train_batch_size"],
+    }
     assert recipe.ppo.trainer["num_iterations"] == 4 and recipe.episodes // 512 == 1953
 
 
