@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_recipes import machine
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import writing
 from rlhf_recipes.models import MERGED_BASE, adapter_of, adapter_weights, base_of, load_config, load_model
@@ -92,7 +93,8 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
     is_reward, peft_config = run.stage == "reward", adapter["peft_config"]
     auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     trusted = reference in run.recipe.trust_remote_code
-    settings = {"dtype": "float32"} | (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
+    settings = {"dtype": "float32"} | machine.attention(args, auto_class, load_config(where, model, trusted))
+    settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
     settings |= {"use_safetensors": True, "trust_remote_code": trusted}
     start = adapter_of(where, model)
     set_seed(args.seed)  # a new head is random
@@ -122,7 +124,7 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
 
 
 def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> None:
-    """Mend what TRL makes of an adapter; call it before training.
+    """Mend what TRL makes of a model, above all of an adapter; call it before training.
 
     An adapter names its base so that it is found from everywhere: by its Hub id and commit, or by its whole path.
 
@@ -137,6 +139,7 @@ def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> N
         model: Folder of the start.
         reference: How the recipe names it.
     """
+    machine.expect_all_gradients(trainer)
     adapted = trainer.model
     if not is_peft_model(adapted):
         return

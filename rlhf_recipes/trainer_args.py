@@ -7,12 +7,12 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from rlhf_recipes import machine
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.distributed import check_setup, launched
+from rlhf_recipes.distributed import asked, check_setup, launched
 from rlhf_recipes.run import Run
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,14 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     Raises:
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
-    section = getattr(run.recipe, run.stage)
+    section, wanted = getattr(run.recipe, run.stage), asked()
     given = dict(section.trainer)
     try:
         given |= section.batches(launched().num_processes)
     except RecipeError as error:
         raise RecipeError(f"{run.stage}.{error}") from error
-    values = DEFAULTS | _for_this_machine(given) | {"save_total_limit": 2} | given
+    fitting = machine.settings(run.stage, section, wanted and wanted.mixed_precision)
+    values = DEFAULTS | fitting | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
         "seed": run.recipe.seed,
@@ -123,17 +124,6 @@ def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
 def effective_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _for_this_machine(given: dict[str, Any]) -> dict[str, Any]:
-    """Precision and memory settings by hardware: bf16 where it is native, else fp16 on a GPU, else fp32."""
-    if given.get("use_cpu") or not torch.accelerator.is_available():
-        # Checkpointing trades time for GPU memory; accelerate runs several CPU processes as one run only with use_cpu.
-        return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
-    if "fp16" in given or "bf16" in given:
-        return {}
-    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"bf16": bf16, "fp16": not bf16}
 
 
 def _trackers() -> list[str]:

@@ -21,7 +21,7 @@ LAYERS = [
         "disk",
         "user_code",
     },
-    {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
+    {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine"},
     {"references"},
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples"},
@@ -41,6 +41,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_recipes."):
             found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "rlhf_recipes":
+            found |= {alias.name for alias in node.names}
     return found
 
 
