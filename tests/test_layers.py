@@ -8,8 +8,9 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "launch"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
+    {"config", "trainer_fields", "terminal"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
+    | {"launch", "launch_configs"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},
@@ -17,7 +18,7 @@ LAYERS = [
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
@@ -49,7 +50,15 @@ def test_help_list_show_and_validate_import_no_torch():
         "except SystemExit: pass\n"
         "heavy = {{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}} & set(sys.modules); assert not heavy, heavy"
     )
-    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"], ["sweep", "--help"]):
+    for args in (
+        ["--help"],
+        ["list"],
+        ["show", "imdb_tiny"],
+        ["validate"],
+        ["rewards"],
+        ["configs"],
+        ["sweep", "--help"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program.format(args=args)], capture_output=True, text=True, check=False
         )
