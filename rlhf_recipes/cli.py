@@ -13,7 +13,8 @@ from rich.table import Table
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
 from rlhf_recipes.headers import recipe_table
-from rlhf_recipes.launch import launch_stage
+from rlhf_recipes.launch import TRAINED, launch_stage
+from rlhf_recipes.launch_configs import config_files, kind, launchable, purpose, read_config
 from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
@@ -31,6 +32,12 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as ppo.trainer.beta=0.1")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--accelerate-config", metavar="NAME", help="train as several processes: see `configs`; or path of a YAML file"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with other settings; they are moved aside")]
 
 
@@ -92,16 +99,31 @@ def rewards() -> None:
 
 
 @app.command()
-def run(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def configs() -> None:
+    """List accelerate's configurations: what `--accelerate-config` takes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("configuration", "processes", "type", ""):
+        table.add_column(heading)
+    for name, path in config_files().items():
+        values = read_config(path)
+        table.add_row(name, str(values.get("num_processes", 1)), kind(values), purpose(path))
+    Console().print(table)
+
+
+@app.command()
+def run(
+    name: Name, overrides: Overrides = None, accelerate_config: Config = None, overwrite: Overwrite = False
+) -> None:
     """Run a recipe from its first needed stage to the report, a process each; what has finished before is reused."""
     recipe = load_checked(name, overrides or [])
+    config = accelerate_config and launchable(accelerate_config)
     stages = stages_to_run(recipe)
     for stage in stages:
         stage_run = Run(recipe, stage)
         if stage_run.is_done(overwrite):
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
-        code = launch_stage(stage, name, overrides or [], overwrite)
+        code = launch_stage(stage, name, overrides or [], overwrite, config)
         if code not in (0, STOPPED):
             complain(
                 f"stage {stage} did not finish; {stage_run.path / 'log.txt'} has the details. What is done is kept."
@@ -123,8 +145,17 @@ def _stage_command(stage: str, doc: str) -> None:
     def command(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
         raise typer.Exit(launch_stage(stage, name, overrides or [], overwrite))
 
-    command.__doc__ = doc
-    app.command(stage)(command)
+    def spread(
+        name: Name, overrides: Overrides = None, accelerate_config: Config = None, overwrite: Overwrite = False
+    ) -> None:
+        config = accelerate_config and launchable(accelerate_config)
+        if config is not None:
+            load_checked(name, overrides or [])  # or each process would say what is wrong
+        raise typer.Exit(launch_stage(stage, name, overrides or [], overwrite, config))
+
+    chosen = spread if stage in TRAINED else command
+    chosen.__doc__ = doc
+    app.command(stage)(chosen)
 
 
 _stage_command("sft", "Run stage sft: fine-tune, or train from scratch, a language model.")
@@ -153,6 +184,7 @@ def sweep(
         str, typer.Option("--seeds", help="how many, from the recipe's seed on (3), or which (42,43,44)")
     ] = "1",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="only train: no numbers on held-out prompts")] = False,
+    accelerate_config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Run a stage with every combination of some keys' values and several seeds; table and plot at the end.
@@ -160,7 +192,7 @@ def sweep(
     The same command goes on with what was stopped, and skips what has finished.
     """
     planned = plan_sweep(name, overrides or [], stage or [], seeds, not no_eval, overwrite)
-    raise typer.Exit(run_sweep(planned, overwrite))
+    raise typer.Exit(run_sweep(planned, overwrite, accelerate_config and launchable(accelerate_config)))
 
 
 @app.command()

@@ -4,8 +4,8 @@ Several ways to launch quietly give something else: `distributed_type: MULTI_CPU
 DeepSpeed plain DDP, FSDP on a CPU plain DDP or a crash. None of them may train.
 """
 
-import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.launch import COMMAND
+from rlhf_recipes.launch_configs import zero_stage, zero_stage_of_file
 
 KINDS = {"NO": "no distribution", "MULTI": "DDP", "DEEPSPEED": "DeepSpeed", "FSDP": "FSDP"}
 """accelerate's `DistributedType`, whatever the device (MULTI_GPU, MULTI_CPU, ...) -> what it is called."""
@@ -96,7 +98,7 @@ def asked() -> Asked | None:
     if config is not None:
         name = str(getattr(config.distributed_type, "value", config.distributed_type))
         kind = kind or ("MULTI" if name.startswith("MULTI") else name)
-        stage = config.deepspeed_config.get("zero_stage") if stage is None else stage
+        stage = zero_stage({"deepspeed_config": config.deepspeed_config}) if stage is None else stage
     processes = args.num_processes or (config.num_processes if config is not None else -1)
     return Asked(
         where=str(file or "accelerate launch"),
@@ -248,13 +250,15 @@ def _flag(name: str) -> bool:
 
 def _zero_stage_of_environment() -> int | None:
     if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
+        return zero_stage_of_file(file)
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     return int(stage) if stage else None
 
 
 def _launcher_command() -> list[str] | None:
-    """Arguments of the `accelerate launch` that is this process's parent."""
+    """Arguments of the `accelerate launch` that is this process's parent, or of our own launcher."""
+    if command := os.environ.get(COMMAND):
+        return shlex.split(command)
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return None
     try:

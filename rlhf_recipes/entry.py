@@ -1,7 +1,6 @@
 """What happens around every stage, whether started by the CLI or as `python -m rlhf_recipes.<stage>`."""
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.distributed import check_launch, launched, prepare
 from rlhf_recipes.hub import check_references, sources
-from rlhf_recipes.launch import PARENT
+from rlhf_recipes.launch import PARENT, end_with_parent
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
 from rlhf_recipes.run import Run
@@ -147,9 +146,8 @@ def _end_with_launcher() -> None:
 
     `accelerate launch` passes no SIGTERM on either when it has started one process.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or os.environ.get(PARENT) == str(os.getppid())
-    if sys.platform == "linux" and launched:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or os.environ.get(PARENT) == str(os.getppid()):
+        end_with_parent()
 
 
 def _let_others_speak(to_be_ended: bool = True) -> None:

@@ -22,15 +22,12 @@ from typing import Any
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import write_whole, writing
 from rlhf_recipes.entry import INTERRUPTED, STOPPED, load_checked
-from rlhf_recipes.launch import launch_stage
+from rlhf_recipes.launch import TRAINED, launch_stage
 from rlhf_recipes.recipe import to_yaml
 from rlhf_recipes.report import draw_sweep, print_sweep
 from rlhf_recipes.run import SETTINGS, Run, input_stages, read_manifest, read_metrics, run_path
 from rlhf_recipes.sweep_grid import in_path, labels, parse_grid, parse_seeds, path_parts, short_hash, without_trainer
 from rlhf_recipes.terminal import complain, say
-
-TRAINED = ("sft", "reward", "ppo", "rloo")
-"""Stages that can be swept, in the order in which they run."""
 
 
 @dataclass(eq=False)
@@ -206,8 +203,13 @@ class _Planner:
         return self._add(job)
 
 
-def run_sweep(sweep: Sweep, overwrite: bool = False) -> int:
+def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None) -> int:
     """Run what has not finished yet, then write and print table and plot.
+
+    Args:
+        sweep: What `plan_sweep` made.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
 
     Returns:
         Exit code: 0, 1 when a run failed, or that of a stage that was asked to stop, with which the sweep ends.
@@ -224,7 +226,7 @@ def run_sweep(sweep: Sweep, overwrite: bool = False) -> int:
                 say(f"{head}: reused, finished before   {job.path}")
                 continue
             say(head)
-            code, why = _run(job, overwrite)
+            code, why = _run(job, overwrite, config)
         except RecipeError as error:
             code, why = 1, _first_line(str(error))
             complain(str(error))
@@ -237,14 +239,14 @@ def run_sweep(sweep: Sweep, overwrite: bool = False) -> int:
     return 1 if failed else 0
 
 
-def _run(job: Job, overwrite: bool) -> tuple[int, str]:
+def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
     """Exit code of a job, and why it failed."""
     before = read_manifest(job.path)
     file = job.path.parent / "recipe.yaml"
     with writing("the run's recipe", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_yaml(job.recipe))
-    code = launch_stage(job.stage, str(file), [], overwrite)
+    code = launch_stage(job.stage, str(file), [], overwrite, config)
     manifest = read_manifest(job.path)
     if manifest in (None, before):
         return code, f"exit code {code}, before it began; its message stands above"

@@ -33,6 +33,7 @@ _PARENTS = {
     "PeftConfig": "peft/config.py",
     "PeftConfigMixin": "peft/config.py",
     "PushToHubMixin": None,
+    "BaseConfig": "accelerate/commands/config/config_args.py",
 }
 
 
@@ -72,12 +73,29 @@ def quantization_fields() -> dict[str, Any]:
     }
 
 
-def _class(file: str, name: str) -> ast.ClassDef:
+@cache
+def launch_fields() -> dict[str, Any]:
+    """Keys that a configuration of accelerate may hold, with their types."""
+    return _fields("accelerate/commands/config/config_args.py", "ClusterConfig")
+
+
+@cache
+def launch_options() -> set[str]:
+    """Options of `accelerate launch`, without the dashes: the sections of a configuration hold these."""
+    calls = [node for node in ast.walk(_source("accelerate/commands/launch.py")) if isinstance(node, ast.Call)]
+    texts = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
+    return {text.removeprefix("--") for text in texts if isinstance(text, str) and text.startswith("--")}
+
+
+def _source(file: str) -> ast.Module:
     package, rest = file.split("/", 1)
     # For a top-level name, find_spec locates the package without running it.
     folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-    tree = ast.parse((folder / rest).read_text(encoding="utf-8"))
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return ast.parse((folder / rest).read_text(encoding="utf-8"))
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    return next(node for node in _source(file).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def _fields(file: str, class_name: str) -> dict[str, Any]:

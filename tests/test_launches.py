@@ -20,7 +20,7 @@ from rlhf_recipes.distributed import Setup, check_launch, check_setup, launched,
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE",
-             "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")  # fmt: skip
+             "RLHF_RECIPES_LAUNCH", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")  # fmt: skip
 
 
 @pytest.fixture

@@ -8,19 +8,10 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "launch"},
-    {
-        "recipe",
-        "distributed",
-        "advantages",
-        "kl",
-        "metrics",
-        "forward",
-        "reward_calls",
-        "on_policy_config",
-        "disk",
-        "user_code",
-    },
+    {"config", "trainer_fields", "terminal"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
+    | {"launch", "launch_configs"},
+    {"distributed"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine"},
     {"references"},
     {"data", "tokenizer"},
@@ -28,7 +19,7 @@ LAYERS = [
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
@@ -62,7 +53,15 @@ def test_help_list_show_and_validate_import_no_torch():
         "except SystemExit: pass\n"
         "heavy = {{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}} & set(sys.modules); assert not heavy, heavy"
     )
-    for args in (["--help"], ["list"], ["show", "imdb_tiny"], ["validate"], ["rewards"], ["sweep", "--help"]):
+    for args in (
+        ["--help"],
+        ["list"],
+        ["show", "imdb_tiny"],
+        ["validate"],
+        ["rewards"],
+        ["configs"],
+        ["sweep", "--help"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program.format(args=args)], capture_output=True, text=True, check=False
         )

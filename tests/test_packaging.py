@@ -1,5 +1,6 @@
 """What travels in the wheel, and that the pinned versions are the ones that pyproject allows."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import rlhf_recipes
+from rlhf_recipes import launch_configs, recipe
 
 ROOT = Path(rlhf_recipes.__file__).parent.parent
 
@@ -27,8 +29,17 @@ def test_every_dependency_is_pinned_within_its_range(project):
             assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
 
 
-def test_recipes_travel_in_the_wheel(project):
-    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"recipes": "rlhf_recipes/recipes"}
+def test_recipes_and_configurations_travel_in_the_wheel_where_they_are_looked_up(project, tmp_path, monkeypatch):
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"recipes": "rlhf_recipes/recipes", "accelerate_configs": "rlhf_recipes/accelerate_configs"}
+    for module, find in ((recipe, recipe.recipe_files), (launch_configs, launch_configs.config_files)):
+        names = set(find())
+        assert len(names) >= 9
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "rlhf_recipes" / "module.py"))
+        for folder, inside in included.items():
+            shutil.copytree(ROOT / folder, tmp_path / inside, dirs_exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        assert set(find()) == names and all(path.is_relative_to(tmp_path) for path in find().values())
 
 
 def test_the_base_model_is_small_and_no_pickle():

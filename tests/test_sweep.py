@@ -172,7 +172,7 @@ def launched(monkeypatch):
     """Stages that only write what a stage leaves; a score of (seed, num_generations) that is an int is an exit code."""
     ran, scores = [], {}
 
-    def launch(stage, file, overrides, overwrite):
+    def launch(stage, file, overrides, overwrite, config):
         recipe = load_recipe(file)
         run = Run(recipe, stage)
         assert not run.is_done(overwrite)

@@ -1,0 +1,172 @@
+"""Accelerate's configurations, `accelerate_configs/*.yaml`: found by name, and checked before anything is started."""
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_recipes.config import RecipeError
+from rlhf_recipes.trainer_fields import launch_fields, launch_options
+
+KINDS = {
+    "NO": "one process",
+    "MULTI_GPU": "DDP",
+    "DEEPSPEED": "DeepSpeed",
+    "FSDP": "FSDP",
+}
+"""`distributed_type` -> what we call it. accelerate knows more of them, with which nothing here was ever run."""
+
+PRECISIONS = ("no", "fp16", "bf16", "fp8")
+
+
+def config_folders() -> list[Path]:
+    """Where names are looked up, first match first: `./accelerate_configs`, then those that came with us."""
+    package = Path(__file__).parent
+    shipped = package if (package / "accelerate_configs").is_dir() else package.parent
+    return [Path("accelerate_configs"), shipped / "accelerate_configs"]
+
+
+def config_files() -> dict[str, Path]:
+    """Name -> file of every configuration."""
+    files = {}
+    for folder in reversed(config_folders()):
+        files |= {path.stem: path for path in folder.glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+def find_config(name: str) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: Its name, or path of a YAML file.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise RecipeError(f"--accelerate-config {name}: no such file.")
+    files = config_files()
+    if name in files:
+        return files[name]
+    near = difflib.get_close_matches(name, files, n=3, cutoff=0.4)
+    raise RecipeError(
+        f"there is no accelerate configuration named {name!r}. "
+        + (f"Nearest: {', '.join(near)}. " if near else "")
+        + "`rlhf-recipes configs` shows all; a path must end in .yaml."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a configuration, read as accelerate reads them.
+
+    Raises:
+        RecipeError: accelerate would not take the file, or would silently make something else of it; every finding.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML 1.1, in which a bare `no` is false
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a configuration is a mapping of keys to values, not {type(values).__name__}.")
+    findings = _findings(values)
+    if findings:
+        raise RecipeError("\n".join(f"{path}: {finding}" for finding in findings))
+    return values
+
+
+def _findings(values: dict[str, Any]) -> list[str]:
+    findings = _unknown(values, launch_fields(), "")
+    for section in ("deepspeed_config", "fsdp_config"):
+        keys = values.get(section) or {}
+        if not isinstance(keys, dict):
+            return [*findings, f"{section}: must hold keys and values, not {keys!r}."]
+        # accelerate takes any key here, and forgets those that it does not know.
+        names = {key if section == "deepspeed_config" or key.startswith("fsdp_") else f"fsdp_{key}" for key in keys}
+        findings += _unknown(names, launch_options(), f"{section}.")
+    file = (values.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if file is not None and not file.lstrip().startswith("{") and not Path(file).is_file():
+        findings.append(f"deepspeed_config.deepspeed_config_file: {file}: no such file.")
+    kind, precision = values.get("distributed_type"), values.get("mixed_precision", "no")
+    if kind == "MULTI_CPU" or (kind == "MULTI_GPU" and values.get("use_cpu")):
+        key = "distributed_type: MULTI_CPU" if kind == "MULTI_CPU" else "use_cpu: true"
+        findings.append(f"{key} would start one process; for several on the CPU see cpu_ddp_2 and cpu_zero2_2.")
+    elif kind == "DEEPSPEED" and values.get("use_cpu"):
+        findings.append("use_cpu: true would start plain DDP instead of DeepSpeed; see cpu_zero2_2.")
+    elif kind not in KINDS:
+        shown = "is missing" if kind is None else f"is {kind!r}"
+        findings.append(f"distributed_type {shown}; set one of {', '.join(KINDS)} ('NO' in quotes).")
+    if precision not in PRECISIONS:
+        findings.append(f"mixed_precision is {precision!r}; set one of {', '.join(PRECISIONS)} ('no' in quotes).")
+    for key in ("num_processes", "num_machines"):
+        count = values.get(key, 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            findings.append(f"{key} is {count!r}; it must be a whole number of at least 1.")
+    if "num_processes" not in values and kind != "NO":
+        findings.append("num_processes is missing.")
+    return findings
+
+
+def _unknown(keys: Any, known: Any, section: str) -> list[str]:
+    findings = []
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+            nearest = f"; nearest: {', '.join(near)}." if near else "."
+            findings.append(f"{section}{key}: unknown key of accelerate's configurations{nearest}")
+    return findings
+
+
+def launchable(name: str) -> Path:
+    """The file of a configuration with which this machine can start stages.
+
+    Args:
+        name: Its name, or path of a YAML file.
+
+    Raises:
+        RecipeError: There is none, it is wrong, it needs DeepSpeed, which is not installed, or it is for several machines.
+    """
+    path = find_config(name)
+    values = read_config(path)
+    if values["distributed_type"] == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise RecipeError(f"{path}: it needs DeepSpeed, which is not installed: pip install 'rlhf-recipes[deepspeed]'.")
+    if values.get("num_machines", 1) > 1:
+        raise RecipeError(
+            f"{path}: it is for {values['num_machines']} machines, and each has to be told its number: run accelerate "
+            f"launch --config_file {path} --machine_rank ... on each of them, as docs/scaling.md has it."
+        )
+    return path
+
+
+def kind(values: dict[str, Any]) -> str:
+    """How a configuration spreads a model over processes, in a few words."""
+    if values["distributed_type"] != "DEEPSPEED":
+        return KINDS[values["distributed_type"]]
+    return f"DeepSpeed ZeRO-{zero_stage(values)}"
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    """The ZeRO stage that a configuration of DeepSpeed asks for; 2 where it says none, as accelerate has it."""
+    section = values.get("deepspeed_config") or {}
+    if "deepspeed_config_file" not in section:
+        return section.get("zero_stage", 2)
+    return zero_stage_of_file(section["deepspeed_config_file"])
+
+
+def zero_stage_of_file(given: str) -> int:
+    """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text."""
+    text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+    return yaml.safe_load(text).get("zero_optimization", {}).get("stage", 0)
+
+
+def purpose(path: Path) -> str:
+    """What a configuration is for: the first line of its file, `# NAME: ...`; empty where it has none."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix(f"# {path.stem}: ") if first.startswith(f"# {path.stem}: ") else ""
