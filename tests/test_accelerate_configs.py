@@ -225,14 +225,15 @@ def test_run_trains_with_two_processes_and_the_rest_with_one(tmp_path):
 
 
 def start(tmp_path: Path, config: str, *arguments: str) -> tuple[subprocess.Popen, Path]:
-    """`rlhf-recipes rloo imdb_tiny --accelerate-config ...` that has saved a checkpoint; and the run's folder."""
+    """`rlhf-recipes rloo imdb_tiny --accelerate-config ...` that has saved a new checkpoint; and the run's folder."""
     command = ["-m", "rlhf_recipes.cli", "rloo", "imdb_tiny", *TINY, "rloo.trainer.save_steps=2", *arguments]
+    path = tmp_path / "runs" / "imdb_tiny" / "rloo"
+    earlier = set(path.glob(f"checkpoint-*/{MARKER}"))
     with open(tmp_path / "output.txt", "a") as output:
         process = subprocess.Popen(
             [sys.executable, *command, "--accelerate-config", config], cwd=tmp_path, stdout=output, stderr=output
         )
-    path = tmp_path / "runs" / "imdb_tiny" / "rloo"
-    while not any(path.glob(f"checkpoint-*/{MARKER}")):
+    while set(path.glob(f"checkpoint-*/{MARKER}")) <= earlier:
         assert process.poll() is None, (tmp_path / "output.txt").read_text()
         time.sleep(0.1)
     return process, path
