@@ -9,14 +9,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -24,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_recipes import machine
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import writing
-from rlhf_recipes.models import MERGED_BASE, adapter_of, adapter_weights, base_of, load_config, load_model
+from rlhf_recipes.models import MERGED_BASE, adapter_of, base_of, load_adapter, load_config, load_model
 from rlhf_recipes.references import is_hub_model, loading
 from rlhf_recipes.run import Run
 
@@ -45,15 +45,11 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
     """`peft_config` and `quantization_config` of a TRL trainer, made of the stage's settings; each None without any.
 
     Raises:
-        RecipeError: peft or transformers refuses a value, or bitsandbytes is not installed.
+        RecipeError: peft or transformers refuses a value.
     """
     section = getattr(run.recipe, run.stage)
     peft_config = quantization_config = None
     if section.quantization is not None:
-        if find_spec("bitsandbytes") is None:
-            raise RecipeError(
-                f"{run.stage}.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'"
-            )
         # Layers compute in what the rest of the model does.
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         with _refusals(f"{run.stage}.quantization"):
@@ -97,6 +93,7 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
     settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
     settings |= {"use_safetensors": True, "trust_remote_code": trusted}
     start = adapter_of(where, model)
+    _require_whole_numbers(where, reference, load_config(where, model, trusted))
     set_seed(args.seed)  # a new head is random
     if start is not None and peft_config is not None and is_reward:
         model, start = _merged_on_disk(run, where, model, settings), None
@@ -116,11 +113,9 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
     base = base_of(where, model, start)
     if not is_hub_model(start.base_model_name_or_path or ""):
         start.base_model_name_or_path = base  # which may have moved with the run's folder
-    adapter_weights(where, model)
     with loading(where, base):
         whole = auto_class.from_pretrained(base, quantization_config=adapter["quantization_config"], **settings)
-    with loading(where, model):
-        return {"model": PeftModel.from_pretrained(whole, model, config=start, is_trainable=True)}
+    return {"model": load_adapter(where, whole, model, start, is_trainable=True)[0]}
 
 
 def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> None:
@@ -213,6 +208,12 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
                 f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter changes one of "
                 "the two only; leave it out."
             )
+    _require_tokens(run, model, peft_config, shape)
+    if peft_config.lora_alpha == 0:
+        raise RecipeError(f"{run.stage}.peft.lora_alpha is 0, with which an adapter changes nothing; the default is 8.")
+    for name in peft_config.target_parameters or ():  # peft warns, and passes over one that is not there
+        if not any(f".{parameter}".endswith(f".{name}") for parameter, _ in shape.named_parameters()):
+            raise RecipeError(f"{run.stage}.peft.target_parameters: {model} has no parameter {name!r}.")
     for name in peft_config.modules_to_save or ():  # peft passes over one that is not there
         if not any(f".{part}".endswith(f".{name}") for part, _ in shape.named_modules()):
             raise RecipeError(f"{run.stage}.peft.modules_to_save: {model} has no layer {name!r}; it has: {known}.")
@@ -220,6 +221,34 @@ def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapt
     trial.init_lora_weights = True  # others look at the weights, which are not there
     with _refusals(f"{run.stage}.peft"), torch.device("meta"):
         get_peft_model(shape, trial)
+
+
+def _require_tokens(run: Run, model: str, peft_config: LoraConfig, shape: PreTrainedModel) -> None:
+    """Refuse `trainable_token_indices` that are no rows of the embeddings."""
+    key, given = f"{run.stage}.peft.trainable_token_indices", peft_config.trainable_token_indices
+    rows = shape.get_input_embeddings().num_embeddings
+    for tokens in given.values() if isinstance(given, dict) else [] if given is None else [given]:
+        wrong = [token for token in tokens if not 0 <= token < rows]
+        if wrong or not tokens:
+            found = f"{wrong[0]} is no token of {model}" if wrong else "no token is named"
+            raise RecipeError(f"{key}: {found}; its tokens are 0 to {rows - 1}.")
+    for name in given if isinstance(given, dict) else ():
+        if any(part is shape.get_output_embeddings() for part in (_layers(shape)[n] for n in _matched({name}, shape))):
+            raise RecipeError(
+                f"{key}: {name} is the output layer, which TRL's loss reads past an adapter; leave it out."
+            )
+
+
+def _require_whole_numbers(where: str, reference: str, config: PreTrainedConfig) -> None:
+    """Refuse a model whose weights are stored quantized: its reference, merged and exported model would be others."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
+        raise RecipeError(
+            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so that "
+            "training cannot start from them; start from the unquantized original, with peft and quantization, which "
+            "quantizes it when it is loaded."
+        )
 
 
 def _shape(where: str, model: str, trusted: bool, auto_class: Any) -> PreTrainedModel:

@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -205,6 +205,23 @@ def compare(
 
     out.mkdir(parents=True, exist_ok=True)
     say(f"report: {write_report(out, 'Comparison', runs, None, [])}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/imdb_tiny/ppo")],
+    merge: Annotated[bool, typer.Option("--merge", help="an adapter and its base as one whole model")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="new folder (default: export-<stage> beside the run)")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option("--dtype", help="of weights (default: as saved)")
+    ] = None,
+) -> None:
+    """Write a finished run's model to a folder that travels: weights, tokenizer, model card; no logs, no checkpoints."""
+    from rlhf_recipes.export import export_run
+
+    export_run(run, out, merge, dtype)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.distributed import check_launch, launched, prepare
-from rlhf_recipes.hub import check_references, sources
+from rlhf_recipes.hub import check_packages, check_references, sources
 from rlhf_recipes.launch import PARENT, end_with_parent
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
@@ -80,6 +80,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
         prepare()
+        check_packages(recipe, stage)
         check_references(recipe, stage)
         log = run.path / "log.txt" if is_main else None
         log_to(log if log and log.is_file() else None)  # what an earlier attempt left may deserve a warning

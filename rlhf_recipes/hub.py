@@ -5,6 +5,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     }
 
 
+def check_packages(recipe: Recipe, stage: str) -> None:
+    """Make sure that a stage can quantize where it is to, before it downloads anything.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    if getattr(getattr(recipe, stage, None), "quantization", None) is not None and find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"{stage}.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'"
+        )
+
+
 def check_references(recipe: Recipe, stage: str) -> None:
     """Make sure that everything a stage loads is there, and download its models; without network, from the cache only.
 
@@ -76,7 +89,7 @@ def check_references(recipe: Recipe, stage: str) -> None:
     """
     from_hub = hub_references(recipe, stage)
     missing = {}
-    if from_hub and (is_offline() or not _reachable()):
+    if from_hub and (is_offline() or not is_reachable()):
         os.environ["HF_HUB_OFFLINE"] = "1"
         missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
     findings = []
@@ -162,7 +175,7 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def _reachable() -> bool:
+def is_reachable() -> bool:
     answered = threading.Event()
 
     def ask() -> None:

@@ -13,7 +13,7 @@ from rlhf_recipes.tokenizer import context_length, longest_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import RewardConfig, SFTConfig
 
@@ -214,6 +214,8 @@ def load_model(
     """
     adapter = adapter_of(key, model)
     source = model
+    if adapter is not None and adapter.is_prompt_learning:
+        raise RecipeError(f"{key}: {model} is a {adapter.peft_type.value} adapter, which no model can be merged with.")
     if adapter is not None:
         source = adapter.base_model_name_or_path = base_of(key, model, adapter)  # which may have moved
     settings = settings | {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -252,25 +254,55 @@ def _labels_of(key: str, model: str) -> int:
 
 def _merged(key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig") -> tuple["PreTrainedModel", set[str]]:
     """The base with the adapter merged into it, and the names of the base's weights that the adapter brought whole."""
+    if getattr(base, "is_quantized", False):
+        raise RecipeError(
+            f"{key}: {model} is an adapter of {base.config.name_or_path}, whose weights are stored quantized, so that "
+            f"nothing can be merged into them; set base_model_name_or_path in {model}/adapter_config.json to the "
+            "unquantized original."
+        )
+    if adapter.task_type == "CAUSAL_LM" and not hasattr(base, "prepare_inputs_for_generation"):
+        adapter.task_type = None  # peft's class for language models must generate; the layers are the same
+    adapted, saved = load_adapter(key, base, model, adapter, torch_device=str(base.device))
+    whole = adapted.merge_and_unload().requires_grad_(True)
+    return whole, {name.removeprefix("base_model.model.") for name in saved}
+
+
+def load_adapter(
+    key: str, base: "PreTrainedModel", model: str, adapter: "PeftConfig", **settings: Any
+) -> tuple["PeftModel", set[str]]:
+    """The base with an adapter on it, and the names of the adapter's weights.
+
+    Args:
+        key: Where the model stands in the recipe, for messages.
+        base: Gets the adapter's layers.
+        model: Folder or Hub id of the adapter.
+        adapter: Its configuration.
+        settings: Of `PeftModel.from_pretrained`.
+
+    Raises:
+        RecipeError: It was made for another base: there, its layers are not, or have other sizes, or are more.
+    """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    with safe_open(adapter_weights(key, model), framework="pt") as file:
+    with loading(key, model), safe_open(adapter_weights(key, model), framework="pt") as file:
         saved = set(file.keys())
-    generates = hasattr(base, "prepare_inputs_for_generation")
-    if adapter.task_type == "CAUSAL_LM" and not generates:
-        adapter.task_type = None  # peft's class for language models must generate; the layers are the same
-    with loading(key, model):
-        adapted = PeftModel.from_pretrained(base, model, config=adapter, torch_device=str(base.device))
+    misfit = f"{key}: the adapter {model} does not fit its base {base.config.name_or_path}"
+    try:
+        with loading(key, model), expected("missing adapter keys"):  # which are refused below
+            adapted = PeftModel.from_pretrained(base, model, config=adapter, **settings)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise RecipeError(f"{misfit}: {str(error).split(chr(10))[1].strip()}") from error
     unused = saved - set(get_peft_model_state_dict(adapted))
-    if not generates:  # the head of a language model has no place in a classifier
+    if not hasattr(base, "prepare_inputs_for_generation"):  # a language model's head has no place in a classifier
         unused = {name for name in unused if f".{base.base_model_prefix}." in name}
-    if unused:
-        raise RecipeError(
-            f"{key}: the adapter {model} does not fit its base: that has no {', '.join(sorted(unused)[:4])}."
-        )
-    whole = adapted.merge_and_unload().requires_grad_(True)
-    return whole, {name.removeprefix("base_model.model.") for name in saved}
+    missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved
+    if unused or missing:
+        who, names = ("that", unused) if unused else ("the adapter", missing)
+        raise RecipeError(f"{misfit}: {who} has no {', '.join(sorted(names)[:4])}.")
+    return adapted, saved
 
 
 def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":

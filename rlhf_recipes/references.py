@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.run import require_stage
 
@@ -161,7 +163,7 @@ def loading(key: str, reference: str) -> Iterator[None]:
     """Turn a library's error about the model reference at `key` into a `RecipeError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, RecipeError):
             raise
         if "trust_remote_code" in str(error):

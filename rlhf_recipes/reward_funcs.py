@@ -35,6 +35,8 @@ from rlhf_recipes.user_code import find_function, running_user_code
 if TYPE_CHECKING:
     from torch import Tensor
 
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
 
 def sentiment(
     model: str,
@@ -44,6 +46,7 @@ def sentiment(
     batch_size: int = 64,
     max_length: int = 512,
     trust_remote_code: bool = False,
+    dtype: Dtype = "float32",
 ) -> Reward:
     """Logit or probability of one label of any text classifier.
 
@@ -55,8 +58,9 @@ def sentiment(
         batch_size: Texts a forward pass.
         max_length: Longer texts are cut to this many tokens.
         trust_remote_code: Whether Python code that comes with the model may run.
+        dtype: What the model computes in; bfloat16 and float16 take half the memory, auto is what it was saved in.
     """
-    classifier, tokenizer = _classifier("sentiment", model, trust_remote_code=trust_remote_code)
+    classifier, tokenizer = _classifier("sentiment", model, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -75,7 +79,11 @@ def sentiment(
 
 
 def reward_model(
-    model: str, batch_size: int = 64, max_length: int | None = None, trust_remote_code: bool = False
+    model: str,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype = "float32",
 ) -> Reward:
     """Scalar score of a reward model, read where it was trained to be read; a cut-off completion is not read as finished.
 
@@ -88,8 +96,9 @@ def reward_model(
         batch_size: Texts a forward pass.
         max_length: Longer texts lose their beginning. None: as long as the training's, and the model's context.
         trust_remote_code: Whether Python code that comes with the model may run.
+        dtype: What the model computes in; bfloat16 and float16 take half the memory, auto is what it was saved in.
     """
-    parts = _classifier("reward_model", model, trust_remote_code=trust_remote_code)
+    parts = _classifier("reward_model", model, dtype=dtype, trust_remote_code=trust_remote_code)
     return reader(model, *parts, batch_size, max_length)
 
 
@@ -371,11 +380,13 @@ def _lengths(unit: str, call: dict[str, Any]) -> list[int]:
     return [len(ids) - ended for ids, ended in zip(call["completion_ids"], call["finished"], strict=True)]
 
 
-def _classifier(name: str, model: str, tokenizer: Any = None, trust_remote_code: bool = False):
+def _classifier(
+    name: str, model: str, tokenizer: Any = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
+):
     from transformers import AutoModelForSequenceClassification
 
     key = f"reward_funcs: {name}: model"
-    classifier = load_model(AutoModelForSequenceClassification, key, model, trust_remote_code, dtype="float32")
+    classifier = load_model(AutoModelForSequenceClassification, key, model, trust_remote_code, dtype=dtype)
     return _placed(classifier), tokenizer or _tokenizer(name, model, trust_remote_code)
 
 

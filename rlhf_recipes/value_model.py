@@ -165,6 +165,8 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
         model, name = copy.deepcopy(source), source.config.name_or_path or type(source).__name__
         if Path(name).is_dir() and (Path(name) / "tokenizer_config.json").is_file():
             _check_tokenizer(name, tokenizer)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"value_model: the weights of {name} are stored quantized, and cannot be trained.")
     vocabulary = model.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ValueError(

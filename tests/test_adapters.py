@@ -1,5 +1,6 @@
 """LoRA and 4-bit in all four stages: what is trained, what its folder holds, and that every reader gets it back."""
 
+import gc
 import json
 import shutil
 from importlib import import_module
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from conftest import REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
 from safetensors.torch import load_file
 from transformers import (
@@ -18,7 +20,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from rlhf_recipes import adapters, finish, trainer_args
+from rlhf_recipes import entry, finish, hub, trainer_args
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.models import check_context, load_config, load_model
 from rlhf_recipes.recipe import check, load_recipe
@@ -312,6 +314,63 @@ def test_ppo_on_an_adapter_with_every_value_network(continued, value_model, sect
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rloo"])
+def test_one_4_bit_base_is_in_memory(stage, continued, models, run, trained):
+    """Policy, reference and shared value head read the same 4-bit storages; nothing else holds the base's layers."""
+    start = "model" if stage in ("sft", "reward") else "policy"
+    section = {"peft": LORA, "quantization": NF4, start: str(models["llama"])}
+    if continued:
+        first = run("sft", {"sft": {"peft": LORA, "quantization": NF4, "model": str(models["llama"])}}, name="first")
+        trained.clear()
+        section[start] = str(first)
+    run(stage, {stage: section})
+    trainer = trained[stage]
+    assert getattr(trainer, "ref_model", None) is None
+    gc.collect()
+    shape = AutoModelForCausalLM.from_pretrained(models["llama"])
+    layers = [part for name, part in shape.model.named_modules() if isinstance(part, torch.nn.Linear)]
+    found = [part for part in gc.get_objects() if isinstance(part, Params4bit)]
+    storages = {part.data.untyped_storage().data_ptr(): part.data.untyped_storage().nbytes() for part in found}
+    assert sum(storages.values()) == sum(part.weight.numel() for part in layers) / 2  # two weights a byte
+    of_trainer = [p for p in trainer.model.parameters() if isinstance(p, Params4bit)]
+    assert len(of_trainer) == len(layers) and {p.data.untyped_storage().data_ptr() for p in of_trainer} == set(storages)
+    assert all(p.quant_state.nested and p.quant_state.quant_type == "nf4" for p in of_trainer)
+    whole = [p for p in trainer.model.parameters() if p.dtype == torch.float32 and p.numel() >= 64 * 64]
+    assert not whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "optim"), [("sft", "adamw_8bit"), ("rloo", "paged_adamw_8bit"), ("ppo", "paged_adamw_32bit")]
+)
+def test_8_bit_and_paged_optimizers_run_and_resume_exactly(stage, optim, models, run, trained):
+    section = {"trainer": {"optim": optim, "max_steps": 4, "save_steps": 1, "save_total_limit": 9}}
+    section |= {"model" if stage == "sft" else "policy": str(models["gpt2"])}
+    folder = run(stage, {stage: section})
+    weights = {n: p.detach().clone() for n, p in trained[stage].model.named_parameters()}
+    before = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    assert all(not torch.equal(p, weights[n]) for n, p in before.named_parameters())
+    states = trained[stage].optimizer.state
+    quantized = {p for p, state in states.items() if state["state1"].dtype == torch.uint8}
+    assert len(states) == len(weights) and bool(quantized) == optim.endswith("8bit")
+    run(stage, {stage: section}, folder / "checkpoint-2", name="again")
+    for name, parameter in trained[stage].model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+@pytest.mark.slow
+def test_8_bit_weights_train_on_a_cpu(models, run, trained):
+    section = {"policy": str(models["llama"]), "peft": LORA, "quantization": {"load_in_8bit": True}}
+    folder = run("rloo", {"rloo": section})
+    assert_starts_at_the_reference(folder)
+    eight = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    reloaded, base = (AutoModelForCausalLM.from_pretrained(path, **eight) for path in (folder, models["llama"]))
+    assert torch.allclose(logits(reloaded), logits(trained["rloo"].model), atol=1e-3)
+    assert not torch.allclose(logits(reloaded), logits(base), atol=1e-3)
+
+
+@pytest.mark.slow
 def test_an_adapter_on_4_bit_learns_at_small_learning_rates(models, run, trained):
     """In bf16, as TRL has it, a step of 1e-6 would be rounded away."""
     trainer = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
@@ -350,6 +409,26 @@ def test_target_modules_that_match_nothing_name_those_that_exist(models, run):
     said = refused({"target_modules": ["c_attn"]}, "reward", "distilbert")
     assert "reward.peft.target_modules" in said and "q_lin" in said
     assert "sft.peft" in refused({"r": 0})
+    assert "sft.peft.lora_alpha is 0" in refused({"lora_alpha": 0})
+    assert "sft.peft.target_parameters: " in (said := refused({"target_parameters": ["mlp.up.weight"]}))
+    assert "has no parameter 'mlp.up.weight'" in said
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 25], "25 is no token of .*; its tokens are 0 to 24"),
+        ([-1], "-1 is no token of"),
+        ([], "no token is named"),
+        ({"embed_tokens": [5, 500]}, "500 is no token of"),
+        ({"lm_head": [5]}, "lm_head is the output layer"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["sft", "rloo"])
+def test_tokens_that_the_vocabulary_does_not_have_cannot_be_trained(stage, tokens, expected, models, run):
+    start = {"sft": "model", "rloo": "policy"}[stage]
+    with pytest.raises(RecipeError, match=f"{stage}.peft.trainable_token_indices: {expected}"):
+        run(stage, {stage: {start: str(models["llama"]), "peft": {"trainable_token_indices": tokens}}})
 
 
 @pytest.mark.slow
@@ -425,10 +504,21 @@ def test_going_on_with_an_adapter_under_other_settings_is_refused(models, run):
         run("rloo", sections | {"rloo": {"trainer": {"sync_ref_model": True}}}, name="tiny")
 
 
-def test_4_bit_without_bitsandbytes_stops_before_any_model_is_looked_for(run, monkeypatch):
-    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"sft.quantization: .*pip install 'rlhf-recipes\[quantization\]'"):
-        run("sft", {"sft": {"model": "nobody/knows-it", "peft": {}, "quantization": NF4}})
+def test_4_bit_without_bitsandbytes_stops_before_any_model_is_looked_for(monkeypatch, capsys, reviews_file, tmp_path):
+    def looked_for(*arguments):
+        raise AssertionError("a model was looked for")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "name: r\ndescription: d\ndata: {path: reviews.jsonl}\nreward_funcs: [{name: length}]\n"
+        "sft: {model: nobody/knows-it, peft: {}, quantization: {load_in_4bit: true}}\n"
+    )
+    monkeypatch.setattr(entry, "check_references", looked_for)
+    monkeypatch.setattr(entry.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    assert entry.run_stage("sft", looked_for, "r.yaml", [], False) == entry.USER_ERROR
+    said = capsys.readouterr().err
+    assert said == "error: sft.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'\n"
 
 
 def test_an_optimizer_of_bitsandbytes_without_it_stops_before_any_model_is_looked_for(run, monkeypatch):
@@ -498,6 +588,80 @@ def test_an_adapter_whose_base_is_gone(policy_folder, tmp_path):
         load_model(AutoModelForCausalLM, "ppo.policy", str(tmp_path / "lora"))
 
 
+@pytest.fixture
+def adapter(tmp_path, models):
+    """Makes a random adapter for one model, which says that it belongs to another."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapter(of: Path, base: Path, **settings) -> str:
+        model = AutoModelForCausalLM.from_pretrained(of)
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "init_lora_weights": False} | settings)
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+        return str(tmp_path / "adapter")
+
+    return adapter
+
+
+@pytest.mark.parametrize("peft", [{}, {"peft": {}}], ids=["merged", "continued"])
+@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+def test_an_adapter_for_another_base_stops_with_one_sentence(stage, peft, models, run, adapter, tmp_path):
+    def refused(folder):
+        with pytest.raises(RecipeError) as caught:
+            run(stage, {stage: {"policy": folder, **peft}}, name=f"n{len(list(tmp_path.glob('runs/*')))}")
+        assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{stage}.policy: ")
+        return str(caught.value)
+
+    tokenizer = word_tokenizer()
+    wide, deep = {"hidden_size": 128, "intermediate_size": 128}, {"n_embd": 64, "n_layer": 3}
+    save_pair(tmp_path / "wide", causal_lm(tokenizer, "llama", **wide), tokenizer)
+    save_pair(tmp_path / "deep", causal_lm(tokenizer, "gpt2", **deep), tokenizer)
+    more = word_tokenizer()
+    more.add_tokens(["one", "more"])
+    save_pair(tmp_path / "more", causal_lm(more, "llama", **WIDTHS["llama"]), more)
+    q_proj = {"target_modules": ["q_proj"]}
+    said = refused(adapter(tmp_path / "wide", models["llama"], **q_proj))
+    assert f"does not fit its base {models['llama']}: size mismatch for " in said and "[8, 128]" in said
+    said = refused(adapter(models["llama"], tmp_path / "more", modules_to_save=["embed_tokens"], **q_proj))
+    assert "does not fit" in said and "[25, 64]" in said and "[27, 64]" in said
+    assert "'q_proj'" in refused(adapter(models["llama"], models["gpt2"], **q_proj))
+    said = refused(adapter(tmp_path / "deep", models["gpt2"], target_modules=["c_attn"]))
+    assert "that has no base_model.model.transformer.h.2.attn.c_attn.lora_A.weight" in said
+    said = refused(adapter(models["gpt2"], tmp_path / "deep", target_modules=["c_attn"]))
+    assert "the adapter has no base_model.model.transformer.h.2.attn.c_attn.lora_A.weight" in said
+    folder = Path(adapter(models["gpt2"], models["gpt2"], target_modules=["c_attn"]))
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:300])
+    assert "header" in refused(str(folder))
+
+
+def test_an_adapter_of_prompts_is_refused(models, run, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    save_pair(tmp_path / "prompts", get_peft_model(model, config), word_tokenizer())
+    with pytest.raises(RecipeError, match="rloo.policy: .* is a PROMPT_TUNING adapter, which no model"):
+        run("rloo", {"rloo": {"policy": str(tmp_path / "prompts")}})
+
+
+@pytest.mark.parametrize("section", [{}, {"peft": {}}, {"peft": {}, "quantization": NF4}], ids=["full", "lora", "nf4"])
+def test_training_from_stored_quantized_weights_is_refused(section, models, run, adapter, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(models["gpt2"], quantization_config=BitsAndBytesConfig(**NF4))
+    save_pair(tmp_path / "stored", model, word_tokenizer())
+    start = adapter(models["gpt2"], tmp_path / "stored", target_modules=["c_attn"])
+    for stage, key, folder in (("sft", "model", tmp_path / "stored"), ("rloo", "policy", start)):
+        with pytest.raises(RecipeError, match=rf"{stage}.{key}: the weights of .* stored quantized \(bitsandbytes\)"):
+            run(stage, {stage: {key: str(folder), **section}})
+    with pytest.raises(RecipeError, match="eval.models.x: .* is an adapter of .*stored, whose weights are stored quan"):
+        load_model(AutoModelForCausalLM, "eval.models.x", start)
+    if not section:
+        with pytest.raises(RecipeError, match="value_model: the weights of .* are stored quantized"):
+            run("ppo", {"ppo": {"policy": str(models["gpt2"]), "value_model": str(tmp_path / "stored")}})
+
+
 def test_an_adapter_that_does_not_fit_its_base_is_refused(policy_folder, models, tmp_path):
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
@@ -507,7 +671,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(policy_folder, models,
     weights = load_file(tmp_path / "adapter_model.safetensors")
     more = {name.replace(".h.0.", ".h.7."): tensor.clone() for name, tensor in weights.items() if ".h.0." in name}
     save_file(weights | more, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(RecipeError, match="does not fit its base: that has no .*h.7.attn"):
+    with pytest.raises(RecipeError, match="does not fit its base .*: that has no .*h.7.attn"):
         load_model(AutoModelForCausalLM, "ppo.policy", str(tmp_path))
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import causal_lm, save_pair, word_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlhf_recipes.cli import app
@@ -134,6 +134,19 @@ def test_a_stored_center_is_taken_away(reward_model_folder):
     model.config.score_center = 0.25
     model.save_pretrained(reward_model_folder)
     assert values(spec) == pytest.approx([value - 0.25 for value in before], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "reward_model"])
+def test_a_scoring_model_in_half_precision_scores_nearly_the_same(name, reward_model_folder, tmp_path):
+    args = {"model": str(reward_model_folder)} | ({"label": 0} if name == "sentiment" else {})
+    exact = values({"name": name, "args": args})
+    for dtype in ("bfloat16", "float16"):
+        scores = values({"name": name, "args": args | {"dtype": dtype}})
+        assert scores == pytest.approx(exact, rel=0.03, abs=0.03) and scores != exact
+    half = AutoModelForSequenceClassification.from_pretrained(reward_model_folder, dtype=torch.bfloat16)
+    save_pair(tmp_path / "half", half, AutoTokenizer.from_pretrained(reward_model_folder))
+    as_saved = values({"name": name, "args": args | {"model": str(tmp_path / "half"), "dtype": "auto"}})
+    assert as_saved == values({"name": name, "args": args | {"dtype": "bfloat16"}})
 
 
 def test_a_classifier_with_two_labels_is_no_reward_model(classifier_folder):
@@ -279,6 +292,10 @@ def test_missing_eos_by_hand():
         ({"name": "length", "args": {"unit": "letters"}}, "one of words, tokens"),
         ({"name": "sentiment"}, "needs the argument 'model'"),
         ({"name": "regex"}, "needs the argument 'pattern'"),
+        (
+            {"name": "reward_model", "args": {"model": "nobody/has-it", "dtype": "bf16"}},
+            "reward_model: dtype must be one of float32, bfloat16, float16, auto, not 'bf16'",
+        ),
         ({"name": "OWN:missing"}, "brevity"),
         ({"name": "nowhere.py:f"}, "does not exist"),
         ({"name": "no_such_module:f"}, "cannot be imported"),
