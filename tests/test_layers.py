@@ -9,7 +9,7 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal", "launch"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code", "memory"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "plan"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
