@@ -15,7 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 GIB = 2**30
@@ -79,7 +84,7 @@ class Model:
     quantized_bytes: float
     """Bytes of each quantized parameter, its share of scales included."""
     saved: Curve
-    """What the layers keep for the backward pass."""
+    """What the layers keep for the backward pass, without gradient checkpointing."""
     working: Curve
     """What the backward pass needs beyond it for a moment."""
     forward: Curve
@@ -104,7 +109,8 @@ class Batch:
     """Whether a copy of the policy is kept."""
     optimizer: str = "adamw_torch_fused"
     """transformers' `optim`."""
-    temperature: float = 1.0
+    checkpointing: bool = False
+    """Whether layers keep their input only, and are run again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -221,24 +227,42 @@ def _backward(policy: Model, batch: Batch, launch: Launch, value: Model | None) 
     trained = policy.trained + (value.trained if value else 0)
     tokens = batch.prompt + batch.completion
     of_head = policy.head * FLOAT32 if policy.head_trained and batch.stage != "reward" else 0
-    saved = policy.saved(batch.rows, tokens) + (value.saved(batch.rows, tokens) if value else 0)
-    working = max(policy.working(batch.rows, tokens), value.working(batch.rows, tokens) if value else 0)
+    of_layers = [_activations(model, batch, launch) for model in (policy, value) if model is not None]
+    saved, working = sum(kept for kept, _ in of_layers), max(needed for _, needed in of_layers)
     logits, while_working = _logits(policy, batch, launch)
-    gradients, buffers = trained * launch.weight_bytes, {}
-    if launch.zero_stage:
-        bucket = min(REDUCE_BUCKET, trained) if launch.device == "cpu" else REDUCE_BUCKET  # a CPU has what is written to
-        # The bucket, and a copy of its content while it is reduced.
-        buffers = {"buffers": launch.weight_bytes * (bucket + min(REDUCE_BUCKET, trained))}
-        gradients = 0 if launch.offload else gradients / (launch.processes if launch.zero_stage > 1 else 1)
     start = {"activations": saved + max(working - while_working, 0), "logits": logits + while_working}
+    if not launch.zero_stage:
+        gradients = trained * FLOAT32
+        if batch.accumulation > 1:
+            return start | {"gradients": gradients + of_head}
+        # In the end the gradient of the embeddings comes, beside that of the head if both are one.
+        end = {"gradients": gradients + (of_head or (FLOAT32 * policy.embeddings if policy.head_trained else 0))}
+        return max(start | {"gradients": of_head}, end, key=_sum)
+    # DeepSpeed copies gradients into a bucket. When that is full, or in the end, it is copied once more to be reduced.
+    copied = launch.weight_bytes * min(REDUCE_BUCKET, trained)
+    gradients = 0 if launch.offload else launch.weight_bytes * trained
+    gradients /= launch.processes if launch.zero_stage > 1 else 1
+    bucket, early = launch.weight_bytes * REDUCE_BUCKET, copied if trained > REDUCE_BUCKET else 0
+    if launch.device == "cpu":  # which has memory only for what is written
+        bucket, early = copied, 0
+        start |= {"buffers": launch.weight_bytes * policy.head if of_head else 0}
+    else:
+        start |= {"buffers": bucket + early}
     if batch.accumulation > 1:
-        return buffers | start | {"gradients": gradients + of_head}
-    start |= {"gradients": of_head}
-    # In the end the gradient of the embeddings comes, beside that of the head if both are one.
-    end = {"gradients": gradients + (of_head or (FLOAT32 * policy.embeddings if policy.head_trained else 0))}
-    if launch.zero_stage:
-        return buffers | max(start, end, key=_sum)
-    return max(start, end, key=_sum)
+        start |= {"gradients": gradients}
+    return max(start, {"buffers": bucket + copied, "gradients": gradients}, key=_sum)
+
+
+def _activations(model: Model, batch: Batch, launch: Launch) -> tuple[float, float]:
+    """Bytes that the layers keep for the backward pass, and that it needs beyond it for a moment."""
+    tokens = batch.prompt + batch.completion
+    saved, working = model.saved(batch.rows, tokens), model.working(batch.rows, tokens)
+    if not batch.checkpointing:
+        return saved, working
+    # Each layer's input, what comes before the first and behind the last; one layer is whole at a time. Autocast's copies of
+    # all weights are there until the forward pass ends.
+    inputs = batch.rows * tokens * model.hidden * launch.weight_bytes * (model.layers + 3)
+    return inputs, max(saved / model.layers + working, model.saved.fixed)
 
 
 def _logits(policy: Model, batch: Batch, launch: Launch) -> tuple[float, float]:
@@ -298,7 +322,6 @@ def model_of(
     config: PreTrainedConfig,
     launch: Launch,
     classifier: bool = False,
-    checkpointing: bool = False,
     dropout: bool = False,
     peft_config: Any = None,
     quantization_config: Any = None,
@@ -313,34 +336,54 @@ def model_of(
         config: Of a language model or classifier; it stays as it is.
         launch: How it is trained.
         classifier: Whether it gives one number instead of logits.
-        checkpointing: Whether layers keep their input only.
         dropout: Whether it trains with dropout, as stage sft does.
         peft_config: peft's `LoraConfig` of an adapter. None: all weights are trained.
         quantization_config: transformers' `BitsAndBytesConfig`.
         trained: Whether there is a backward pass at all.
     """
+    how = {"classifier": classifier, "peft_config": peft_config, "quantization_config": quantization_config}
     config = copy.deepcopy(config)
-    text = config.get_text_config()
     if classifier:
         config.num_labels = 1
-    for module_dropout in WITHOUT_DROPOUT if launch.device != "cpu" or not dropout else ():
-        if isinstance(getattr(text, module_dropout, None), float):
-            setattr(text, module_dropout, 0.0)
-    how = {"classifier": classifier, "peft_config": peft_config, "quantization_config": quantization_config}
+    for name in WITHOUT_DROPOUT if launch.device != "cpu" or not dropout else ():
+        if isinstance(getattr(config.get_text_config(), name, None), float):
+            setattr(config.get_text_config(), name, 0.0)
+    key = _key(config, launch, dropout, trained, how)
+    if key not in _known:
+        # A head makes no difference to the layers, but encoders have none for texts.
+        of_layers = how | {"classifier": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING}
+        layers_key = _key(config, launch, dropout, trained, of_layers) + " layers"
+        if layers_key not in _known:
+            _known[layers_key] = _measured(config, launch, dropout, trained, of_layers)
+        _known[key] = _counted(config, how, trained, _known[layers_key])
+    return _known[key]
+
+
+_known: dict[str, Any] = {}
+"""What has been measured in this process, by what it depends on."""
+
+
+def _key(config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool, how: dict[str, Any]) -> str:
+    shown = how | {name: repr(value and value.to_dict()) for name, value in how.items() if name.endswith("_config")}
+    values = config.to_dict() | {"num_labels": None, "id2label": None, "label2id": None}
+    return repr((values, launch.half, launch.weight_bytes, launch.device, dropout, trained, shown))
+
+
+def _counted(config: PreTrainedConfig, how: dict[str, Any], trained: bool, curves: dict[str, Curve]) -> Model:
+    text = config.get_text_config()
     with torch.device("meta"):
         whole = _made(config, **how)
-    packed = _packed(whole, quantization_config)
+    packed = _packed(whole, how["quantization_config"])
     if not trained:
         whole.requires_grad_(False)
-    head = whole.get_output_embeddings() if not classifier else None
-    embeddings = whole.get_input_embeddings().weight
+    head = whole.get_output_embeddings() if not how["classifier"] else None
     layers = text.num_hidden_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Model(
         parameters=sum(p.numel() for p in whole.parameters()),
         trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
-        embeddings=embeddings.numel(),
+        embeddings=whole.get_input_embeddings().weight.numel(),
         head=head.weight.numel() if head is not None else 0,
         head_trained=head is not None and head.weight.requires_grad,
         vocabulary=text.vocab_size,
@@ -348,8 +391,8 @@ def model_of(
         layers=layers,
         cache=2 * layers * heads * width,
         quantized=sum(module.weight.numel() for module in packed),
-        quantized_bytes=_bytes_of_quantized(quantization_config),
-        **_measured(config, launch, checkpointing, dropout, trained, how),
+        quantized_bytes=_bytes_of_quantized(how["quantization_config"]),
+        **curves,
     )
 
 
@@ -363,6 +406,7 @@ def _made(
     from peft import get_peft_model
 
     peft_config = copy.deepcopy(peft_config)
+    peft_config.inference_mode = False  # as it is on disk
     peft_config.init_lora_weights = True  # others look at the weights, which are not there
     return get_peft_model(model, peft_config)
 
@@ -393,26 +437,25 @@ def _bytes_of_quantized(quantization_config: Any) -> float:
 
 
 def _measured(
-    config: PreTrainedConfig, launch: Launch, checkpointing: bool, dropout: bool, trained: bool, how: dict[str, Any]
+    config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool, how: dict[str, Any]
 ) -> dict[str, Curve]:
     text = config.get_text_config()
-    layers, T = text.num_hidden_layers, min(64, getattr(text, "max_position_embeddings", 256) // 4)
+    layers, T = text.num_hidden_layers, min(64, (getattr(text, "max_position_embeddings", None) or 256) // 4)
     # Experts are picked by what they are given, but for a kernel in bf16.
     experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    autocast, dtype = launch.autocast and not experts, torch.float32
-    if launch.weight_bytes == 2 or experts:
-        dtype = torch.bfloat16
-    points = ((1, T), (1, 2 * T), (1, 4 * T), (2, T))
+    autocast = launch.autocast and not experts
+    dtype = torch.bfloat16 if launch.weight_bytes == 2 or experts else torch.float32
     found = []
-    for number in (1, 2):
+    for number in (1, 2) if trained else (2,):
         with torch.device("meta"):
             model = _made(_with_layers(config, number), **how)
         packed = _packed(model, how["quantization_config"])
         with FakeTensorMode():
             _fake(model, dtype)
-            _prepare(model, packed, how["quantization_config"], checkpointing and trained, dropout)
-            found.append([_pass(model, rows, tokens, autocast, trained, whole=number == 2) for rows, tokens in points])
-    one, two = ([[at[i] for at in of_points] for i in range(3)] for of_points in found)
+            _prepare(model, packed, how["quantization_config"], dropout)
+            points = ((1, T), (1, 2 * T), (1, 4 * T), (2, T))
+            found.append([_pass(model, *point, autocast, trained, whole=number == 2) for point in points])
+    one, two = ([[at[i] for at in of_points] for i in range(3)] for of_points in (found[0], found[-1]))
     scale = 2 if experts and not launch.half else 1
     saved = [(a + (layers - 1) * (b - a)) * scale for a, b in zip(one[0], two[0], strict=True)]
     return {
@@ -456,9 +499,7 @@ def _with_layers(config: PreTrainedConfig, number: int) -> PreTrainedConfig:
     return config
 
 
-def _prepare(
-    model: nn.Module, packed: list[nn.Module], quantization_config: Any, checkpointing: bool, dropout: bool
-) -> None:
+def _prepare(model: nn.Module, packed: list[nn.Module], quantization_config: Any, dropout: bool) -> None:
     """Make a model behave as in training, with gradients that vanish: `moments` counts them."""
     adapted = hasattr(model, "peft_config")
     base = model.get_base_model() if adapted else model
@@ -470,13 +511,11 @@ def _prepare(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    if not adapted or checkpointing:
+    if not adapted:
         base.get_input_embeddings().register_forward_hook(lambda layer, args, output: output.requires_grad_())
     for module in packed:
         module.forward = _Packed(module, quantization_config)
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
 
 
 def _pass(

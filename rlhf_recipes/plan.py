@@ -20,14 +20,16 @@ from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import OWN_VALUE_MODELS
 from rlhf_recipes.memory import GIB, Batch, Estimate, Launch, Model, model_of, moments
 from rlhf_recipes.models import adapter_of, load_config
-from rlhf_recipes.ppo_trainer import PPOConfig
+from rlhf_recipes.on_policy_config import OnPolicyConfig
 from rlhf_recipes.recipe import load_recipe, recipe_folders
 from rlhf_recipes.references import is_hub_model, is_offline, loading, locate_in_package
-from rlhf_recipes.rloo_trainer import RLOOConfig
 from rlhf_recipes.run import is_finished, read_manifest, read_metrics, run_path
 from rlhf_recipes.terminal import say
 
 PLANNED = ("sft", "reward", "ppo", "rloo")
+
+PPO_DEFAULTS = {"num_generations": 1}
+"""What `PPOConfig` has of the settings that count here and `OnPolicyConfig` has otherwise; to import it takes seconds."""
 
 GIGABYTES = {
     "T4": 16, "V100": 16, "P100": 16, "L4": 24, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L40": 48, "L40S": 48,
@@ -133,7 +135,7 @@ def machine_of(text: str | None) -> Machine:
         properties = torch.cuda.get_device_properties(0)
         return Machine(torch.cuda.device_count(), properties.name, properties.total_memory)
     number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(rf"(?:(\d+)x)?(?:([A-Za-z][\w ]*)(?:-{number})?|{number})", text or "cpu", re.IGNORECASE)
+    match = re.fullmatch(rf"(?:(\d+)x)?(?:([A-Za-z][\w ]*)(?:-{number})?|{number})", "cpu" if text is None else text, re.IGNORECASE)
     if match is not None and int(match[1] or 1) > 0:
         count, name, size = int(match[1] or 1), match[2] or "GPU", match[3] or match[4]
         known = {name.upper(): gigabytes for name, gigabytes in GIGABYTES.items()}
@@ -268,19 +270,6 @@ def _drops_out(config: Any) -> bool:
     return any("drop" in name and value for name, value in config.to_dict().items() if isinstance(value, float))
 
 
-_measured: dict[str, Model] = {}
-
-
-def _model(stage: str, config: Any, launch: Launch, **how: Any) -> Model:
-    """`model_of`, once for every kind of model."""
-    launch = replace(launch, processes=1, offload=False)
-    key = repr((config.to_json_string(use_diff=False), launch, sorted(how.items(), key=lambda item: item[0])))
-    if key not in _measured:
-        with loading(f"{stage}.peft", config.model_type):
-            _measured[key] = model_of(config, launch, **how)
-    return _measured[key]
-
-
 # Stages
 
 
@@ -305,7 +294,6 @@ class StagePlan:
     machine: Machine
     launch: Launch
     batch: Batch
-    checkpointing: bool
     chosen: bool
     """Whether `gradient_checkpointing` is not the recipe's word, but what fits."""
     moments: dict[str, Estimate]
@@ -331,9 +319,10 @@ def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """A stage's trainer settings: the recipe's, and defaults of the trainer's own configuration class."""
     from trl import RewardConfig, SFTConfig
 
-    config_class = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "rloo": RLOOConfig}[stage]
-    given = getattr(recipe, stage).trainer
-    return {field.name: field.default for field in fields(config_class) if field.default is not MISSING} | given
+    config_class = {"sft": SFTConfig, "reward": RewardConfig}.get(stage, OnPolicyConfig)
+    own = PPO_DEFAULTS if stage == "ppo" else {}
+    defaults = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
+    return defaults | own | getattr(recipe, stage).trainer
 
 
 def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> StagePlan:
@@ -363,17 +352,18 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         batch = replace(batch, reference=settings["beta"] != 0 and peft is None)
         value = _value_config(recipe, config) if stage == "ppo" else None
         reward_models = tuple(
-            _model("reward_funcs", scorer, Launch(device=launch.device), classifier=True, trained=False)
+            model_of(scorer, Launch(device=launch.device), classifier=True, trained=False)
             for scorer in _reward_model_configs(recipe, notes)
         )
 
-    def planned(checkpointing: bool) -> dict[str, Estimate]:
-        policy = _model(stage, config, launch, checkpointing=checkpointing, **how)
-        network = value and _model("ppo", value, launch, classifier=True, checkpointing=checkpointing)
-        return moments(policy, batch, launch, network, reward_models)
-
+    with loading(f"{stage}.peft", config.model_type):  # that names layers which are not there
+        policy = model_of(config, launch, **how)
+    network = value and model_of(value, launch, classifier=True)
+    found = {
+        flag: moments(policy, replace(batch, checkpointing=flag), launch, network, reward_models)
+        for flag in (False, True)
+    }
     given = section.trainer.get("gradient_checkpointing")
-    found = {flag: planned(flag) for flag in (False, True)}
     totals = {flag: max(moment.total for moment in of_flag.values()) for flag, of_flag in found.items()}
     room = machine.bytes - machine.reserve
     checkpointing = given if given is not None else machine.device != "cpu" and totals[False] > room
@@ -381,8 +371,7 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         stage=stage,
         machine=machine,
         launch=launch,
-        batch=batch,
-        checkpointing=checkpointing,
+        batch=replace(batch, checkpointing=checkpointing),
         chosen=given is None,
         moments=found[checkpointing],
         otherwise=totals[not checkpointing],
@@ -406,8 +395,7 @@ def _batch(recipe: Recipe, stage: str, settings: dict[str, Any], config: Any, pr
     rollout = (settings["generation_batch_size"] or 0) // processes or rows * (
         settings["steps_per_generation"] or accumulation
     )
-    more = {"rollout": rollout, "temperature": settings["temperature"]}
-    return Batch(rows=rows, prompt=prompt, completion=completion, **common, **more)
+    return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, **common)
 
 
 def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, notes: list[str]) -> int:
@@ -516,7 +504,7 @@ def changes(recipe: Recipe, plan: StagePlan) -> list[Change]:
     stage, section = plan.stage, getattr(recipe, plan.stage)
     settings, key = settings_of(recipe, stage), f"{stage}.trainer"
     found = []
-    if not plan.checkpointing:
+    if not plan.batch.checkpointing:
         found.append(Change("checkpointing", (f"{key}.gradient_checkpointing=true",)))
     rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     factor = 2
@@ -651,12 +639,12 @@ def _gigabytes(value: float, signed: bool = False) -> str:
 
 
 def _lines(recipe: Recipe, plan: StagePlan, throughput: float | None) -> Iterator[str]:
-    flag = "on" if plan.checkpointing else "off"
-    said = ", as it fits without" if plan.chosen and not plan.checkpointing and plan.machine.device != "cpu" else ""
+    flag = "on" if plan.batch.checkpointing else "off"
+    said = ", as it fits without" if plan.chosen and not plan.batch.checkpointing and plan.machine.device != "cpu" else ""
     verdict = "fits" if plan.fits else "does not fit"
     yield (
         f"{plan.stage:<8} {verdict}: {plan.total / GIB:.2f} GB, headroom {plan.headroom / GIB:.2f} GB; "
-        f"gradient checkpointing {flag}{said} ({'without' if plan.checkpointing else 'with'}: {plan.otherwise / GIB:.2f} GB)"
+        f"gradient checkpointing {flag}{said} ({'without' if plan.batch.checkpointing else 'with'}: {plan.otherwise / GIB:.2f} GB)"
     )
     work, unit = plan.work, {"sft": "texts", "reward": "pairs"}.get(plan.stage, "episodes")
     if work.rows is None:
