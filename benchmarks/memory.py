@@ -69,7 +69,12 @@ CASES = {
     "sft_8bit_adam": ("sft", "llama", None, ("trainer.optim=adamw_8bit",)),
     "reward": ("reward", "llama", None, ()),
     "rloo": ("rloo", "llama", None, ()),
-    "rloo_one_batch": ("rloo", "llama", None, ("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1")),
+    "rloo_one_batch": (
+        "rloo",
+        "llama",
+        None,
+        ("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=1"),
+    ),
     "ppo_shared": ("ppo", "llama", None, ()),
     "ppo_separate": ("ppo", "llama", None, ("value_model=policy",)),
     "ppo_lora": ("ppo", "llama", None, (f"peft={LORA}",)),
@@ -118,7 +123,14 @@ def make(folder: Path, kind: str) -> None:
     rows = []
     for _ in range(400):
         prompt, chosen, rejected = text(PROMPT), text(COMPLETION - 1), text(COMPLETION - 1)
-        rows.append({"prompt": prompt, "completion": " " + chosen, "chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"})
+        rows.append(
+            {
+                "prompt": prompt,
+                "completion": " " + chosen,
+                "chosen": f"{prompt} {chosen}",
+                "rejected": f"{prompt} {rejected}",
+            }
+        )
     for name, columns in (("texts", ("prompt", "completion")), ("pairs", ("chosen", "rejected"))):
         lines = (json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -138,13 +150,17 @@ def recipe(folder: Path, case: str) -> tuple[str, list[str]]:
         "beta": 0.05,
         "num_generations": 2,
     }
-    trainer = on_policy if stage in ("ppo", "rloo") else {"per_device_train_batch_size": 4, "max_steps": 3, "max_length": LENGTH}
+    trainer = (
+        on_policy
+        if stage in ("ppo", "rloo")
+        else {"per_device_train_batch_size": 4, "max_steps": 3, "max_length": LENGTH}
+    )
     trainer |= {"save_strategy": "no", "gradient_checkpointing": False, "per_device_eval_batch_size": 4}
     name = "policy" if stage in ("ppo", "rloo") else "model"
     file = folder / "recipe.yaml"
     file.write_text(
         f"name: {case}\ndescription: memory\nruns_dir: {folder / 'runs'}\n"
-        f"data: {{path: {folder / ('pairs' if stage == 'reward' else 'texts')}.jsonl, max_prompt_tokens: {PROMPT}, max_rows: 64}}\n"
+        f"data: {{path: {folder / ('pairs' if stage == 'reward' else 'texts')}.jsonl, max_prompt_tokens: {PROMPT}, max_rows: 200}}\n"
         f"reward_funcs: {rewards}\n{stage}:\n  {name}: {folder / 'model'}\n  trainer: {json.dumps(trainer)}\n",
         encoding="utf-8",
     )
@@ -177,7 +193,16 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
     import torch
     import transformers
 
-    for name in ("adapters", "data", "ppo_trainer", "rloo_trainer", "sft_report", "reward_report", "trainer_args", "callbacks"):
+    for name in (
+        "adapters",
+        "data",
+        "ppo_trainer",
+        "rloo_trainer",
+        "sft_report",
+        "reward_report",
+        "trainer_args",
+        "callbacks",
+    ):
         importlib.import_module(f"rlhf_recipes.{name}")
     for name in ("peft", "trl", "bitsandbytes", "pandas", "deepspeed", "torch.distributed"):
         if importlib.util.find_spec(name):
@@ -210,7 +235,12 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
 
     def from_pretrained(cls, *args, **kwargs):
         baseline()
-        return made(cls, *args, **kwargs)
+        loaded = made(cls, *args, **kwargs)
+        # Out of the mapped file: while a tensor is in it, pages count that others were read from and left, to be quantized.
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            if parameter.dtype == torch.float32 and device == "cpu":
+                parameter.data = parameter.data.clone()
+        return loaded
 
     transformers.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     trained = transformers.Trainer.train
@@ -243,10 +273,27 @@ def measured(file: str, overrides: list[str], stage: str, config: str | None, de
     }
     command = [sys.executable]
     if config:
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "accelerate_configs" / f"{config}.yaml"),
+        ]
     result = folder / "peaks"
     result.mkdir(exist_ok=True)
-    command += [__file__, "--work", stage, "--file", file, "--result", str(result), "--device", device, "--", *overrides]
+    command += [
+        __file__,
+        "--work",
+        stage,
+        "--file",
+        file,
+        "--result",
+        str(result),
+        "--device",
+        device,
+        "--",
+        *overrides,
+    ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     peaks = [json.loads(path.read_text(encoding="utf-8")) for path in result.glob("*.json")]
     if done.returncode or not peaks or any("peak" not in peak for peak in peaks):
@@ -293,7 +340,10 @@ def main() -> None:
     for case in options.cases:
         found[case] = compare(case, options.device)
         row = found[case]
-        print(f"| `{case}` | {row['predicted'] / 1e6:.0f} | {row['measured'] / 1e6:.0f} | {row['ratio']:.2f} |", flush=True)
+        print(
+            f"| `{case}` | {row['predicted'] / 1e6:.0f} | {row['measured'] / 1e6:.0f} | {row['ratio']:.2f} |",
+            flush=True,
+        )
     print(json.dumps(found))
 
 

@@ -59,7 +59,7 @@ class Curve:
     square: float = 0.0
 
     def __call__(self, rows: int, tokens: int) -> float:
-        return self.fixed + rows * (self.row + self.token * tokens + self.square * tokens**2)
+        return max(self.fixed + rows * (self.row + self.token * tokens + self.square * tokens**2), 0.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Model:
     trained: int
     """Those that have a gradient."""
     embeddings: int
-    """Those of the input embeddings."""
+    """Those of the input embeddings, where they are trained."""
     head: int
     """Those of the layer that makes logits."""
     head_trained: bool
@@ -219,13 +219,11 @@ def _states(model: Model, optimizer: str, device: str) -> float:
     if "8bit" not in optimizer:
         return each * model.trained
     # transformers has bitsandbytes keep those of embeddings in 32 bits.
-    whole = model.embeddings if model.head_trained else 0
-    return each / 4 * (model.trained - whole) + each * whole
+    return each / 4 * (model.trained - model.embeddings) + each * model.embeddings
 
 
 def _backward(policy: Model, batch: Batch, launch: Launch, value: Model | None) -> dict[str, float]:
     trained = policy.trained + (value.trained if value else 0)
-    tokens = batch.prompt + batch.completion
     of_head = policy.head * FLOAT32 if policy.head_trained and batch.stage != "reward" else 0
     of_layers = [_activations(model, batch, launch) for model in (policy, value) if model is not None]
     saved, working = sum(kept for kept, _ in of_layers), max(needed for _, needed in of_layers)
@@ -236,7 +234,7 @@ def _backward(policy: Model, batch: Batch, launch: Launch, value: Model | None) 
         if batch.accumulation > 1:
             return start | {"gradients": gradients + of_head}
         # In the end the gradient of the embeddings comes, beside that of the head if both are one.
-        end = {"gradients": gradients + (of_head or (FLOAT32 * policy.embeddings if policy.head_trained else 0))}
+        end = {"gradients": gradients + (of_head or FLOAT32 * policy.embeddings)}
         return max(start | {"gradients": of_head}, end, key=_sum)
     # DeepSpeed copies gradients into a bucket. When that is full, or in the end, it is copied once more to be reduced.
     copied = launch.weight_bytes * min(REDUCE_BUCKET, trained)
@@ -297,9 +295,7 @@ def _step(policy: Model, batch: Batch, launch: Launch, value: Model | None) -> d
     return {"gradients": gradients + copies}
 
 
-def _sampling(
-    policy: Model, batch: Batch, launch: Launch, reward_models: tuple[Model, ...]
-) -> dict[str, float]:
+def _sampling(policy: Model, batch: Batch, launch: Launch, reward_models: tuple[Model, ...]) -> dict[str, float]:
     number = 2 if launch.half else FLOAT32
     tokens = batch.prompt + batch.completion
     logits = batch.rollout * policy.vocabulary * (FLOAT32 + (2 if launch.autocast else 0))
@@ -377,13 +373,14 @@ def _counted(config: PreTrainedConfig, how: dict[str, Any], trained: bool, curve
     if not trained:
         whole.requires_grad_(False)
     head = whole.get_output_embeddings() if not how["classifier"] else None
+    embeddings = whole.get_input_embeddings().weight
     layers = text.num_hidden_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Model(
         parameters=sum(p.numel() for p in whole.parameters()),
         trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
-        embeddings=whole.get_input_embeddings().weight.numel(),
+        embeddings=embeddings.numel() if embeddings.requires_grad else 0,
         head=head.weight.numel() if head is not None else 0,
         head_trained=head is not None and head.weight.requires_grad,
         vocabulary=text.vocab_size,

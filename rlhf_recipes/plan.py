@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ruamel.yaml import YAML
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import OWN_VALUE_MODELS
-from rlhf_recipes.memory import GIB, Batch, Estimate, Launch, Model, model_of, moments
+from rlhf_recipes.memory import GIB, Batch, Estimate, Launch, model_of, moments
 from rlhf_recipes.models import adapter_of, load_config
 from rlhf_recipes.on_policy_config import OnPolicyConfig
 from rlhf_recipes.recipe import load_recipe, recipe_folders
@@ -135,7 +136,9 @@ def machine_of(text: str | None) -> Machine:
         properties = torch.cuda.get_device_properties(0)
         return Machine(torch.cuda.device_count(), properties.name, properties.total_memory)
     number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(rf"(?:(\d+)x)?(?:([A-Za-z][\w ]*)(?:-{number})?|{number})", "cpu" if text is None else text, re.IGNORECASE)
+    match = re.fullmatch(
+        rf"(?:(\d+)x)?(?:([A-Za-z][\w ]*)(?:-{number})?|{number})", "cpu" if text is None else text, re.IGNORECASE
+    )
     if match is not None and int(match[1] or 1) > 0:
         count, name, size = int(match[1] or 1), match[2] or "GPU", match[3] or match[4]
         known = {name.upper(): gigabytes for name, gigabytes in GIGABYTES.items()}
@@ -205,7 +208,9 @@ def config_of(recipe: Recipe, key: str, reference: str) -> tuple[Any, Any]:
     if not is_hub_model(reference):
         folder = Path(reference).expanduser()
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise RecipeError(f"{key}: {reference} has no config.json (looked from {Path.cwd()}); set it to a model's folder.")
+            raise RecipeError(
+                f"{key}: {reference} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
+            )
         return _config_of_folder(recipe, key, str(folder), reference)
     name, _, revision = reference.partition("@")
     from huggingface_hub import try_to_load_from_cache
@@ -216,7 +221,9 @@ def config_of(recipe: Recipe, key: str, reference: str) -> tuple[Any, Any]:
     try:
         with loading(key, reference):
             how = {"revision": revision or "main", "local_files_only": is_offline()}
-            return AutoConfig.from_pretrained(name, trust_remote_code=reference in recipe.trust_remote_code, **how), None
+            return AutoConfig.from_pretrained(
+                name, trust_remote_code=reference in recipe.trust_remote_code, **how
+            ), None
     except RecipeError as error:
         raise RecipeError(
             f"{key}: the config.json of {reference} is needed, and is neither here nor to be had from the Hub; set {key} to "
@@ -347,7 +354,12 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     dropout = stage == "sft" and _drops_out(config)
     batch = _batch(recipe, stage, settings, config, machine.count, notes)
     value, reward_models = None, ()
-    how = {"classifier": stage == "reward", "peft_config": peft, "quantization_config": quantization, "dropout": dropout}
+    how = {
+        "classifier": stage == "reward",
+        "peft_config": peft,
+        "quantization_config": quantization,
+        "dropout": dropout,
+    }
     if stage in ("ppo", "rloo"):
         batch = replace(batch, reference=settings["beta"] != 0 and peft is None)
         value = _value_config(recipe, config) if stage == "ppo" else None
@@ -380,7 +392,9 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     )
 
 
-def _batch(recipe: Recipe, stage: str, settings: dict[str, Any], config: Any, processes: int, notes: list[str]) -> Batch:
+def _batch(
+    recipe: Recipe, stage: str, settings: dict[str, Any], config: Any, processes: int, notes: list[str]
+) -> Batch:
     rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     optimizer = str(getattr(settings["optim"], "value", settings["optim"]))
@@ -408,7 +422,9 @@ def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, 
         notes.append(f"{stage}: two tokens a word of data.prompt_words are assumed.")
         return 2 * data.prompt_words[1]
     longest = int(min(context - completion, 1024))
-    notes.append(f"{stage}: prompts of {longest} tokens are assumed; data.max_prompt_tokens would say how long they are.")
+    notes.append(
+        f"{stage}: prompts of {longest} tokens are assumed; data.max_prompt_tokens would say how long they are."
+    )
     return longest
 
 
@@ -468,12 +484,13 @@ def rates_of(recipe: Recipe, stage: str) -> list[float]:
     lines = read_metrics(path)
     if stage in ("ppo", "rloo"):
         return [line["episodes_per_second"] for line in lines if line.get("episodes_per_second")]
-    timed = [(line["step"], line["seconds"]) for line in lines if "step" in line and "seconds" in line and "loss" in line]
+    timed = [
+        (line["step"], line["seconds"]) for line in lines if "step" in line and "seconds" in line and "loss" in line
+    ]
     settings = settings_of(recipe, stage)
     processes = (read_manifest(path) or {}).get("world_size", 1)
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
-    pairs = zip(timed, timed[1:], strict=False)
-    return [(b[0] - a[0]) * rows / (b[1] - a[1]) for a, b in pairs if b[1] > a[1] and b[0] > a[0]]
+    return [(b[0] - a[0]) * rows / (b[1] - a[1]) for a, b in pairwise(timed) if b[1] > a[1] and b[0] > a[0]]
 
 
 # What makes it fit
@@ -589,9 +606,7 @@ def run_plan(
     recipe = load_recipe(name, overrides)
     machine = machine_of(gpu)
     launch = launch_of(machine, accelerate_config)
-    plans = [
-        plan_stage(recipe, stage, machine, launch) for stage in PLANNED if getattr(recipe, stage) is not None
-    ]
+    plans = [plan_stage(recipe, stage, machine, launch) for stage in PLANNED if getattr(recipe, stage) is not None]
     if not plans:
         raise RecipeError(f"recipe {recipe.name} has no stage that trains.")
     say(f"{recipe.name} on {machine}, {machine.reserve / GIB:.1f} GB of it left alone; {_described(launch)}\n")
@@ -602,7 +617,11 @@ def run_plan(
             say(line)
         if not plan.fits:
             change = smallest_change(name, overrides, plan, accelerate_config)
-            fix = f"fits with: {change}" if change else "no change of one or two keys makes it fit: take more memory or GPUs."
+            fix = (
+                f"fits with: {change}"
+                if change
+                else "no change of one or two keys makes it fit: take more memory or GPUs."
+            )
             say(f"{'':<8} {fix}")
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         say(note)
@@ -640,7 +659,9 @@ def _gigabytes(value: float, signed: bool = False) -> str:
 
 def _lines(recipe: Recipe, plan: StagePlan, throughput: float | None) -> Iterator[str]:
     flag = "on" if plan.batch.checkpointing else "off"
-    said = ", as it fits without" if plan.chosen and not plan.batch.checkpointing and plan.machine.device != "cpu" else ""
+    said = (
+        ", as it fits without" if plan.chosen and not plan.batch.checkpointing and plan.machine.device != "cpu" else ""
+    )
     verdict = "fits" if plan.fits else "does not fit"
     yield (
         f"{plan.stage:<8} {verdict}: {plan.total / GIB:.2f} GB, headroom {plan.headroom / GIB:.2f} GB; "
@@ -660,4 +681,10 @@ def _lines(recipe: Recipe, plan: StagePlan, throughput: float | None) -> Iterato
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -8,8 +8,8 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "launch"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code", "memory"},
+    {"config", "trainer_fields", "terminal", "launch", "memory"},
+    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid"},
     {"references"},
     {"data", "tokenizer"},

@@ -183,7 +183,9 @@ def test_cache_is_what_generation_keeps(architecture):
 
 def test_adapter_has_no_embedding_to_train_and_little_state():
     config = tiny("llama")
-    adapted = model_of(config, CPU, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    adapted = model_of(
+        config, CPU, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     assert adapted.trained == 3 * 4 * (32 + 32 + 32 + 16)  # layers x rank x (in + out) of q (32, 32) and v (32, 16)
     assert not adapted.head_trained
     assert moments(adapted, RLOO, CPU)["update"].gradients == 4 * adapted.trained

@@ -184,7 +184,13 @@ def test_a_model_that_is_not_to_be_had_is_one_sentence(local, hub_cache):
     ("stage", "overrides", "rows", "steps", "tokens"),
     [
         # 3 rollouts of 8 x 2 completions, each 8 prompt tokens at most and 16 new ones; 2 passes of 2 steps.
-        ("rloo", ("episodes=40", "rloo.trainer.steps_per_generation=2", "rloo.trainer.num_iterations=2"), 48, 12, 48 * 24),
+        (
+            "rloo",
+            ("episodes=40", "rloo.trainer.steps_per_generation=2", "rloo.trainer.num_iterations=2"),
+            48,
+            12,
+            48 * 24,
+        ),
         ("rloo", ("rloo.trainer.max_steps=5",), 40, 5, 40 * 24),
         ("rloo", (), None, None, None),
         ("sft", ("sft.trainer.max_steps=5",), 40, 5, 40 * 64),  # the model's context is 64
@@ -195,7 +201,9 @@ def test_a_model_that_is_not_to_be_had_is_one_sentence(local, hub_cache):
 )
 def test_work(local, stage, overrides, rows, steps, tokens):
     name = local(
-        sft={"model": "model"}, reward={"model": "model"}, rloo={"policy": "model", "trainer": {"max_completion_length": 16}}
+        sft={"model": "model"},
+        reward={"model": "model"},
+        rloo={"policy": "model", "trainer": {"max_completion_length": 16}},
     )
     work = planned(name, stage, "cpu-8", f"{stage}.trainer.per_device_train_batch_size=8", *overrides).work
     assert (work.rows, work.steps, work.tokens) == (rows, steps, tokens)
@@ -252,7 +260,9 @@ def test_time_of_an_earlier_run(local, tmp_path, capsys):
     run = tmp_path / "runs" / "r" / "rloo"
     run.mkdir(parents=True)
     (run / "manifest.json").write_text('{"status": "finished"}', encoding="utf-8")
-    write_jsonl(run / "metrics.jsonl", [{"step": 1, "episodes_per_second": 8.0}, {"step": 2, "episodes_per_second": 4.0}])
+    write_jsonl(
+        run / "metrics.jsonl", [{"step": 1, "episodes_per_second": 8.0}, {"step": 2, "episodes_per_second": 4.0}]
+    )
     run_plan(name, [], "cpu-8", None, None)
     assert "10 min to 20 min, by the run here" in capsys.readouterr().out
 
