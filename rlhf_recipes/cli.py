@@ -225,6 +225,27 @@ def export(
 
 
 @app.command()
+def plan(
+    name: Name,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="8xH100-80, 1xRTX3060-12, 2x24, cpu; default: what is here")
+    ] = None,
+    accelerate_config: Annotated[
+        str | None, typer.Option("--accelerate-config", help="name or file of a configuration of accelerate's")
+    ] = None,
+    throughput: Annotated[
+        float | None, typer.Option("--throughput", min=1e-9, help="texts, pairs or episodes a second, for times")
+    ] = None,
+) -> None:
+    """Predict memory, steps and time of every stage, and what makes it fit; exit code 1 if one does not."""
+    from rlhf_recipes.plan import run_plan
+
+    fits = run_plan(name, overrides or [], gpu, accelerate_config, throughput)
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def score(
     name: Name,
     overrides: Overrides = None,

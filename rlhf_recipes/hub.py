@@ -77,20 +77,27 @@ def check_packages(recipe: Recipe, stage: str) -> None:
         )
 
 
+def go_offline(recipe: Recipe, stage: str) -> None:
+    """Set `HF_HUB_OFFLINE` where a stage needs the Hub and it does not answer.
+
+    Call before anything of Hugging Face is imported: its libraries read it when they are, and none then retries for a
+    minute.
+    """
+    if hub_references(recipe, stage) and not is_offline() and not is_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def check_references(recipe: Recipe, stage: str) -> None:
     """Make sure that everything a stage loads is there, and download its models; without network, from the cache only.
-
-    Call before anything of Hugging Face is imported: without network this sets `HF_HUB_OFFLINE`, which its libraries
-    read when they are imported, so that none of them retries for a minute.
 
     Raises:
         RecipeError: A file, folder or stage is missing, a model has no safetensors, or the Hub does not answer and
             something is not in its cache; every finding, with the keys to set.
     """
+    go_offline(recipe, stage)
     from_hub = hub_references(recipe, stage)
     missing = {}
-    if from_hub and (is_offline() or not is_reachable()):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    if from_hub and is_offline():
         missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
     findings = []
     for key, (reference, kind) in references(recipe, stage).items():

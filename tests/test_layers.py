@@ -8,7 +8,7 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal"},
+    {"config", "trainer_fields", "terminal", "memory"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"reward_funcs", "hub", "diagnosis", "value_model"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
