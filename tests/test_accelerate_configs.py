@@ -1,6 +1,5 @@
 """Configurations of accelerate: each is what its name says, each can be launched with, and wrong ones get a sentence."""
 
-import json
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import rlhf_recipes
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import MARKER
 from rlhf_recipes.launch_configs import config_files, find_config, kind, launchable, read_config
-from rlhf_recipes.run import read_metrics
+from rlhf_recipes.run import read_manifest, read_metrics
 
 FOLDER = Path(rlhf_recipes.__file__).parent.parent / "accelerate_configs"
 FILES = sorted(FOLDER.glob("*"))
@@ -224,19 +223,19 @@ def test_run_trains_with_two_processes_and_the_rest_with_one(tmp_path):
         assert (tensor - weights["zero"][key]).abs().max() < 1e-4, key
 
 
-def start(tmp_path: Path, config: str, *arguments: str) -> tuple[subprocess.Popen, Path]:
-    """`rlhf-recipes rloo imdb_tiny --accelerate-config ...` that has saved a new checkpoint; and the run's folder."""
+def start(tmp_path: Path, config: str, *arguments: str) -> subprocess.Popen:
+    """`rlhf-recipes rloo imdb_tiny --accelerate-config ...`; its output is added to `output.txt`."""
     command = ["-m", "rlhf_recipes.cli", "rloo", "imdb_tiny", *TINY, "rloo.trainer.save_steps=2", *arguments]
-    path = tmp_path / "runs" / "imdb_tiny" / "rloo"
-    earlier = set(path.glob(f"checkpoint-*/{MARKER}"))
     with open(tmp_path / "output.txt", "a") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, *command, "--accelerate-config", config], cwd=tmp_path, stdout=output, stderr=output
         )
-    while set(path.glob(f"checkpoint-*/{MARKER}")) <= earlier:
+
+
+def wait_until(done, tmp_path: Path, process: subprocess.Popen) -> None:
+    while not done():
         assert process.poll() is None, (tmp_path / "output.txt").read_text()
         time.sleep(0.1)
-    return process, path
 
 
 @pytest.mark.slow
@@ -244,29 +243,35 @@ def start(tmp_path: Path, config: str, *arguments: str) -> tuple[subprocess.Pope
     ("config", "sent"), [("cpu_ddp_2", signal.SIGTERM), ("cpu_zero2_2", signal.SIGINT), ("cpu", signal.SIGTERM)]
 )
 def test_stopped_it_saves_and_goes_on(config, sent, tmp_path):
-    process, path = start(tmp_path, config, "episodes=6400")
+    path = tmp_path / "runs" / "imdb_tiny" / "rloo"
+    process = start(tmp_path, config, "episodes=6400")
+    wait_until(lambda: any(path.glob(f"checkpoint-*/{MARKER}")), tmp_path, process)
     process.send_signal(sent)
     assert process.wait(60) == 143
     output = (tmp_path / "output.txt").read_text()
     stopped = re.search(r"rloo     stopped, the same command goes on from step (\d+)   runs/imdb_tiny/rloo\n", output)
     assert stopped and "Traceback" not in output and "elastic" not in output, output
-    assert json.loads((path / "manifest.json").read_text())["status"] == "stopped"
-    process, _ = start(tmp_path, config, "episodes=6400")
+    assert read_manifest(path)["status"] == "stopped"
+    process = start(tmp_path, config, "episodes=6400")
+    going_on = f"rloo     goes on from step {stopped[1]} of "
+    wait_until(lambda: going_on in (tmp_path / "output.txt").read_text(), tmp_path, process)
     process.send_signal(sent)
     assert process.wait(60) == 143
-    assert f"goes on from step {stopped[1]} of " in (tmp_path / "output.txt").read_text()
+    assert [entry["step"] for entry in read_manifest(path)["resumed"]] == [int(stopped[1])]
 
 
 @pytest.mark.slow
 def test_killed_it_leaves_no_process_behind(tmp_path):
-    process, path = start(tmp_path, "cpu_ddp_2", "episodes=6400")
+    path = tmp_path / "runs" / "imdb_tiny" / "rloo"
+    process = start(tmp_path, "cpu_ddp_2", "episodes=6400")
+    wait_until(lambda: any(path.glob(f"checkpoint-*/{MARKER}")), tmp_path, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # the launcher and two ranks
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
-    assert json.loads((path / "manifest.json").read_text())["status"] == "stopped"
+    assert read_manifest(path)["status"] == "stopped"
 
 
 @pytest.mark.slow
@@ -276,11 +281,8 @@ def test_a_second_ctrl_c_kills(tmp_path):
         "import os, signal, time\n\nif 'RANK' in os.environ:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n\n\n"
         "def deaf(completions):\n    open('asleep', 'w').close()\n    time.sleep(600)\n"
     )
-    command = ["-m", "rlhf_recipes.cli", "rloo", "imdb_tiny", *TINY, "reward_funcs=[{name: 'own.py:deaf'}]"]
-    process = subprocess.Popen([sys.executable, *command, "--accelerate-config", "cpu_ddp_2"], cwd=tmp_path)
-    while not (tmp_path / "asleep").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
+    process = start(tmp_path, "cpu_ddp_2", "reward_funcs=[{name: 'own.py:deaf'}]")
+    wait_until((tmp_path / "asleep").exists, tmp_path, process)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2)

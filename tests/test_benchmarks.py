@@ -25,6 +25,16 @@ def runner(monkeypatch):
         sys.modules.pop(name)
 
 
+@pytest.fixture
+def scaling(monkeypatch):
+    """`benchmarks/scaling.py` as a module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import scaling
+
+    yield scaling
+    sys.modules.pop("scaling")
+
+
 @pytest.fixture(scope="module")
 def arrays():
     with np.load(DATA / "trl_1_12_ppo.npz") as file:
@@ -43,6 +53,35 @@ def test_benchmark_runs_and_ends_in_json(tmp_path):
     smallest, largest = result["ppo_over_rloo_time_spread"]
     assert 0.1 < smallest <= result["ppo_over_rloo_time"] <= largest < 10
     assert result["episodes_ratio_separate"] is None  # TRL's side was left out
+
+
+@pytest.mark.slow
+def test_more_processes_change_no_weights_and_send_what_they_must(tmp_path):
+    done = run_python(
+        *(str(ROOT / "benchmarks/scaling.py"), "--quick", "--kinds", "ddp", "zero2", "--accumulation", "2"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    one, *several = json.loads(done.stdout.splitlines()[-1])["launches"]
+    assert one["losses"][1] != one["losses"][0] and sum(one["bytes"].values()) == 0
+    assert [(row["kind"], row["processes"]) for row in several] == [("ddp", 2), ("zero2", 2)]
+    for row, sent in zip(several, (1.0, 2.5), strict=True):
+        assert row["weights_differ_by"] < 1e-5 and row["losses_differ_by"] < 1e-5
+        assert sum(row["bytes"].values()) == pytest.approx(sent, rel=0.02) and row["expected_bytes"] == sent
+
+
+def test_waiting_for_the_longest_by_hand(scaling):
+    # Two ranks of two completions: the longest are 4 and 8, the sums 6 and 9.
+    lengths = np.array([[[2, 4], [1, 8]]])
+    assert scaling.steps_and_tokens(lengths) == (8 / 6, 9 / 7.5)
+    # One of two rows leaves after the shorter one: 2 x 2 + 2 of 2 x 4, and 2 x 1 + 7 of 2 x 8.
+    assert scaling.rows_left(lengths) == (6 + 9) / (8 + 16)
+    # One of ten rows ends: not worth copying the cache for, until a second one does.
+    assert scaling.rows_left(np.array([[[1, 2] + [4] * 8]])) == (10 * 2 + 8 * 2) / 40
+    drawn = scaling.draw_lengths(
+        "medium: lognormal, median 200, sigma 0.6, at most 1024", (1000, 1, 32), np.random.default_rng(0)
+    )
+    assert np.median(drawn) == pytest.approx(200, rel=0.02) and drawn.min() >= 1 and drawn.max() == 1024
 
 
 def test_ratios_pair_the_runs_of_one_round(runner):
