@@ -20,7 +20,7 @@ from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
 from rlhf_recipes.run import Run, run_path, stages_to_run
 from rlhf_recipes.sweep import plan_sweep, run_sweep
-from rlhf_recipes.terminal import complain, say
+from rlhf_recipes.terminal import complain, log_to, say
 
 app = typer.Typer(
     help="PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL.",
@@ -239,6 +239,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict memory, steps and time of every stage, and what makes it fit; exit code 1 if one does not."""
+    log_to(None)  # what is imported next has things to say
     from rlhf_recipes.plan import run_plan
 
     fits = run_plan(name, overrides or [], gpu, accelerate_config, throughput)

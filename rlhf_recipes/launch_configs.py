@@ -160,10 +160,22 @@ def zero_stage(values: dict[str, Any]) -> int:
     return zero_stage_of_file(section["deepspeed_config_file"])
 
 
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether a configuration of DeepSpeed keeps the optimizer in the CPU's memory."""
+    section = values.get("deepspeed_config") or {}
+    if "deepspeed_config_file" not in section:
+        return section.get("offload_optimizer_device", "none") != "none"
+    zero = _of_deepspeed(section["deepspeed_config_file"]).get("zero_optimization", {})
+    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+
 def zero_stage_of_file(given: str) -> int:
     """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text."""
-    text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
-    return yaml.safe_load(text).get("zero_optimization", {}).get("stage", 0)
+    return _of_deepspeed(given).get("zero_optimization", {}).get("stage", 0)
+
+
+def _of_deepspeed(given: str) -> dict[str, Any]:
+    return yaml.safe_load(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
 
 
 def purpose(path: Path) -> str:

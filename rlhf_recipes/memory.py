@@ -89,6 +89,8 @@ class Model:
     """What the backward pass needs beyond it for a moment."""
     forward: Curve
     """The most that a pass without gradient needs."""
+    loaded_bytes: int = FLOAT32
+    """Bytes of a weight, of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def moments(
         batch: What a process works on.
         launch: How the stage is started.
         value: A value network of its own; None: a head on the policy, or none.
-        reward_models: Of the reward functions, each loaded whole in float32 by every process.
+        reward_models: Of the reward functions, each loaded whole by every process.
     """
     kept = _kept(policy, batch, launch, value, reward_models)
     worst = max(_backward(policy, batch, launch, value), _step(policy, batch, launch, value), key=_sum)
@@ -205,7 +207,7 @@ def _kept(
         "buffers": FLOAT32 * trained if launch.processes > 1 and not launch.zero_stage else 0,
         "reference": whole * launch.weight_bytes if batch.reference else 0,
         "value_model": value.parameters * launch.weight_bytes if value else 0,
-        "reward_models": sum(FLOAT32 * model.parameters for model in reward_models),
+        "reward_models": sum(model.loaded_bytes * model.parameters for model in reward_models),
         # Ids and masks are int64; log-probabilities, advantages, values and returns float32.
         "rollout": batch.rollout * (16 * batch.prompt + (16 + 24) * batch.completion),
     }

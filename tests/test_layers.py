@@ -17,6 +17,7 @@ LAYERS = [
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples"},
     {"reward_funcs", "hub", "diagnosis", "value_model"},
+    {"stage_plan"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer", "adapters"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
