@@ -1,6 +1,7 @@
 """What a training stage makes of the machine it runs on: precision, attention, gradient checkpointing, vLLM."""
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +24,7 @@ ALL_TRAINED = frozenset(
 
 
 def settings(
-    stage: str, section: Trained, asked_precision: str | None = None, bytes_needed: int | None = None
+    stage: str, section: Trained, asked_precision: str | None = None, needed: Callable[[bool], int | None] | None = None
 ) -> dict[str, Any]:
     """A trainer's arguments that follow from the hardware, and a line in the log that says why.
 
@@ -34,7 +35,8 @@ def settings(
         stage: Name of the stage.
         section: Its settings.
         asked_precision: `mixed_precision` of accelerate's configuration; None: it has none.
-        bytes_needed: GPU memory that training takes without gradient checkpointing; None: not known.
+        needed: Says, in half precision or not, how many bytes of a GPU training takes without gradient checkpointing;
+            None: nobody knows.
 
     Raises:
         RecipeError: The hardware has not the precision, or vLLM is asked for where it cannot be had.
@@ -46,7 +48,7 @@ def settings(
     values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
     if on_cpu:  # accelerate runs several CPU processes as one run only with use_cpu
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
-    checkpointing, reason = _checkpointing(given, on_cpu, bytes_needed)
+    checkpointing, reason = _checkpointing(given, on_cpu, lambda: needed and needed(precision != "no"))
     if checkpointing is not None:
         values["gradient_checkpointing"] = checkpointing
     logger.info(
@@ -93,18 +95,19 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator().type
 
 
-def _checkpointing(given: dict[str, Any], on_cpu: bool, needed: int | None) -> tuple[bool | None, str]:
+def _checkpointing(given: dict[str, Any], on_cpu: bool, needed: Callable[[], int | None]) -> tuple[bool | None, str]:
     """Whether to compute activations twice instead of keeping them, and why; None: as the recipe says."""
     own = [name for name in ("gradient_checkpointing", "activation_checkpointing") if given.get(name) is not None]
     if own:
         return None, f"{'on' if given[own[0]] else 'off'}: the recipe says so"
     if on_cpu:
         return False, "it trades time for a GPU's memory"
-    if needed is None or not torch.cuda.is_available():
+    without = needed() if torch.cuda.is_available() else None
+    if without is None:
         return True, "not known what is needed without"
     free, total = torch.cuda.mem_get_info()
-    sizes = f"{needed / 2**30:.1f} GiB needed without, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    return checkpointing_needed(needed, free), sizes
+    sizes = f"{without / 2**30:.1f} GiB needed without, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return checkpointing_needed(without, free), sizes
 
 
 def checkpointing_needed(needed: int, free: int) -> bool:

@@ -106,7 +106,9 @@ class Batch:
     accumulation: int = 1
     """Micro-batches of an optimizer step."""
     rollout: int = 0
-    """Completions that are sampled at once."""
+    """Completions between two samplings."""
+    sampled: int = 0
+    """Those of them that are sampled at once."""
     reference: bool = False
     """Whether a copy of the policy is kept."""
     optimizer: str = "adamw_torch_fused"
@@ -300,16 +302,16 @@ def _step(policy: Model, batch: Batch, launch: Launch, value: Model | None) -> d
 def _sampling(policy: Model, batch: Batch, launch: Launch, reward_models: tuple[Model, ...]) -> dict[str, float]:
     number = 2 if launch.half else FLOAT32
     tokens = batch.prompt + batch.completion
-    logits = batch.rollout * policy.vocabulary * (FLOAT32 + (2 if launch.autocast else 0))
-    drawn = min(batch.rollout * policy.vocabulary, CHUNK[launch.device]) * 20  # float32 twice and float64
-    whole = batch.rollout * tokens * policy.cache * number
+    logits = batch.sampled * policy.vocabulary * (FLOAT32 + (2 if launch.autocast else 0))
+    drawn = min(batch.sampled * policy.vocabulary, CHUNK[launch.device]) * 20  # float32 twice and float64
+    whole = batch.sampled * tokens * policy.cache * number
     start = {
-        "kv_cache": batch.rollout * batch.prompt * policy.cache * number,
-        "activations": policy.forward(batch.rollout, batch.prompt),
+        "kv_cache": batch.sampled * batch.prompt * policy.cache * number,
+        "activations": policy.forward(batch.sampled, batch.prompt),
     }
     one = whole / (2 * policy.layers)  # a layer's keys, while they are copied into a longer tensor
     end = {"kv_cache": whole + one, "activations": policy.forward.fixed, "logits": logits + drawn}
-    scored = {"activations": max((model.forward(min(64, batch.rollout), tokens) for model in reward_models), default=0)}
+    scored = {"activations": max((model.forward(min(64, batch.sampled), tokens) for model in reward_models), default=0)}
     return max(start, end, scored, key=_sum)
 
 

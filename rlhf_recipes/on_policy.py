@@ -239,14 +239,17 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             self.accelerator,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            return sample_completions(
-                model,
-                prompt_ids,
-                self._tokenizer.pad_token_id,
-                self.max_completion_length,
-                self.temperature,
-                self.eos_token_ids,
-            )
+            sampled, size = [], self.args.sampling_batch_size or len(prompt_ids)
+            for first in range(0, len(prompt_ids), size):
+                sampled += sample_completions(
+                    model,
+                    prompt_ids[first : first + size],
+                    self._tokenizer.pad_token_id,
+                    self.max_completion_length,
+                    self.temperature,
+                    self.eos_token_ids,
+                )
+            return sampled
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._book("forward")

@@ -48,6 +48,7 @@ POSITIVE = (
     "kl_horizon",
     "lr_kl_target",
     "reward_timeout",
+    "sampling_batch_size",
 )
 """Settings that must be above 0 where they are given: TRL would divide by them, or train on nothing."""
 
@@ -84,6 +85,13 @@ class OnPolicyConfig(trl.RLOOConfig):
     )
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a reward function that does not answer is an error."}
+    )
+    sampling_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that a process samples at once: fewer need less memory for keys and values. None: those "
+            "of the whole rollout. vLLM and transformers' own generation have settings of theirs."
+        },
     )
     allow_truncated_sampling: bool = field(
         default=False,

@@ -60,7 +60,10 @@ def changes(recipe: Recipe, plan: StagePlan) -> list[Change]:
     """Single changes of a stage, those first that change least of what is learned."""
     stage, section = plan.stage, getattr(recipe, plan.stage)
     settings, key = settings_of(recipe, stage, plan.machine.count), f"{stage}.trainer"
-    found = []
+    found, size = [], plan.batch.sampled // 2
+    while size:
+        found.append(Change("sampling", (f"{key}.sampling_batch_size={size}",)))
+        size //= 2
     if not plan.batch.checkpointing:
         found.append(Change("checkpointing", (f"{key}.gradient_checkpointing=true",)))
     rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]

@@ -407,7 +407,8 @@ def _batch(
     rollout = (settings["generation_batch_size"] or 0) // processes or rows * (
         settings["steps_per_generation"] or accumulation
     )
-    return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, **common)
+    sampled = min(settings["sampling_batch_size"] or rollout, rollout)
+    return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, sampled=sampled, **common)
 
 
 def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, notes: list[str]) -> int:

@@ -13,7 +13,9 @@ from transformers import TrainingArguments
 from rlhf_recipes import machine
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.distributed import asked, check_setup, launched
+from rlhf_recipes.memory import Launch
 from rlhf_recipes.run import Run
+from rlhf_recipes.stage_plan import Machine, plan_stage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         given |= section.batches(launched().num_processes)
     except RecipeError as error:
         raise RecipeError(f"{run.stage}.{error}") from error
-    fitting = machine.settings(run.stage, section, wanted and wanted.mixed_precision)
+    precision = wanted and wanted.mixed_precision
+    fitting = machine.settings(run.stage, section, precision, lambda half: _bytes_needed(run, half))
     values = DEFAULTS | fitting | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
@@ -82,6 +85,21 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         if run.recipe.episodes is not None:
             _set_budget(run, args, given)
     return args
+
+
+def _bytes_needed(run: Run, half: bool) -> int | None:
+    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for the launch."""
+    setup = launched()
+    if setup.kind == "FSDP" or (setup.zero_stage or 0) > 2:
+        return None
+    gpu = Machine(setup.num_processes, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+    launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
+    try:
+        plan = plan_stage(run.recipe, run.stage, gpu, launch)
+    except RecipeError as error:  # what is really wrong is said where models are loaded
+        logger.info("no plan for gradient checkpointing: %s", error)
+        return None
+    return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
 
 
 def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def test_checkpointing_is_for_what_does_not_fit():
 )
 def test_checkpointing_on_a_gpu(given, needed, expected, why, gpu, caplog):
     gpu()
-    values = machine.settings("ppo", section(given), bytes_needed=needed and needed * GIB)
+    values = machine.settings("ppo", section(given), needed=lambda half: needed and needed * GIB)
     assert values.get("gradient_checkpointing") is expected
     assert said(caplog).endswith(f"gradient checkpointing {why}")
 

@@ -121,7 +121,9 @@ def test_accelerate_configurations():
 
 def test_zero_3_is_refused(tmp_path):
     file = tmp_path / "z.yaml"
-    file.write_text("distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 3}\n", encoding="utf-8")
+    file.write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 3}\n", encoding="utf-8"
+    )
     with pytest.raises(RecipeError, match="ZeRO-3, which plan has no numbers for"):
         launch_of(machine_of("8xH100"), str(file))
 
