@@ -92,6 +92,13 @@ class Resumable:
             with expected("mtime may not be reliable"):  # two checkpoints within a second
                 rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_deepspeed_enabled and state_dict is not None:
+            # accelerate's copy of them holds tied weights as tensors of their own, which would be written twice.
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def write_together(self, what: str, folder: Path, write: Callable[[], None]) -> None:
         """Call `write` on every rank; when it fails on one, `folder` is removed and all stop.
 
