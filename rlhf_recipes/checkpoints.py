@@ -45,8 +45,15 @@ class Resumable:
         """As the parent's; `resume_from_checkpoint=True` means the last checkpoint in `output_dir` that is whole.
 
         Raises:
-            RecipeError: There is none, or it was saved by another number of processes.
+            RecipeError: There is none, or it was saved by another number of processes; or nothing could be saved.
         """
+        plugin = self.accelerator.deepspeed_plugin if self.is_deepspeed_enabled else None
+        sharding = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+        if sharding.get("stage") == 3 and sharding.get("stage3_gather_16bit_weights_on_model_save") is not True:
+            raise RecipeError(
+                "the configuration of accelerate: with ZeRO-3 every process has a part of the model, which would never be "
+                "saved as a whole; set zero3_save_16bit_model: true under deepspeed_config."
+            )
         if resume_from_checkpoint is True:
             found = last_complete(Path(self.args.output_dir)) if self.is_world_process_zero() else None
             found = broadcast_object_list([found])[0]
