@@ -46,8 +46,15 @@ class Resumable:
         """As the parent's; `resume_from_checkpoint=True` means the last checkpoint in `output_dir` that is whole.
 
         Raises:
-            RecipeError: There is none, or it was saved by processes in another setup.
+            RecipeError: There is none, or it was saved by processes in another setup; or nothing could be saved.
         """
+        plugin = self.accelerator.deepspeed_plugin if self.is_deepspeed_enabled else None
+        sharding = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+        if sharding.get("stage") == 3 and sharding.get("stage3_gather_16bit_weights_on_model_save") is not True:
+            raise RecipeError(
+                "the configuration of accelerate: with ZeRO-3 every process has a part of the model, which would never be "
+                "saved as a whole; set zero3_save_16bit_model: true under deepspeed_config."
+            )
         if resume_from_checkpoint is True:
             found = last_complete(Path(self.args.output_dir)) if self.is_world_process_zero() else None
             found = broadcast_object_list([found])[0]
@@ -92,6 +99,13 @@ class Resumable:
         if is_main:
             with expected("mtime may not be reliable"):  # two checkpoints within a second
                 rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_deepspeed_enabled and state_dict is not None:
+            # accelerate's copy of them holds tied weights as tensors of their own, which would be written twice.
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def write_together(self, what: str, folder: Path, write: Callable[[], None]) -> None:
         """Call `write` on every rank; when it fails on one, `folder` is removed and all stop.

@@ -37,6 +37,14 @@ class PPOConfig(OnPolicyConfig):
         default=0, metadata={"help": "Optimizer steps at the start that train the value network alone."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_warmup_steps > 0 and self.deepspeed_plugin is not None:
+            raise ValueError(
+                f"value_warmup_steps is {self.value_warmup_steps}, but DeepSpeed's optimizer steps take all weights, so that "
+                "the policy would not wait for the value network; set it to 0, or launch with DDP."
+            )
+
     @property
     def needs_siblings(self) -> bool:
         return False

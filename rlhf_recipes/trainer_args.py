@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 

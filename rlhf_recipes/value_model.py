@@ -1,6 +1,7 @@
 """The value network of PPO: a head on the policy, or a model of its own; either way a part of the policy's forward."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from rlhf_recipes.models import load_model
@@ -58,7 +60,7 @@ class ValueNetwork(nn.Module):
         self._hidden_states: Tensor | None = None
         lm_head = policy.get_output_embeddings()
         if model is None:
-            self.head = nn.Linear(lm_head.weight.shape[1], 1, dtype=torch.float32, device=policy.device)
+            self.head = nn.Linear(lm_head.in_features, 1, dtype=torch.float32, device=policy.device)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
             lm_head.register_forward_pre_hook(self._remember)
@@ -125,14 +127,24 @@ def copy_of_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     Raises:
         ValueError: transformers has no sequence classifier of that architecture.
     """
-    if is_peft_model(policy):
-        policy = _merged_copy(policy)
+    with _gathered(policy):
+        policy = _merged_copy(policy) if is_peft_model(policy) else policy
+        layers = copy.deepcopy(policy.base_model)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):  # only its shape is needed; random weights would cost time and random numbers
         model = AutoModelForSequenceClassification.from_config(config)
-    setattr(model, model.base_model_prefix, copy.deepcopy(policy.base_model))
+    setattr(model, model.base_model_prefix, layers)
     return _with_new_head(model)
+
+
+def _gathered(model: nn.Module) -> AbstractContextManager:
+    """Inside, a model that ZeRO-3 has spread over the processes has all of its weights on each."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
 
 
 def _merged_copy(policy: PeftModel) -> PreTrainedModel:
@@ -197,7 +209,7 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     changed[0, -1] = 1
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _gathered(model):
         first, second = (model.base_model(input_ids=i).last_hidden_state[:, :-1] for i in (ids, changed))
     model.train(was_training)
     return not torch.allclose(first, second, atol=1e-4)

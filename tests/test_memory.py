@@ -21,7 +21,7 @@ TOY = Model(
 
 CPU = Launch(device="cpu")
 
-RLOO = Batch("rloo", rows=2, prompt=3, completion=5, accumulation=2, rollout=4, reference=True)
+RLOO = Batch("rloo", rows=2, prompt=3, completion=5, accumulation=2, rollout=4, sampled=4, reference=True)
 
 TINY = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 128},
