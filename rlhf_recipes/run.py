@@ -287,6 +287,7 @@ class Run:
             "results": self.results,
             "wall_seconds": round(self.seconds, 1),
             "peak_memory_gib": _peak_memory_gib(),
+            "peak_gpu_memory_gib": _peak_gpu_memory_gib(),
         }
         self._write()
 
@@ -415,6 +416,13 @@ def _hardware() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus,
     }
+
+
+def _peak_gpu_memory_gib() -> float | None:
+    """Peak of what torch's tensors took of this process's GPU; None without one."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
 
 
 def _peak_memory_gib() -> float | None:

@@ -56,6 +56,15 @@ def test_benchmark_runs_and_ends_in_json(tmp_path):
 
 
 @pytest.mark.slow
+def test_gpu_benchmark_runs_without_one(tmp_path):
+    arguments = ("--sizes", "tiny", "--modes", "lora", "--stages", "rloo", "--rollouts", "2")
+    done = run_python(str(ROOT / "benchmarks/gpu.py"), *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])["tiny lora rloo"]
+    assert row["episodes_per_second"] > 0 and row["planned_gb"] > 0 and row["peak_gb"] is None  # without a GPU
+
+
+@pytest.mark.slow
 def test_more_processes_change_no_weights_and_send_what_they_must(tmp_path):
     done = run_python(
         *(str(ROOT / "benchmarks/scaling.py"), "--quick", "--kinds", "ddp", "zero2", "--accumulation", "2"),
