@@ -44,8 +44,10 @@ class Setup:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`."""
-        return "MULTI" if self.distributed_type.startswith("MULTI") else self.distributed_type
+        """One of `KINDS`; DDP of one process, which `--num_processes 1` makes of a configuration, is none."""
+        if self.distributed_type.startswith("MULTI"):
+            return "MULTI" if self.num_processes > 1 else "NO"
+        return self.distributed_type
 
     def is_like(self, other: "Setup") -> bool:
         """Whether a run can go on in `other`: the device may be another, and a precision that is not known yet."""

@@ -184,6 +184,7 @@ def test_a_checkpoint_is_for_the_setup_that_saved_it(launch):
     require_same(Path("c"), saved, launched())
     require_same(Path("c"), saved, Setup(2, "DEEPSPEED", 2, "bf16", "cpu"))
     require_same(Path("c"), Setup(2, "MULTI_GPU"), Setup(2, "MULTI_CPU"))
+    require_same(Path("c"), Setup(1, "NO"), Setup(1, "MULTI_CPU"))  # DDP's configuration with --num_processes 1
     for other, said in (
         (Setup(2, "MULTI_GPU"), "saved by 2 processes with DeepSpeed ZeRO-2, and this launch is 2 processes with DDP"),
         (Setup(4, "DEEPSPEED", 2), "this launch is 4 processes with DeepSpeed ZeRO-2"),
