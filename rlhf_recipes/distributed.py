@@ -6,6 +6,7 @@ DeepSpeed plain DDP, FSDP on a CPU plain DDP or a crash. None of them may train.
 
 import os
 import shlex
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,8 +44,10 @@ class Setup:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`."""
-        return "MULTI" if self.distributed_type.startswith("MULTI") else self.distributed_type
+        """One of `KINDS`; DDP of one process, which `--num_processes 1` makes of a configuration, is none."""
+        if self.distributed_type.startswith("MULTI"):
+            return "MULTI" if self.num_processes > 1 else "NO"
+        return self.distributed_type
 
     def is_like(self, other: "Setup") -> bool:
         """Whether a run can go on in `other`: the device may be another, and a precision that is not known yet."""
@@ -98,7 +101,8 @@ def asked() -> Asked | None:
     if config is not None:
         name = str(getattr(config.distributed_type, "value", config.distributed_type))
         kind = kind or ("MULTI" if name.startswith("MULTI") else name)
-        stage = zero_stage({"deepspeed_config": config.deepspeed_config}) if stage is None else stage
+        own = {"deepspeed_config_file": args.deepspeed_config_file} if args.deepspeed_config_file else {}
+        stage = zero_stage({"deepspeed_config": own or config.deepspeed_config}) if stage is None else stage
     processes = args.num_processes or (config.num_processes if config is not None else -1)
     return Asked(
         where=str(file or "accelerate launch"),
@@ -183,6 +187,22 @@ def check_setup(args: Any) -> None:
             f"{wanted.where} asks for mixed_precision {wanted.mixed_precision}, the recipe's trainer section for "
             f"{'float32' if precision == 'no' else precision}: make the two say the same."
         )
+    if got.kind == "DEEPSPEED":
+        _check_deepspeed(args)
+
+
+def _check_deepspeed(args: Any) -> None:
+    """Refuse what DeepSpeed's configuration says otherwise than the trainer's arguments: transformers does so too late."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(deepcopy(args.deepspeed_plugin.hf_ds_config.config))
+    config.trainer_config_process(args)
+    if config.mismatches:
+        found = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", but ") for line in config.mismatches)
+        raise RecipeError(
+            f"DeepSpeed's configuration and the trainer's arguments differ: {found}; write auto in DeepSpeed's, so that "
+            "the recipe counts."
+        )
 
 
 def setup_of(trainer: Any) -> Setup:
@@ -248,11 +268,10 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def _zero_stage_of_environment() -> int | None:
+def _zero_stage_of_environment() -> int:
     if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         return zero_stage_of_file(file)
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    return int(stage) if stage else None
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # as accelerate has it where nobody says
 
 
 def _launcher_command() -> list[str] | None:

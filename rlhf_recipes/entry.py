@@ -160,7 +160,7 @@ def _let_others_speak(to_be_ended: bool = True) -> None:
     """
     if to_be_ended:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(3)
+    time.sleep(10 if to_be_ended else 3)  # an interpreter full of torch takes seconds to end, more on a busy machine
 
 
 def _lost_company(error: BaseException) -> bool:

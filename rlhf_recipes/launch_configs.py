@@ -1,6 +1,7 @@
 """Accelerate's configurations, `accelerate_configs/*.yaml`: found by name, and checked before anything is started."""
 
 import difflib
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,19 @@ def _findings(values: dict[str, Any]) -> list[str]:
         if not isinstance(keys, dict):
             return [*findings, f"{section}: must hold keys and values, not {keys!r}."]
         # accelerate takes any key here, and forgets those that it does not know.
-        names = {key if section == "deepspeed_config" or key.startswith("fsdp_") else f"fsdp_{key}" for key in keys}
+        names = {
+            key if section == "deepspeed_config" or str(key).startswith("fsdp_") else f"fsdp_{key}" for key in keys
+        }
         findings += _unknown(names, launch_options(), f"{section}.")
-    file = (values.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if file is not None and not file.lstrip().startswith("{") and not Path(file).is_file():
-        findings.append(f"deepspeed_config.deepspeed_config_file: {file}: no such file.")
+    if values.get("deepspeed_config"):
+        findings += _findings_of_deepspeed(values)
     kind, precision = values.get("distributed_type"), values.get("mixed_precision", "no")
     if kind == "MULTI_CPU" or (kind == "MULTI_GPU" and values.get("use_cpu")):
         key = "distributed_type: MULTI_CPU" if kind == "MULTI_CPU" else "use_cpu: true"
         findings.append(f"{key} would start one process; for several on the CPU see cpu_ddp_2 and cpu_zero2_2.")
     elif kind == "DEEPSPEED" and values.get("use_cpu"):
         findings.append("use_cpu: true would start plain DDP instead of DeepSpeed; see cpu_zero2_2.")
-    elif kind not in KINDS:
+    elif str(kind) not in KINDS:
         shown = "is missing" if kind is None else f"is {kind!r}"
         findings.append(f"distributed_type {shown}; set one of {', '.join(KINDS)} ('NO' in quotes).")
     if precision not in PRECISIONS:
@@ -111,7 +113,28 @@ def _findings(values: dict[str, Any]) -> list[str]:
             findings.append(f"{key} is {count!r}; it must be a whole number of at least 1.")
     if "num_processes" not in values and kind != "NO":
         findings.append("num_processes is missing.")
+    gpus = values.get("gpu_ids")
+    if gpus is not None and not isinstance(gpus, str):
+        findings.append(f"gpu_ids is {gpus!r}; accelerate takes text, in quotes: 'all', '0', '0,1'.")
+    elif kind == "MULTI_GPU" and "," not in (gpus or ",") and gpus != "all" and values.get("num_machines", 1) == 1:
+        findings.append(f"gpu_ids is {gpus!r}, one GPU; accelerate takes MULTI_GPU with at least two: 'all', '0,1'.")
     return findings
+
+
+def _findings_of_deepspeed(values: dict[str, Any]) -> list[str]:
+    section = values["deepspeed_config"]
+    if "deepspeed_config_file" not in section:
+        stage = section.get("zero_stage", 2)
+        return (
+            []
+            if str(stage) in ("0", "1", "2", "3")
+            else [f"deepspeed_config.zero_stage is {stage!r}; set 0, 1, 2 or 3."]
+        )
+    try:
+        _of_deepspeed(section["deepspeed_config_file"])
+    except RecipeError as error:
+        return [f"deepspeed_config.{error}"]
+    return []
 
 
 def _unknown(keys: Any, known: Any, section: str) -> list[str]:
@@ -156,7 +179,7 @@ def zero_stage(values: dict[str, Any]) -> int:
     """The ZeRO stage that a configuration of DeepSpeed asks for; 2 where it says none, as accelerate has it."""
     section = values.get("deepspeed_config") or {}
     if "deepspeed_config_file" not in section:
-        return section.get("zero_stage", 2)
+        return int(section.get("zero_stage", 2))
     return zero_stage_of_file(section["deepspeed_config_file"])
 
 
@@ -165,17 +188,30 @@ def offloads(values: dict[str, Any]) -> bool:
     section = values.get("deepspeed_config") or {}
     if "deepspeed_config_file" not in section:
         return section.get("offload_optimizer_device", "none") != "none"
-    zero = _of_deepspeed(section["deepspeed_config_file"]).get("zero_optimization", {})
-    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    zero = _of_deepspeed(section["deepspeed_config_file"]).get("zero_optimization") or {}
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def zero_stage_of_file(given: str) -> int:
-    """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text."""
-    return _of_deepspeed(given).get("zero_optimization", {}).get("stage", 0)
+    """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    return (_of_deepspeed(given).get("zero_optimization") or {}).get("stage", 0)
 
 
 def _of_deepspeed(given: str) -> dict[str, Any]:
-    return yaml.safe_load(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+    inline = str(given).lstrip().startswith("{")
+    try:
+        values = json.loads(given if inline else Path(given).read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError) as error:
+        shown = "its text" if inline else given
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"not DeepSpeed's JSON: {error}"
+        raise RecipeError(f"deepspeed_config_file: {shown}: {why}.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"deepspeed_config_file: {given}: it must hold keys and values, not {values!r}.")
+    return values
 
 
 def purpose(path: Path) -> str:

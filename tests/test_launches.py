@@ -87,6 +87,30 @@ def test_a_launch_that_is_what_was_asked_for_passes(launch, tmp_path, monkeypatc
     check_launch({})
 
 
+def test_a_zero_stage_that_nobody_says_is_accelerates_2(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    of_zero = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    for command in (
+        ["--use_deepspeed", "--num_processes", "2"],
+        ["--config_file", config(tmp_path, **ZERO | {"deepspeed_config": {"gradient_clipping": 1.0}})],
+    ):
+        launch(*command, processes=2, **of_zero)
+        check_launch({})
+        assert launched() == Setup(2, "DEEPSPEED", 2)
+
+
+def test_deepspeeds_own_file_on_the_command_line_beats_the_configuration(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    file = tmp_path / "ds.json"
+    command = ("--config_file", config(tmp_path, **ZERO), "--deepspeed_config_file", str(file))
+    launch(*command, processes=2, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
+    with pytest.raises(RecipeError, match="ds.json: no such file"):
+        check_launch({})
+    file.write_text('{\n\t"zero_optimization": {"stage": 1}\n}')  # indented by tabs, which YAML would not take
+    check_launch({})
+    assert launched().zero_stage == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "processes", "variables", "said"),
     [
@@ -140,12 +164,27 @@ def test_what_the_trainer_makes_of_the_launch_is_checked(launch, tmp_path):
         check_setup(SimpleNamespace(world_size=1, bf16=True, fp16=False))
 
 
+def test_what_deepspeeds_configuration_says_otherwise_than_the_recipe_is_refused(monkeypatch, tmp_path):
+    """transformers finds it when it makes the engine, after data and models, in a traceback of every process."""
+    from transformers import TrainingArguments
+
+    own = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5, "train_batch_size": "auto"}
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", json.dumps(own))
+    check_setup(TrainingArguments(tmp_path, max_grad_norm=0.5, use_cpu=True))
+    with pytest.raises(RecipeError, match="differ: gradient_clipping=0.5, but max_grad_norm=1.0; write auto"):
+        check_setup(TrainingArguments(tmp_path, use_cpu=True))
+
+
 def test_a_checkpoint_is_for_the_setup_that_saved_it(launch):
     saved = Setup(2, "DEEPSPEED", 2, "bf16", "cuda")
     launch(processes=2, **OF_ZERO)
     require_same(Path("c"), saved, launched())
     require_same(Path("c"), saved, Setup(2, "DEEPSPEED", 2, "bf16", "cpu"))
     require_same(Path("c"), Setup(2, "MULTI_GPU"), Setup(2, "MULTI_CPU"))
+    require_same(Path("c"), Setup(1, "NO"), Setup(1, "MULTI_CPU"))  # DDP's configuration with --num_processes 1
     for other, said in (
         (Setup(2, "MULTI_GPU"), "saved by 2 processes with DeepSpeed ZeRO-2, and this launch is 2 processes with DDP"),
         (Setup(4, "DEEPSPEED", 2), "this launch is 4 processes with DeepSpeed ZeRO-2"),
