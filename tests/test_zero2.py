@@ -326,6 +326,7 @@ def test_killed_in_a_rollout_it_ends_as_if_never_stopped(case, launcher):
         f"{stage}.trainer.per_device_train_batch_size=2",
         f"{stage}.trainer.steps_per_generation=2",
         f"{stage}.trainer.learning_rate=1e-3",
+        f"{stage}.trainer.sampling_batch_size=3",  # of 4
     ]
     whole, killed = launcher.path(stage, f"{case}-whole"), launcher.path(stage, f"{case}-killed")
     assert launcher.run(ZERO2, stage, f"{case}-whole", *settings) == [0, 0], launcher.output(f"{case}-whole")
@@ -361,7 +362,7 @@ def test_bf16(case, launcher):
             assert line[metric] == pytest.approx(exact_line[metric], rel=0.05, abs=0.02), metric
 
 
-@pytest.mark.parametrize("case", ["reward", "rloo", "ppo-shared", "ppo-separate"])
+@pytest.mark.parametrize("case", ["sft", "reward", "rloo", "ppo-shared", "ppo-separate"])
 def test_zero3_is_one_process(case, launcher):
     """With no weight so small that it is left whole on every process."""
     config = {
