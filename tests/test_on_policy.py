@@ -15,6 +15,7 @@ from rlhf_recipes.config import RecipeError
 from rlhf_recipes.kl import adapted_beta
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run
+from rlhf_recipes.sampling import sample_completions
 from rlhf_recipes.trainer_args import trainer_args
 
 SHARED = {
@@ -212,6 +213,20 @@ def test_old_logps_are_those_of_sampling(policy_folder, tmp_path):
             logits = trainer.model(input_ids=torch.cat([prompt, completion])[None]).logits[0] / 0.7
         expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, completion[:, None])[:, 0]
         assert torch.allclose(output["old_per_token_logps"][row, : len(completion)], expected, atol=1e-5)
+
+
+def test_sampling_in_parts_is_that_of_separate_calls(policy_folder, tmp_path):
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, sampling_batch_size=3)
+    prompts, tokenizer = [[5], [6, 7, 8], [9, 9], [4, 5, 6, 7], [8], [7, 5], [6], [5, 5]], trainer.processing_class
+    torch.manual_seed(0)
+    sampled, expected = trainer._generate_single_turn(prompts, None, None), []
+    torch.manual_seed(0)
+    for part in (prompts[:3], prompts[3:6], prompts[6:]):
+        expected += sample_completions(trainer.model, part, tokenizer.pad_token_id, 6, 1.0, trainer.eos_token_ids)
+    assert sampled == expected and len(sampled) == 8
+    torch.manual_seed(0)
+    trainer.args.sampling_batch_size = 100  # more than there are
+    assert trainer._generate_single_turn(prompts, None, None) != sampled
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {"repetition_penalty": 1.2},
@@ -538,6 +553,7 @@ def test_a_negative_mean_kl_is_explained_once(policy_folder, tmp_path, caplog):
         ({"max_completion_length": -1}, "max_completion_length must be positive, not -1"),
         ({"num_iterations": 0}, "num_iterations must be positive, not 0"),
         ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"sampling_batch_size": 0}, "sampling_batch_size must be positive, not 0"),
         (
             {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_generations": 3},
             r"num_generations \(3\): the 8 completions .* not divisible .* per_device_train_batch_size \(4\) x "
