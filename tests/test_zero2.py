@@ -215,7 +215,8 @@ def settings(case: str, config: str | None) -> list[str]:
     return [
         *more,
         f"{stage}.trainer.per_device_train_batch_size={size}",
-        f"{stage}.trainer.gradient_accumulation_steps={accumulation}",
+        # Accumulation as a user of several processes has it, and by itself.
+        f"{stage}.global_batch_size=8" if config == ZERO2 else f"{stage}.trainer.gradient_accumulation_steps={accumulation}",
         # Not Adam: a gradient of 0 that is 1e-9 by rounding (of attention's key bias) moves it by a whole step.
         f"{stage}.trainer.optim=sgd",
         f"{stage}.trainer.learning_rate=0.05",
@@ -241,6 +242,7 @@ def size_of_shard(checkpoint: Path, rank: int) -> int:
     (file,) = checkpoint.glob(f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     state = torch.load(file, weights_only=False)["optimizer_state_dict"]
     assert state["zero_stage"] == 2 and set(state["partition_count"]) == {2}
+    assert all(part.dtype == torch.float32 for part in state["single_partition_of_fp32_groups"])
     parts = [len(part) for part in state["single_partition_of_fp32_groups"]]
     for of_group, part in zip(state["base_optimizer_state"]["state"].values(), parts, strict=False):
         for moment in {"exp_avg", "exp_avg_sq"} & of_group.keys():
@@ -316,9 +318,12 @@ def test_zero2_is_ddp_is_one_process(case, launcher):
         assert value_model.score.weight.abs().max() > 1e-3  # it begins at 0
 
 
-@pytest.mark.parametrize("case", ["rloo", "ppo-separate", "ppo-lora"])
-def test_killed_in_a_rollout_it_ends_as_if_never_stopped(case, launcher):
-    """kill -9 of all ranks; the checkpoint is of the third of a rollout's four steps. Sampling is real here, and Adam."""
+@pytest.mark.parametrize(("case", "precision"), [("rloo", "bf16"), ("ppo-separate", "no"), ("ppo-lora", "no")])
+def test_killed_in_a_rollout_it_ends_as_if_never_stopped(case, precision, launcher):
+    """kill -9 of all ranks; the checkpoint is of the third of a rollout's four steps. Sampling is real here, and Adam.
+
+    In bf16, too: a checkpoint has the weights in float32 that DeepSpeed keeps.
+    """
     stage, more = CASES[case]
     settings = [
         *more,
@@ -327,12 +332,17 @@ def test_killed_in_a_rollout_it_ends_as_if_never_stopped(case, launcher):
         f"{stage}.trainer.steps_per_generation=2",
         f"{stage}.trainer.learning_rate=1e-3",
         f"{stage}.trainer.sampling_batch_size=3",  # of 4
+        f"{stage}.trainer.bf16={str(precision == 'bf16').lower()}",
     ]
+    environment = {"ACCELERATE_MIXED_PRECISION": precision}
     whole, killed = launcher.path(stage, f"{case}-whole"), launcher.path(stage, f"{case}-killed")
-    assert launcher.run(ZERO2, stage, f"{case}-whole", *settings) == [0, 0], launcher.output(f"{case}-whole")
-    assert launcher.run(ZERO2, stage, f"{case}-killed", *settings, KILLED_AT="2") == [-9, -9]
+    codes = launcher.run(ZERO2, stage, f"{case}-whole", *settings, **environment)
+    assert codes == [0, 0], launcher.output(f"{case}-whole")
+    assert launcher.run(ZERO2, stage, f"{case}-killed", *settings, KILLED_AT="2", **environment) == [-9, -9]
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-3"]
-    assert launcher.run(ZERO2, stage, f"{case}-killed", *settings) == [0, 0], launcher.output(f"{case}-killed")
+    codes = launcher.run(ZERO2, stage, f"{case}-killed", *settings, **environment)
+    assert codes == [0, 0], launcher.output(f"{case}-killed")
+    assert "MA " not in launcher.output(f"{case}-whole")  # of DeepSpeed's memory statistics
     manifest = json.loads((killed / "manifest.json").read_text(encoding="utf-8"))
     assert [entry["step"] for entry in manifest["resumed"]] == [3]
     for path in (whole, killed):
@@ -387,6 +397,21 @@ def test_zero3_is_one_process(case, launcher):
     found = launcher.path(stage, name)
     assert_one_run(trained(launcher, case, None), found)
     assert len([*found.glob("checkpoint-3/global_step3/zero_pp_rank_?_mp_rank_00_model_states.pt")]) == 2
+
+
+def test_the_best_checkpoint_is_what_is_saved(launcher):
+    """With evaluation during training; the first is made the best one, as none but it tells whether it was loaded."""
+    more = (
+        "max_steps: 4, save_steps: 2, eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, "
+        "metric_for_best_model: eval_loss, greater_is_better: true, save_total_limit: 5"
+    )
+    codes = launcher.run(ZERO2, "sft", "best", *settings("sft", ZERO2), f"sft.trainer={{{more}}}")
+    assert codes == [0, 0], launcher.output("best")
+    path = launcher.path("sft", "best")
+    best, last, saved = (weights(folder) for folder in (path / "checkpoint-2", path / "checkpoint-4", path))
+    assert all(torch.equal(saved[name], tensor) for name, tensor in best.items())
+    assert not all(torch.equal(last[name], tensor) for name, tensor in best.items())
+    assert [line["step"] for line in lines(path / "metrics.jsonl") if "eval_loss" in line][:2] == [2, 4]
 
 
 def test_value_warmup_is_refused_under_deepspeed(launcher):
