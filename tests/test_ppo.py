@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from test_on_policy import logged
 from tiny_trainers import PROMPTS, make, micro_batches, rollout, sum_of_ids, train_on
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model, TrainerCallback
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.advantages import gae, masked_whiten
@@ -208,6 +208,15 @@ def test_a_bidirectional_classifier_with_the_policys_tokenizer_is_refused(policy
     folder = save_pair(tmp_path / "model", DistilBertForSequenceClassification(config), tokenizer)
     with pytest.raises(ValueError, match="no causal sequence classifier"):
         make(PPOTrainer, policy_folder, tmp_path, value_model=str(folder))
+
+
+def test_no_warning_of_padding_where_a_value_model_is_looked_at(policy_folder, value_folder, tmp_path, monkeypatch):
+    masks = []
+    monkeypatch.setattr(
+        GPT2Model, "warn_if_padding_and_no_attention_mask", lambda self, ids, mask: masks.append(mask), raising=False
+    )
+    ppo(policy_folder, tmp_path, value_model="classifier", value_folder=value_folder)
+    assert masks and all(mask is not None for mask in masks)
 
 
 @pytest.mark.parametrize("value_model", VALUE_MODELS)
