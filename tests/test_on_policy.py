@@ -312,6 +312,22 @@ def test_other_architectures(trainer_class, architecture, tmp_path):
     assert logged(trainer)[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_a_mixture_of_experts_balances_its_load(trainer_class, tmp_path):
+    losses = []
+    for coefficient in (0.0, 0.5):
+        model = causal_lm(word_tokenizer(), "mixtral")
+        trainer = make(trainer_class, model, tmp_path, router_aux_loss_coef=coefficient)
+        torch.manual_seed(0)
+        batch, loss, gradient = train_on(trainer)
+        losses.append(loss)
+    (part,) = micro_batches(trainer, batch)
+    ids, mask = (torch.cat([part[f"prompt_{name}"], part[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    aux_loss = trainer.model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
+    assert losses[1] - losses[0] == pytest.approx(0.5 * aux_loss.item(), rel=1e-4)
+    assert any("gate" in name and tensor.abs().sum() > 0 for name, tensor in gradient.items())
+
+
 def test_the_reference_of_an_instance_is_a_copy_of_it(policy_folder, tmp_path):
     """Not the weights that its name has on disk; and an instance without any name works."""
     from transformers import AutoModelForCausalLM
