@@ -260,6 +260,8 @@ def prepare() -> None:
 
     deepspeed.utils.logger.handlers.clear()
     deepspeed.utils.logger.propagate = True
+    # In bf16 it prints the memory in use, twice for each frozen model.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     # A faster all-reduce for one machine's CPU processes, compiled when it is first used; gloo does it too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

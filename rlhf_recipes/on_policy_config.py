@@ -90,7 +90,7 @@ class OnPolicyConfig(trl.RLOOConfig):
         default=None,
         metadata={
             "help": "Completions that a process samples at once: fewer need less memory for keys and values. None: those "
-            "of the whole rollout. vLLM and transformers' own generation have settings of theirs."
+            "of the whole rollout. It is not for vLLM and transformers' own generation, which ZeRO-3 and FSDP use."
         },
     )
     allow_truncated_sampling: bool = field(

@@ -184,6 +184,11 @@ class PPOTrainer(OnPolicyTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.value_network.load(Path(resume_from_checkpoint) / FOLDER)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # whose engine has loaded all it has
+            self.value_network.load(Path(self.state.best_model_checkpoint) / FOLDER)
+
 
 class _FreezePolicy(TrainerCallback):
     """Takes the policy's gradients away while the value network warms up: 0 would still let weight decay move it."""

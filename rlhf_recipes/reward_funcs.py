@@ -16,6 +16,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import Recipe, RecipeError, RewardFunc
@@ -258,13 +259,27 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
         try:
-            function = _bind(spec, found, args)
+            with _whole_models():
+                function = _bind(spec, found, args)
         except RecipeError as error:  # it cannot know its place in the list
             message = str(error)
             where = "" if message.startswith("reward_funcs") else ": "
             raise RecipeError(f"{key}.{i}{where}{message.removeprefix('reward_funcs')}") from error
         built.append(checked(function, name, may_skip=len(specs) > 1, timeout=spec.timeout))
     return built
+
+
+@contextmanager
+def _whole_models() -> Iterator[None]:
+    """Inside, every process loads all of a model under ZeRO-3, too: no engine would put together one that is spread."""
+    from transformers.integrations import deepspeed
+
+    spread = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = spread
 
 
 def _find(name: str) -> Callable:

@@ -15,6 +15,7 @@ NOISE = (
     "deprecated",
     "The tokenizer has new PAD/BOS/EOS tokens",  # says that transformers has put right what differed
     "MatMul8bitLt: inputs will be cast",  # that is what 8-bit layers do, at each call
+    "Gradient accumulation steps mismatch",  # accelerate's own count is 1: the trainer and DeepSpeed have the true one
     "Failed to load CPU gemm_4bit_forward",  # bitsandbytes looks for a faster kernel than its own
 )
 """In warnings that a library logs: nothing that a user could or should act on."""

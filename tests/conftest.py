@@ -102,6 +102,15 @@ def causal_lm(tokenizer, architecture: str = "gpt2", seed: int = 0, **config):
             "intermediate_size": 64,
             "max_position_embeddings": 64,
         },
+        "mixtral": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "max_position_embeddings": 64,
+        },
     }[architecture]
     torch.manual_seed(seed)
     settings = (

@@ -29,6 +29,7 @@ EXPECTED = {  # processes, machines, type, ZeRO stage, precision, GPUs
     "ddp_8gpu": (8, 1, "MULTI_GPU", None, "no", "all"),
     "zero2_8xh100": (8, 1, "DEEPSPEED", 2, "bf16", "all"),
     "zero2_2x8": (16, 2, "DEEPSPEED", 2, "bf16", "all"),
+    "zero3_8xh100": (8, 1, "DEEPSPEED", 3, "bf16", "all"),
     "zero2_offload": (1, 1, "DEEPSPEED", 2, "no", "all"),
     "fsdp2_8gpu": (8, 1, "FSDP", None, "bf16", "all"),
     "cpu_ddp_2": (2, 1, "MULTI_GPU", None, "no", "-1,-1"),
@@ -74,10 +75,12 @@ def test_accelerate_makes_of_it_what_its_name_says(path, monkeypatch):
         assert plugin.deepspeed_config["zero_optimization"]["offload_optimizer"]["device"] == (
             "cpu" if offloaded else "none"
         )
+        whole = plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+        assert stage != 3 or whole is True  # else no whole model would be saved
         # False: torch's Adam stays, and nothing is compiled.
         assert plugin.deepspeed_config.get("zero_force_ds_cpu_optimizer", True) == (not offloaded)
     assert kind(read_config(path)) == {
-        "NO": "one process", "MULTI_GPU": "DDP", "DEEPSPEED": "DeepSpeed ZeRO-2", "FSDP": "FSDP"
+        "NO": "one process", "MULTI_GPU": "DDP", "DEEPSPEED": f"DeepSpeed ZeRO-{stage}", "FSDP": "FSDP"
     }[distributed_type]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rlhf_recipes.config import RecipeError
 from rlhf_recipes.kl import adapted_beta
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run
+from rlhf_recipes.sampling import sample_completions
 from rlhf_recipes.trainer_args import trainer_args
 
 SHARED = {
@@ -214,6 +215,20 @@ def test_old_logps_are_those_of_sampling(policy_folder, tmp_path):
         assert torch.allclose(output["old_per_token_logps"][row, : len(completion)], expected, atol=1e-5)
 
 
+def test_sampling_in_parts_is_that_of_separate_calls(policy_folder, tmp_path):
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, sampling_batch_size=3)
+    prompts, tokenizer = [[5], [6, 7, 8], [9, 9], [4, 5, 6, 7], [8], [7, 5], [6], [5, 5]], trainer.processing_class
+    torch.manual_seed(0)
+    sampled, expected = trainer._generate_single_turn(prompts, None, None), []
+    torch.manual_seed(0)
+    for part in (prompts[:3], prompts[3:6], prompts[6:]):
+        expected += sample_completions(trainer.model, part, tokenizer.pad_token_id, 6, 1.0, trainer.eos_token_ids)
+    assert sampled == expected and len(sampled) == 8
+    torch.manual_seed(0)
+    trainer.args.sampling_batch_size = 100  # more than there are
+    assert trainer._generate_single_turn(prompts, None, None) != sampled
+
+
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {"repetition_penalty": 1.2},
                                       {"generation_kwargs": {"no_repeat_ngram_size": 2}}])  # fmt: skip
 def test_truncated_sampling_is_refused_unless_asked_for(settings, policy_folder, tmp_path):
@@ -295,6 +310,22 @@ def test_other_architectures(trainer_class, architecture, tmp_path):
     trainer = make(trainer_class, causal_lm(word_tokenizer(), architecture), tmp_path, beta=0.1, max_steps=2)
     trainer.train()
     assert logged(trainer)[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_a_mixture_of_experts_balances_its_load(trainer_class, tmp_path):
+    losses = []
+    for coefficient in (0.0, 0.5):
+        model = causal_lm(word_tokenizer(), "mixtral")
+        trainer = make(trainer_class, model, tmp_path, router_aux_loss_coef=coefficient)
+        torch.manual_seed(0)
+        batch, loss, gradient = train_on(trainer)
+        losses.append(loss)
+    (part,) = micro_batches(trainer, batch)
+    ids, mask = (torch.cat([part[f"prompt_{name}"], part[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    aux_loss = trainer.model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
+    assert losses[1] - losses[0] == pytest.approx(0.5 * aux_loss.item(), rel=1e-4)
+    assert any("gate" in name and tensor.abs().sum() > 0 for name, tensor in gradient.items())
 
 
 def test_the_reference_of_an_instance_is_a_copy_of_it(policy_folder, tmp_path):
@@ -538,6 +569,7 @@ def test_a_negative_mean_kl_is_explained_once(policy_folder, tmp_path, caplog):
         ({"max_completion_length": -1}, "max_completion_length must be positive, not -1"),
         ({"num_iterations": 0}, "num_iterations must be positive, not 0"),
         ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"sampling_batch_size": 0}, "sampling_batch_size must be positive, not 0"),
         (
             {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_generations": 3},
             r"num_generations \(3\): the 8 completions .* not divisible .* per_device_train_batch_size \(4\) x "

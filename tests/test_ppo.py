@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
 from peft import LoraConfig
+from safetensors.torch import load_file
 from test_on_policy import logged
 from tiny_trainers import PROMPTS, make, micro_batches, rollout, sum_of_ids, train_on
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model, TrainerCallback
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.advantages import gae, masked_whiten
@@ -209,6 +210,15 @@ def test_a_bidirectional_classifier_with_the_policys_tokenizer_is_refused(policy
         make(PPOTrainer, policy_folder, tmp_path, value_model=str(folder))
 
 
+def test_no_warning_of_padding_where_a_value_model_is_looked_at(policy_folder, value_folder, tmp_path, monkeypatch):
+    masks = []
+    monkeypatch.setattr(
+        GPT2Model, "warn_if_padding_and_no_attention_mask", lambda self, ids, mask: masks.append(mask), raising=False
+    )
+    ppo(policy_folder, tmp_path, value_model="classifier", value_folder=value_folder)
+    assert masks and all(mask is not None for mask in masks)
+
+
 @pytest.mark.parametrize("value_model", VALUE_MODELS)
 def test_warm_up_trains_the_value_network_alone(value_model, policy_folder, value_folder, tmp_path):
     trainer = ppo(policy_folder, tmp_path, value_model=value_model, value_folder=value_folder, value_warmup_steps=2,
@@ -226,6 +236,21 @@ def test_warm_up_trains_the_value_network_alone(value_model, policy_folder, valu
         of_value = name.startswith("value_network")
         assert torch.equal(seen[1][name], start[name]) is not of_value or not start[name].requires_grad, name
     assert any(not torch.equal(seen[2][n], seen[1][n]) for n in start if not n.startswith("value_network"))
+
+
+def test_the_best_checkpoints_value_network_comes_with_its_policy(policy_folder, tmp_path):
+    """The first checkpoint is the best one: scores fall with every step."""
+    trainer = ppo(
+        policy_folder, tmp_path, lambda completions, trainer_state, **_: [-trainer_state.global_step] * len(completions),
+        eval_dataset=PROMPTS, per_device_eval_batch_size=8, num_generations_eval=2, max_steps=2, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="score_mean",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / FOLDER / HEAD_FILE) for step in (1, 2))
+    assert torch.equal(head_of(trainer).weight, best["head.weight"])
+    assert not torch.equal(last["head.weight"], best["head.weight"])
 
 
 def test_rewards_are_whitened_without_losing_their_mean(policy_folder, tmp_path):
