@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from conftest import causal_lm, cli, save_pair, word_tokenizer, write_jsonl
 from transformers import AutoConfig
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.headers import recipe_header
 from rlhf_recipes.memory import GIB
 from rlhf_recipes.plan import run_plan, smallest_change
 from rlhf_recipes.recipe import load_recipe, recipe_files
@@ -83,6 +85,31 @@ def test_architectures_hold_every_hub_model_of_the_recipes(hub_cache):
             if (section := getattr(recipe, stage)) is not None:
                 key = "policy" if stage in ("ppo", "rloo") else "model"
                 assert config_of(recipe, f"{stage}.{key}", getattr(section, key) or "stage:sft")[0].vocab_size > 100
+
+
+HARDWARE = {
+    # What the headers of recipes say, up to the bracket -> `--gpu` and `--accelerate-config` that mean it.
+    r"2 CPU cores, (\d+) GB": (r"cpu-\1", None),
+    r"one (\d+) GB GPU": (r"\1", None),
+    r"one H200": ("1xH200", None),
+    r"8xH100, ZeRO-2, bf16": ("8xH100", "zero2_8xh100"),
+    r"8xH100, ZeRO-2 with the optimizer on the CPU, bf16": ("8xH100", "zero2_offload"),
+}
+
+
+@pytest.mark.slow  # 40 s
+def test_every_shipped_recipe_fits_the_hardware_that_its_header_names(hub_cache):
+    files = {name: path for name, path in recipe_files().items() if not name.startswith("_")}
+    assert len(files) > 10
+    for name, path in files.items():
+        said = recipe_header(path).hardware.partition(" (")[0]
+        gpu, config = next(
+            (re.sub(form, gpu, said), config) for form, (gpu, config) in HARDWARE.items() if re.fullmatch(form, said)
+        )
+        for stage in PLANNED:
+            if getattr(load_recipe(name), stage) is not None:
+                plan = planned(name, stage, gpu, accelerate_config=config)
+                assert plan.fits, f"{name}: {stage} needs {plan.total / GIB:.1f} GB, and its header says {said}"
 
 
 @pytest.mark.parametrize(
