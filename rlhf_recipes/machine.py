@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def settings(
             None: nobody knows.
 
     Raises:
-        RecipeError: The hardware has not the precision, or vLLM is asked for where it cannot be had.
+        RecipeError: The hardware has not the precision, or vLLM is asked for with a quantized base.
     """
     given = section.trainer
     _check_vllm(stage, section)
@@ -164,14 +163,7 @@ def expect_all_gradients(trainer: Any) -> None:
 
 
 def _check_vllm(stage: str, section: Trained) -> None:
-    if not section.trainer.get("use_vllm"):
-        return
-    if find_spec("vllm") is None:
-        raise RecipeError(
-            f"{stage}.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]', or leave it out to sample with "
-            "transformers."
-        )
-    if section.quantization is not None:
+    if section.trainer.get("use_vllm") and section.quantization is not None:
         raise RecipeError(
             f"{stage}.trainer.use_vllm: vLLM is sent the adapter merged into its base, and merging rounds the weights of a "
             f"quantized base anew each time; take {stage}.quantization out, or sample with transformers."

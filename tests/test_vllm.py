@@ -218,16 +218,7 @@ def test_what_is_not_corrected_is_said_once(trainer_class, server, policy_folder
     assert not said()
 
 
-def test_vllm_that_is_not_installed_stops_before_any_model_is_looked_for(tmp_path):
-    recipe = load_recipe(
-        "imdb_tiny", [f"runs_dir={tmp_path}", "ppo.policy=nobody/knows-it", "ppo.trainer.use_vllm=true"]
-    )
-    with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: vLLM is not installed: pip install 'trl\[vllm\]'"):
-        trainer_args(Run(recipe, "ppo"), PPOConfig)
-
-
-def test_vllm_with_a_quantized_base_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.machine.find_spec", lambda name: name)
+def test_vllm_with_a_quantized_base_is_refused(tmp_path):
     overrides = ["ppo.trainer.use_vllm=true", "ppo.peft={r: 4}", "ppo.quantization={load_in_4bit: true}"]
     recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *overrides])
     with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: .*take ppo.quantization out"):
