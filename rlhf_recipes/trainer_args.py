@@ -80,16 +80,18 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
 
 
 def _bytes_needed(run: Run, half: bool) -> int | None:
-    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for the launch."""
-    setup = launched()
+    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for it."""
+    setup, given = launched(), getattr(run.recipe, run.stage).trainer
+    if given.get("use_vllm") and given.get("vllm_mode", "colocate") == "colocate":  # an engine's share is not in them
+        return None
     if setup.kind == "FSDP" or (setup.zero_stage or 0) > 2:
         return None
     gpu = Machine(setup.num_processes, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
     try:
         plan = plan_stage(run.recipe, run.stage, gpu, launch)
-    except RecipeError as error:  # what is really wrong is said where models are loaded
-        logger.info("no plan for gradient checkpointing: %s", error)
+    except Exception as error:  # noqa: BLE001  # a model that plan cannot read may train; what is wrong is said there
+        logger.info("no plan for gradient checkpointing: %s: %s", type(error).__name__, error)
         return None
     return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
 

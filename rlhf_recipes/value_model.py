@@ -210,7 +210,8 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     was_training = model.training
     model.eval()
     with torch.no_grad(), _gathered(model):
-        first, second = (model.base_model(input_ids=i).last_hidden_state[:, :-1] for i in (ids, changed))
+        whole = torch.ones_like(ids)  # or transformers warns of a pad token among them
+        first, second = (model.base_model(i, attention_mask=whole).last_hidden_state[:, :-1] for i in (ids, changed))
     model.train(was_training)
     return not torch.allclose(first, second, atol=1e-4)
 
