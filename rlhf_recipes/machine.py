@@ -50,11 +50,13 @@ def settings(
     checkpointing, reason = _checkpointing(given, on_cpu, lambda: needed and needed(precision != "no"))
     if checkpointing is not None:
         values["gradient_checkpointing"] = checkpointing
+    dtype = (given.get("model_init_kwargs") or {}).get("dtype")
     logger.info(
-        "%s: %s: %s; attention %s; gradient checkpointing %s",
+        "%s: %s: %s%s; attention %s; gradient checkpointing %s",
         stage,
         "fp32" if precision == "no" else precision,
         why,
+        f", but of weights in {dtype}, as the recipe says" if dtype is not None else "",
         _attention_line(given, on_cpu, precision),
         reason if checkpointing is None else f"{'on' if checkpointing else 'off'}: {reason}",
     )

@@ -155,6 +155,7 @@ def test_what_cannot_be_exported_says_why(finished, tmp_path):
     assert "file is there already" in refused(out=tmp_path / "full" / "file")
     assert names(tmp_path / "full") == {"file"}
     assert "could not be written" in refused(out=tmp_path / "full" / "file" / "below")
+    assert "base is inside of the run; name a folder elsewhere" in refused(out=finished / "base")
     for status in ("running", "failed", "stopped"):
         set_manifest(finished, status=status)
         assert f"has not finished (its manifest.json says {status})" in refused()

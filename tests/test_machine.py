@@ -188,6 +188,13 @@ def test_checkpointing_on_a_gpu(given, needed, expected, why, gpu, caplog):
     assert said(caplog).endswith(f"gradient checkpointing {why}")
 
 
+def test_weights_that_the_recipe_wants_in_another_dtype_are_said(caplog):
+    machine.settings("ppo", section({"model_init_kwargs": {"dtype": "bfloat16"}}))
+    assert said(caplog).startswith(
+        "ppo: fp32: on a CPU, but of weights in bfloat16, as the recipe says; attention sdpa"
+    )
+
+
 def test_a_recipes_checkpointing_on_a_cpu_is_the_recipes(caplog):
     assert "gradient_checkpointing" not in machine.settings("ppo", section({"gradient_checkpointing": True}))
     assert said(caplog).endswith("gradient checkpointing on: the recipe says so")
