@@ -289,6 +289,7 @@ def _launcher_command() -> list[str] | None:
     for i, word in enumerate(words):
         if word == "accelerate.commands.launch" or Path(word).name == "accelerate-launch":
             return words[i + 1 :]
-        if Path(word).name in ("accelerate", "accelerate_cli.py") and words[i + 1 : i + 2] == ["launch"]:
+        names = ("accelerate", "accelerate_cli.py", "accelerate.commands.accelerate_cli")
+        if Path(word).name in names and words[i + 1 : i + 2] == ["launch"]:
             return words[i + 2 :]
     return None

@@ -51,7 +51,7 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
         The folder that was written.
 
     Raises:
-        RecipeError: There is no finished run, `out` is in use, a base is missing, or the weights do not fit `dtype`.
+        RecipeError: There is no finished run, `out` is in use or in the run, a base is missing, or the weights do not fit `dtype`.
     """
     manifest = _finished(run)
     adapter = _read(run / ADAPTER) if (run / ADAPTER).is_file() else None
@@ -60,6 +60,8 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
     out = out or run.resolve().parent / f"export-{manifest['stage']}{'-merged' if adapter and merge else ''}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out: {out} is there already; name a new folder, or move that one away.")
+    if out.resolve().is_relative_to(run.resolve()):  # base/ and value_model/ of a run mean something
+        raise RecipeError(f"--out: {out} is inside of the run; name a folder elsewhere.")
     log_to(None)
     from_hub = adapter is not None and is_hub_model(adapter["base_model_name_or_path"] or "")
     if from_hub and not is_offline() and not is_reachable():

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -18,6 +19,21 @@ SECONDS_TO_ANSWER = 5
 
 HASHED_BYTES = 100 * 2**20
 """Of data files up to this size the manifest has the sha256, of larger ones size and time of change."""
+
+OPTIMIZERS = (
+    (r"^paged_|bnb|^ademamix|^lion|^adamw_8bit", "bitsandbytes", "bitsandbytes (rlhf-recipes[quantization])"),
+    (r"^adamw_torch_[48]bit$", "torchao", "torchao"),
+    (r"^galore_", "galore_torch", "galore-torch"),
+    (r"^apollo_", "apollo_torch", "apollo-torch"),
+    (r"lomo$", "lomo_optim", "lomo-optim"),
+    (r"^grokadamw$", "grokadamw", "grokadamw"),
+    (r"^schedule_free_", "schedulefree", "schedulefree"),
+    (r"^stable_adamw$", "optimi", "torch-optimi"),
+    (r"^adamw_anyprecision$", "torchdistx", "torchdistx"),
+    (r"^adamw_torch_xla$", "torch_xla", "torch-xla"),
+    (r"^adamw_torch_npu_fused$", "torch_npu", "torch-npu"),
+)
+"""Of transformers' optimizers that are not torch's own: what their names look like, the module, what to install."""
 
 OWN_VALUE_MODELS = ("shared", "policy")
 """Values of `ppo.value_model` that refer to the policy itself."""
@@ -66,15 +82,32 @@ def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
 
 
 def check_packages(recipe: Recipe, stage: str) -> None:
-    """Make sure that a stage can quantize where it is to, before it downloads anything.
+    """Make sure that the packages are installed that a stage's settings ask for, before it downloads anything.
 
     Raises:
-        RecipeError: bitsandbytes is not installed.
+        RecipeError: One is not.
     """
-    if getattr(getattr(recipe, stage, None), "quantization", None) is not None and find_spec("bitsandbytes") is None:
+    section = getattr(recipe, stage, None)
+    given = getattr(section, "trainer", {})
+    if getattr(section, "quantization", None) is not None and find_spec("bitsandbytes") is None:
         raise RecipeError(
             f"{stage}.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'"
         )
+    if given.get("use_vllm") and find_spec("vllm") is None:
+        raise RecipeError(
+            f"{stage}.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]', or leave it out to sample with "
+            "transformers."
+        )
+    if given.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise RecipeError(
+            f"{stage}.trainer.use_liger_kernel: liger-kernel is not installed; install it, or leave it out."
+        )
+    for names, module, package in OPTIMIZERS:
+        if re.search(names, str(given.get("optim"))) and find_spec(module) is None:
+            raise RecipeError(
+                f"{stage}.trainer.optim: {given['optim']} needs {package}, which is not installed; install it, or take "
+                "another, such as adamw_torch."
+            )
 
 
 def go_offline(recipe: Recipe, stage: str) -> None:

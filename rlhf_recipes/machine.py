@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def settings(
             None: nobody knows.
 
     Raises:
-        RecipeError: The hardware has not the precision, or vLLM is asked for where it cannot be had.
+        RecipeError: The hardware has not the precision, or vLLM is asked for with a quantized base.
     """
     given = section.trainer
     _check_vllm(stage, section)
@@ -51,11 +50,13 @@ def settings(
     checkpointing, reason = _checkpointing(given, on_cpu, lambda: needed and needed(precision != "no"))
     if checkpointing is not None:
         values["gradient_checkpointing"] = checkpointing
+    dtype = (given.get("model_init_kwargs") or {}).get("dtype")
     logger.info(
-        "%s: %s: %s; attention %s; gradient checkpointing %s",
+        "%s: %s: %s%s; attention %s; gradient checkpointing %s",
         stage,
         "fp32" if precision == "no" else precision,
         why,
+        f", but of weights in {dtype}, as the recipe says" if dtype is not None else "",
         _attention_line(given, on_cpu, precision),
         reason if checkpointing is None else f"{'on' if checkpointing else 'off'}: {reason}",
     )
@@ -164,14 +165,7 @@ def expect_all_gradients(trainer: Any) -> None:
 
 
 def _check_vllm(stage: str, section: Trained) -> None:
-    if not section.trainer.get("use_vllm"):
-        return
-    if find_spec("vllm") is None:
-        raise RecipeError(
-            f"{stage}.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]', or leave it out to sample with "
-            "transformers."
-        )
-    if section.quantization is not None:
+    if section.trainer.get("use_vllm") and section.quantization is not None:
         raise RecipeError(
             f"{stage}.trainer.use_vllm: vLLM is sent the adapter merged into its base, and merging rounds the weights of a "
             f"quantized base anew each time; take {stage}.quantization out, or sample with transformers."

@@ -6,6 +6,7 @@ arithmetic, in `moments`.
 """
 
 import copy
+import warnings
 import weakref
 from dataclasses import dataclass, fields
 from typing import Any
@@ -409,7 +410,9 @@ def _made(
     peft_config = copy.deepcopy(peft_config)
     peft_config.inference_mode = False  # as it is on disk
     peft_config.init_lora_weights = True  # others look at the weights, which are not there
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # which makes no difference in size
+        return get_peft_model(model, peft_config)
 
 
 def _packed(model: nn.Module, quantization_config: Any) -> list[nn.Module]:

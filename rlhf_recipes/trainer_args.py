@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,9 +22,6 @@ logger = logging.getLogger(__name__)
 # Ten checkpoints a run: to be killed costs a tenth of it at most.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
-
-BITSANDBYTES = re.compile("^paged_|bnb|^ademamix|^(adamw|lion)_8bit")
-"""Found in the names of transformers' optimizers that are bitsandbytes'."""
 
 
 def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
@@ -72,11 +68,6 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
             "one process trains on one GPU, and %d are here: --accelerate-config ddp_8gpu uses more.", args.n_gpu
         )
         args._n_gpu = 1
-    if BITSANDBYTES.search(args.optim) and find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            f"{run.stage}.trainer.optim: {args.optim.value} needs bitsandbytes, which is not installed: "
-            "pip install 'rlhf-recipes[quantization]', or take another, such as adamw_torch."
-        )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
@@ -89,16 +80,18 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
 
 
 def _bytes_needed(run: Run, half: bool) -> int | None:
-    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for the launch."""
-    setup = launched()
+    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for it."""
+    setup, given = launched(), getattr(run.recipe, run.stage).trainer
+    if given.get("use_vllm") and given.get("vllm_mode", "colocate") == "colocate":  # an engine's share is not in them
+        return None
     if setup.kind == "FSDP" or (setup.zero_stage or 0) > 2:
         return None
     gpu = Machine(setup.num_processes, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
     try:
         plan = plan_stage(run.recipe, run.stage, gpu, launch)
-    except RecipeError as error:  # what is really wrong is said where models are loaded
-        logger.info("no plan for gradient checkpointing: %s", error)
+    except Exception as error:  # noqa: BLE001  # a model that plan cannot read may train; what is wrong is said there
+        logger.info("no plan for gradient checkpointing: %s: %s", type(error).__name__, error)
         return None
     return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import causal_lm, cli, put_into_cache, save_pair, word_tokenizer
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_adapters import LORA, NF4, logits, models, own_code, run, trained  # noqa: F401  # fixtures among them
@@ -154,6 +155,7 @@ def test_what_cannot_be_exported_says_why(finished, tmp_path):
     assert "file is there already" in refused(out=tmp_path / "full" / "file")
     assert names(tmp_path / "full") == {"file"}
     assert "could not be written" in refused(out=tmp_path / "full" / "file" / "below")
+    assert "base is inside of the run; name a folder elsewhere" in refused(out=finished / "base")
     for status in ("running", "failed", "stopped"):
         set_manifest(finished, status=status)
         assert f"has not finished (its manifest.json says {status})" in refused()
@@ -285,6 +287,21 @@ def test_a_models_own_code_goes_along(peft, own_code, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_what_a_card_says_loads_an_adapter_of_dora(stage, models, run):
+    folder = run(stage, {stage: {"model": str(models["llama"]), "peft": LORA | {"use_dora": True}}})
+    out = export_run(folder, None, merge=False, dtype=None)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft" and card.data.tags == ["rlhf_recipes", "trl", stage]
+    said = {}
+    exec(card.content.split("```python")[1].split("```")[0].replace("FOLDER", str(out)), said)
+    auto_class = {"sft": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}[stage]
+    expected = logits(load_model(auto_class, "here", str(folder)))
+    assert torch.allclose(logits(said["model"]), expected, atol=1e-5)
+    assert said["tokenizer"].get_vocab() == word_tokenizer().get_vocab()
+
+
+@pytest.mark.slow
 def test_a_value_network_is_converted_with_its_policy(models, run, tmp_path):
     folder = run("ppo", {"ppo": {"policy": str(models["gpt_neox"]), "value_model": "policy"}})
     out = export_run(folder, None, False, "bfloat16")
@@ -308,6 +325,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(hub_cache, tmp_path, reviews
     done = cli("rloo", "r.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     card = (export_run(tmp_path / "runs/r/rloo", None, False, None) / "README.md").read_text()
+    assert f'AutoModelForCausalLM.from_pretrained("org/lm", revision="{commit}")' in card
     assert "it needs its base, org/lm of the Hub (--merge makes" in card
     assert "library_name: peft\nbase_model: org/lm\n" in card and f"| base | org/lm at commit {commit} |" in card
     assert f"| started from | org/lm of the Hub at commit {commit} |" in card

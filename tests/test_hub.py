@@ -1,6 +1,7 @@
 """Without network and without a copy: a clear word within seconds, naming every key to set."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -8,10 +9,11 @@ import time
 
 import pytest
 from conftest import REVIEWS, causal_lm, cli, put_into_cache, run_python, save_pair, word_tokenizer, write_jsonl
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
 from rlhf_recipes import hub
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.hub import check_references, hub_references, sources
+from rlhf_recipes.hub import check_packages, check_references, hub_references, sources
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run
 
@@ -165,6 +167,27 @@ def test_large_files_are_not_read_whole(tmp_path, monkeypatch):
     found = sources(load_recipe("imdb_tiny", [f"data.path={data}"]), "sft")["data.path"]
     assert found["bytes"] == data.stat().st_size and found["modified"] == data.stat().st_mtime
     assert "sha256" not in found
+
+
+def test_packages_that_settings_ask_for_are_named_where_they_are_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "find_spec", asked.append)
+
+    def refused(key, value):
+        with pytest.raises(RecipeError) as caught:
+            check_packages(load_recipe("imdb_tiny", [f"rloo.trainer.{key}={value}"]), "rloo")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "rloo.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]'" in refused("use_vllm", "true")
+    assert "rloo.trainer.use_liger_kernel: liger-kernel is not" in refused("use_liger_kernel", "true")
+    of_torch = ("_get_adafactor", "_get_adamw_torch", "_get_sgd", "_get_adagrad", "_get_rmsprop")
+    for optim, handler in _OPTIMIZER_HANDLERS.items():  # of every optimizer that transformers has
+        if handler.__name__ in of_torch:
+            check_packages(load_recipe("imdb_tiny", [f"rloo.trainer.optim={optim.value}"]), "rloo")
+        else:
+            assert f"rloo.trainer.optim: {optim.value} needs " in refused("optim", optim.value)
+            assert f"from {asked[-1]}" in inspect.getsource(handler)
 
 
 @pytest.fixture

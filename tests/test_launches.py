@@ -71,6 +71,22 @@ def test_what_was_asked_for_is_read_off_the_launcher(launch, tmp_path):
     assert distributed.asked().kind == "MULTI" and distributed.asked().mixed_precision is None
 
 
+@pytest.mark.parametrize(
+    "started",
+    [
+        ["/bin/accelerate-launch"],
+        ["-m", "accelerate.commands.launch"],
+        ["-m", "accelerate.commands.accelerate_cli", "launch"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_every_way_to_start_accelerate_is_seen(started, launch, monkeypatch):
+    launch()
+    words = ["python", *started, "--mixed_precision", "bf16", "-m", "rlhf_recipes.ppo", "--recipe", "imdb_tiny"]
+    monkeypatch.setattr(distributed.psutil, "Process", lambda pid: SimpleNamespace(cmdline=lambda: words))
+    assert distributed.asked().mixed_precision == "bf16"
+
+
 def test_without_accelerate_nothing_was_asked_for(launch, monkeypatch):
     launch()
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")

@@ -22,7 +22,7 @@ from rlhf_recipes.adapters import starting_point
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run
-from rlhf_recipes.trainer_args import trainer_args
+from rlhf_recipes.trainer_args import _bytes_needed, trainer_args
 
 GIB = 2**30
 
@@ -188,6 +188,13 @@ def test_checkpointing_on_a_gpu(given, needed, expected, why, gpu, caplog):
     assert said(caplog).endswith(f"gradient checkpointing {why}")
 
 
+def test_weights_that_the_recipe_wants_in_another_dtype_are_said(caplog):
+    machine.settings("ppo", section({"model_init_kwargs": {"dtype": "bfloat16"}}))
+    assert said(caplog).startswith(
+        "ppo: fp32: on a CPU, but of weights in bfloat16, as the recipe says; attention sdpa"
+    )
+
+
 def test_a_recipes_checkpointing_on_a_cpu_is_the_recipes(caplog):
     assert "gradient_checkpointing" not in machine.settings("ppo", section({"gradient_checkpointing": True}))
     assert said(caplog).endswith("gradient checkpointing on: the recipe says so")
@@ -224,6 +231,58 @@ def test_sampling_keeps_the_cache_where_training_is_checkpointed(
     assert sampled[1:] == [(True, 1)] * 5
     assert trained == [False, False]
     assert len(layers) == 2  # inside of a checkpoint there is no gradient in the first pass: these are the second ones
+
+
+@pytest.fixture
+def planned(gpu, monkeypatch, tmp_path, policy_folder, caplog):
+    """What a stage takes of a GPU that is played, on tiny models; and the arguments that follow."""
+    gpu()
+    memory = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", logger="rlhf_recipes.trainer_args")
+
+    def planned(stage, *overrides):
+        models = [f"sft={{model: {policy_folder}}}", f"reward.model={policy_folder}"]
+        policies = [f"{name}.policy={policy_folder}" for name in ("ppo", "rloo")]
+        recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *models, *policies, *overrides])
+        needed = _bytes_needed(Run(recipe, stage), True)
+        return needed, machine.settings(stage, getattr(recipe, stage), needed=lambda half: needed)
+
+    return planned
+
+
+@pytest.mark.parametrize("peft", ["null", "{r: 4}"], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rloo"])
+def test_what_a_gpu_needs_is_known_for_every_stage(stage, peft, planned, caplog, recwarn):
+    needed, values = planned(stage, f"{stage}.peft={peft}")
+    assert 0 < needed < GIB and values["gradient_checkpointing"] is False
+    assert "70.0 of 80.0 GiB free" in said(caplog)
+    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
+
+
+def test_a_plan_that_fails_is_no_error(planned, caplog, tmp_path):
+    AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path / "ssm")
+    for override, why in [
+        (f"rloo.policy={tmp_path}/ssm", "no plan for gradient checkpointing: AttributeError"),
+        (
+            "rloo.policy=nobody/knows-it",
+            "no plan for gradient checkpointing: RecipeError: rloo.policy: the config.json",
+        ),
+        ("rloo.peft={r: 4, target_modules: [nothing]}", "no plan for gradient checkpointing: RecipeError: rloo.peft"),
+        ("rloo.trainer.use_vllm=true", ""),  # which takes a share of the GPU that nobody plans
+    ]:
+        caplog.clear()
+        assert planned("rloo", override)[1]["gradient_checkpointing"] is True
+        assert why in caplog.text and "on: not known what is needed without" in said(caplog)
+    caplog.clear()
+    assert planned("rloo", "rloo.trainer.use_vllm=true", "rloo.trainer.vllm_mode=server")[0] > 0
+
+
+def test_on_a_cpu_nothing_is_planned(monkeypatch, tmp_path):
+    monkeypatch.setattr("rlhf_recipes.trainer_args.plan_stage", lambda *arguments: 1 / 0)
+    recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}"])
+    assert trainer_args(Run(recipe, "ppo"), PPOConfig).gradient_checkpointing is False
 
 
 # Attention

@@ -1,12 +1,16 @@
 """Sampling with vLLM: a stand-in takes weights as vLLM does, and samples from what it was sent and nothing else."""
 
+import json
 import math
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
-from conftest import word_tokenizer
+from conftest import run_python, word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_trainers import ALGORITHMS, make
 from transformers import AutoModelForCausalLM
@@ -130,13 +134,15 @@ def colocated(policy_folder, monkeypatch):
 
 
 def trained(trainer_class, model, folder, engine, mode, **settings):
-    """Trains three steps, a rollout each; every rollout must be what the engine's model says of it."""
+    """Trains three steps, a rollout each; every rollout must be what the engine's model says of it (None: it is another's)."""
     settings |= {"use_vllm": True, "vllm_mode": mode, "beta": 0.1, "max_steps": 3, "learning_rate": 0.02}
     trainer = make(trainer_class, model, folder, **settings)
     rollout, distances = trainer._generate_and_score_completions, []
 
     def compared(inputs):
         output = rollout(inputs)
+        if engine is None:
+            return output
         ids, mask = (torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         length = output["completion_ids"].size(1)
         with torch.no_grad():
@@ -147,8 +153,8 @@ def trained(trainer_class, model, folder, engine, mode, **settings):
 
     trainer._generate_and_score_completions = compared
     trainer.train()
-    assert len(distances) == 3
-    assert max(distances) < 1e-4, distances
+    assert len(distances) == (0 if engine is None else 3)
+    assert max(distances, default=0.0) < 1e-4, distances
     return trainer
 
 
@@ -169,6 +175,38 @@ def test_a_server_is_sent_the_policys_weights_and_no_others(case, server, policy
     start = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
     moved = {n: (t - start[n]).abs().max().item() for n, t in server.engine.model.named_parameters()}
     assert max(moved.values()) > 1e-3
+
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+from test_vllm import CASES, Client, Engine, trained, vllm_generation
+
+folder, case, out = sys.argv[1:]
+client = Client(Engine(folder))
+vllm_generation.is_vllm_available = lambda: True
+vllm_generation.VLLMClient = lambda **given: client
+trainer_class, settings = CASES[case]
+# Only what the main process was told of can be sampled from; the others' engines stay as they were.
+main = os.environ["RANK"] == "0"
+trainer = trained(trainer_class, folder, out, client.engine if main else None, "server", **settings)
+Path(out, os.environ["RANK"]).write_text(json.dumps([trainer.accelerator.num_processes, client.engine.syncs, client.asked]))
+"""
+
+
+@pytest.mark.parametrize("case", ["rloo-lora", "ppo-separate"])
+def test_of_two_processes_one_talks_to_the_server(case, policy_folder, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    config = Path(__file__).parents[1] / "accelerate_configs" / "cpu_ddp_2.yaml"
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(config))
+    arguments = (str(tmp_path / "rank.py"), str(policy_folder), case, str(tmp_path))
+    done = run_python(*launch, *arguments, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
+    (processes, syncs, asked), (_, *silent) = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    generations = CASES[case][1].get("num_generations", 2)
+    assert processes == 2 and syncs == [names_of(policy_folder)] * 3
+    assert asked == [[16 // generations, generations, None]] * 3  # of both
+    assert silent == [[], []]
 
 
 @pytest.mark.parametrize("case", ["ppo-shared", "ppo-separate-lora", "rloo-lora"])
@@ -218,16 +256,7 @@ def test_what_is_not_corrected_is_said_once(trainer_class, server, policy_folder
     assert not said()
 
 
-def test_vllm_that_is_not_installed_stops_before_any_model_is_looked_for(tmp_path):
-    recipe = load_recipe(
-        "imdb_tiny", [f"runs_dir={tmp_path}", "ppo.policy=nobody/knows-it", "ppo.trainer.use_vllm=true"]
-    )
-    with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: vLLM is not installed: pip install 'trl\[vllm\]'"):
-        trainer_args(Run(recipe, "ppo"), PPOConfig)
-
-
-def test_vllm_with_a_quantized_base_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.machine.find_spec", lambda name: name)
+def test_vllm_with_a_quantized_base_is_refused(tmp_path):
     overrides = ["ppo.trainer.use_vllm=true", "ppo.peft={r: 4}", "ppo.quantization={load_in_4bit: true}"]
     recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *overrides])
     with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: .*take ppo.quantization out"):
