@@ -411,7 +411,8 @@ def test_zero3_is_one_process(case, launcher):
 def test_zero3_with_a_reward_model(launcher):
     """As reward function each process has it whole, though transformers would spread it; as value network it is spread."""
     model = trained(launcher, "reward", None)
-    more = [f"ppo.value_model={model}", f"reward_funcs=[{{name: reward_model, args: {{model: {model}}}}}]"]
+    functions = f"{{name: reward_model, args: {{model: {model}}}}}, {{name: '{launcher.folder}/own.py:score'}}"
+    more = [f"ppo.value_model={model}", f"reward_funcs=[{functions}]"]
     codes = launcher.run(launcher.zero3(), "ppo", "rm-zero3", *settings("ppo-shared", ZERO2), *more, GIVEN="1")
     assert codes == [0, 0], launcher.output("rm-zero3")
     assert_one_run(trained(launcher, "ppo-shared", None, "-rm", *more), launcher.path("ppo", "rm-zero3"))
