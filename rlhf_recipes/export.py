@@ -72,7 +72,8 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
             part = Path(hidden) / out.name
             part.mkdir()
             notes = _write(run, manifest, adapter, part, merge, dtype)
-            (part / CARD).write_text(_card(run, manifest, adapter, merge, notes), encoding="utf-8")
+            written = _read(part / ADAPTER) if (part / ADAPTER).is_file() else None
+            (part / CARD).write_text(_card(run, manifest, written, notes), encoding="utf-8")
             if out.exists():
                 out.rmdir()
             part.rename(out)
@@ -236,24 +237,25 @@ def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
     return [f"{source.get('path', reference)} (a local folder, not of the Hub)"]
 
 
-def _card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, merge: bool, notes: list[str]) -> str:
-    """The model card."""
-    stage, is_adapter = manifest["stage"], adapter is not None and not merge
+def _card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, notes: list[str]) -> str:
+    """The model card; `adapter` is the configuration of one that is exported as it is."""
+    stage, is_adapter = manifest["stage"], adapter is not None
     origin = _origin(run, manifest)
     hub = [step.partition(" of the Hub at commit ") for step in origin if " of the Hub at commit " in step]
     auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
-    head = "num_labels=1" if stage == "reward" and is_adapter else ""
-    if is_adapter and (run / MERGED_BASE).is_dir():
-        load = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}, AutoTokenizer",
-            "",
-            f'base = {auto}.from_pretrained("FOLDER/{MERGED_BASE}")',
-            'model = PeftModel.from_pretrained(base, "FOLDER")',
-        ]
+    more = ["num_labels=1"] if stage == "reward" and is_adapter else []
+    more += ["trust_remote_code=True"] if _start(manifest) in manifest["settings"].get("trust_remote_code", []) else []
+    load = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if is_adapter:  # transformers alone loads one of DoRA without its magnitudes
+        beside = (run / MERGED_BASE).is_dir()
+        base = f"FOLDER/{MERGED_BASE}" if beside else adapter["base_model_name_or_path"]
+        if not beside and adapter.get("revision") is not None:
+            more.append(f'revision="{adapter["revision"]}"')
+        load = ["from peft import PeftModel", *load]
+        load += [f"base = {auto}.from_pretrained({', '.join([json.dumps(base), *more])})"]
+        load += ['model = PeftModel.from_pretrained(base, "FOLDER")']
     else:
-        arguments = ", ".join(filter(None, ['"FOLDER"', head]))
-        load = [f"from transformers import {auto}, AutoTokenizer", "", f"model = {auto}.from_pretrained({arguments})"]
+        load += [f"model = {auto}.from_pretrained({', '.join([json.dumps('FOLDER'), *more])})"]
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items() if number)
     rows = {
         "what it is": "; ".join(notes),
