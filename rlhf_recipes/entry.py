@@ -53,7 +53,7 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
     code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)
-    if code in (0, STOPPED) and _is_distributed():
+    if code in (0, STOPPED) and _has_joined():
         from accelerate import PartialState
 
         PartialState().destroy_process_group()  # or its threads abort the interpreter's exit
@@ -181,6 +181,12 @@ def _join(given: dict[str, Any]) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=bool(given.get("use_cpu")) or not torch.accelerator.is_available())
+
+
+def _has_joined() -> bool:
+    """Whether this process has met others; one that was stopped before may have imported half of torch, for ever."""
+    state = sys.modules.get("accelerate.state")
+    return bool(getattr(getattr(state, "PartialState", None), "_shared_state", None))
 
 
 def _progress(checkpoint: Path) -> str:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +22,7 @@ import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import checkpoints, last_complete, saved_setup, step_of, write_whole, writing
-from rlhf_recipes.distributed import Setup, require_same
+from rlhf_recipes.distributed import Setup, launched, require_same
 from rlhf_recipes.recipe import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -214,14 +215,18 @@ class Run:
         self._write()  # first: without a manifest, a folder is taken for something else's
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
 
-    def record_setup(self, setup: Setup) -> None:
-        """Write into the manifest in what setup the run trains.
+    def check_precision(self, mixed_precision: str) -> None:
+        """Refuse to go on from a checkpoint in another precision; before models are loaded, for DeepSpeed dies of it.
 
         Raises:
-            RecipeError: It goes on from a checkpoint that was saved in another precision.
+            RecipeError: Says both.
         """
         if self.checkpoint is not None:
-            require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), setup)
+            now = replace(launched(), mixed_precision=mixed_precision)
+            require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), now)
+
+    def record_setup(self, setup: Setup) -> None:
+        """Write into the manifest in what setup the run trains."""
         if self.is_main:
             self.manifest["setup"] = setup.to_dict()
             with writing("the manifest", self.path / MANIFEST):

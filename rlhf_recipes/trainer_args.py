@@ -63,6 +63,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
         raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
     check_setup(args)
+    run.check_precision(args.mixed_precision)
     if args.n_gpu > 1:  # of one process; transformers would spread it over all GPUs by DataParallel
         logger.warning(
             "one process trains on one GPU, and %d are here: --accelerate-config ddp_8gpu uses more.", args.n_gpu

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REVIEWS, run_python, write_jsonl
 
-from rlhf_recipes import distributed
+from rlhf_recipes import distributed, entry
 from rlhf_recipes.config import RecipeError, Rloo, Sft
 from rlhf_recipes.distributed import Setup, check_launch, check_setup, launched, require_same
 
@@ -169,6 +169,18 @@ def test_deepspeed_that_is_not_installed_names_the_extra(launch, monkeypatch):
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'rlhf-recipes\[deepspeed\]'"):
         check_launch({})
+
+
+def test_stopped_while_torch_is_imported_a_rank_ends_without_importing_it_again(monkeypatch):
+    """What is left half imported cannot be imported a second time."""
+    monkeypatch.setattr(entry, "run_stage", lambda *arguments: entry.STOPPED)
+    monkeypatch.setattr(sys, "argv", ["rloo", "--recipe", "imdb_tiny"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "accelerate.state", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        entry.stage_command("rloo", lambda run: "")
+    assert ended.value.code == 143
 
 
 def test_what_the_trainer_makes_of_the_launch_is_checked(launch, tmp_path):

@@ -139,6 +139,15 @@ def change_manifest(run: Run, **process) -> None:
     (run.path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_another_precision_than_the_checkpoints_is_refused_before_models_are_loaded(killed, load):
+    again = Run(load(), "sft")
+    again.check_precision("bf16")  # nothing to go on from yet
+    again.start()
+    again.check_precision("no")
+    with pytest.raises(RecipeError, match="saved by 1 process in mixed_precision no, and this launch is .* bf16"):
+        again.check_precision("bf16")
+
+
 def test_a_killed_run_goes_on_in_its_folder(killed, load):
     (killed.path / "checkpoint-30").mkdir()  # torn
     (killed.path / ".final").mkdir()
