@@ -1,5 +1,6 @@
 """What a recipe needs before it runs: every stage against a GPU's memory, what makes it fit, how long it takes."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ from rlhf_recipes.launch_configs import config_files, find_config, offloads, rea
 from rlhf_recipes.memory import GIB, Launch
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import is_finished, read_manifest, read_metrics, run_path
-from rlhf_recipes.stage_plan import PLANNED, StagePlan, launch_of, machine_of, plan_stage, settings_of
+from rlhf_recipes.stage_plan import PLANNED, Machine, StagePlan, launch_of, machine_of, plan_stage, settings_of
 from rlhf_recipes.terminal import say
 
 
@@ -28,7 +29,7 @@ def rates_of(recipe: Recipe, stage: str) -> list[float]:
         (line["step"], line["seconds"]) for line in lines if "step" in line and "seconds" in line and "loss" in line
     ]
     processes = read_manifest(path)["setup"]["num_processes"]
-    settings = settings_of(recipe, stage, processes)
+    settings = settings_of(load_recipe(str(path / "recipe.yaml")), stage, processes)  # as it ran, not as it is planned
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
     return [(b[0] - a[0]) * rows / (b[1] - a[1]) for a, b in pairwise(timed) if b[1] > a[1] and b[0] > a[0]]
 
@@ -52,8 +53,8 @@ class Change:
         return Change(f"{self.kind}, {other.kind}", self.overrides + other.overrides, config)
 
     def __str__(self) -> str:
-        option = [f"--accelerate-config {self.accelerate_config}"] if self.accelerate_config else []
-        return " ".join([*option, *(f'"{part}"' if set(part) & set(" {[") else part for part in self.overrides)])
+        option = ["--accelerate-config", self.accelerate_config] if self.accelerate_config else []
+        return shlex.join([*option, *self.overrides])
 
 
 def changes(recipe: Recipe, plan: StagePlan) -> list[Change]:
@@ -106,16 +107,26 @@ def _zero_config(offload: bool) -> str | None:
     return None
 
 
-def smallest_change(name: str, overrides: list[str], plan: StagePlan, accelerate_config: str | None) -> Change | None:
-    """The first single change, or else the first pair, with which a stage fits; None: there is none."""
+def smallest_change(
+    name: str, overrides: list[str], plan: StagePlan, accelerate_config: str | None, gpu: str | None
+) -> Change | None:
+    """The first single change, or else the first pair, with which a stage fits; None: there is none.
+
+    Args:
+        name: Of the recipe.
+        overrides: `dotted.key=value` each, with which it was planned.
+        plan: Of the stage.
+        accelerate_config: With which it was planned.
+        gpu: `--gpu`: without a number, a configuration's number of processes counts.
+    """
     recipe = load_recipe(name, overrides)
     singles = changes(recipe, plan)
 
     def fits(change: Change) -> bool:
         try:
             changed = load_recipe(name, [*overrides, *change.overrides])
-            launch = launch_of(plan.machine, change.accelerate_config or accelerate_config)
-            return plan_stage(changed, plan.stage, plan.machine, launch).fits
+            machine, launch = _started(gpu, change.accelerate_config or accelerate_config)
+            return plan_stage(changed, plan.stage, machine, launch).fits
         except RecipeError:  # not every change goes with every recipe
             return False
 
@@ -152,11 +163,7 @@ def run_plan(
 ) -> bool:
     """Print the plan of a recipe; whether all of its stages fit."""
     recipe = load_recipe(name, overrides)
-    processes = 1
-    if accelerate_config is not None:
-        processes = read_config(find_config(accelerate_config)).get("num_processes", 1)
-    machine = machine_of(gpu, processes)
-    launch = launch_of(machine, accelerate_config)
+    machine, launch = _started(gpu, accelerate_config)
     plans = [plan_stage(recipe, stage, machine, launch) for stage in PLANNED if getattr(recipe, stage) is not None]
     if not plans:
         raise RecipeError(f"recipe {recipe.name} has no stage that trains.")
@@ -167,7 +174,7 @@ def run_plan(
         for line in _lines(recipe, plan, throughput):
             say(line)
         if not plan.fits:
-            change = smallest_change(name, overrides, plan, accelerate_config)
+            change = smallest_change(name, overrides, plan, accelerate_config, gpu)
             fix = (
                 f"fits with: {change}"
                 if change
@@ -177,6 +184,14 @@ def run_plan(
     for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         say(note)
     return all(plan.fits for plan in plans)
+
+
+def _started(gpu: str | None, accelerate_config: str | None) -> tuple[Machine, Launch]:
+    processes = 1
+    if accelerate_config is not None:
+        processes = read_config(find_config(accelerate_config)).get("num_processes", 1)
+    machine = machine_of(gpu, processes)
+    return machine, launch_of(machine, accelerate_config)
 
 
 def _described(launch: Launch) -> str:

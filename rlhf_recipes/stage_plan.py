@@ -5,13 +5,17 @@ Nothing is downloaded but a `config.json` that is not here already, no weights a
 
 import math
 import re
+import ssl
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import psutil
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import OWN_VALUE_MODELS
@@ -25,6 +29,12 @@ PLANNED = ("sft", "reward", "ppo", "rloo")
 
 PPO_DEFAULTS = {"num_generations": 1}
 """What `PPOConfig` has of the settings that count here and `OnPolicyConfig` has otherwise; to import it takes seconds."""
+
+COUNTS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size",
+    "sampling_batch_size", "num_generations", "num_iterations", "max_completion_length", "max_length",
+)  # fmt: skip
+"""Settings that are multiplied and divided by here; the trainers refuse what is not above 0, too, but are not asked."""
 
 GIGABYTES = {
     "T4": 16, "V100": 16, "P100": 16, "L4": 24, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L40": 48, "L40S": 48,
@@ -178,18 +188,24 @@ def launch_of(machine: Machine, accelerate_config: str | None) -> Launch:
 # Models, by their configurations
 
 
-def config_of(recipe: Recipe, key: str, reference: str) -> tuple[Any, Any]:
+def config_of(recipe: Recipe, key: str, reference: str, passed: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """Configuration of what a reference stands for, and of the adapter that it is (None: a whole model).
 
     A stage need not have run: what it starts from has the same sizes.
 
+    Args:
+        recipe: The recipe, for `stage:` references.
+        key: Where the reference stands in the recipe, for messages.
+        reference: `stage:NAME`, a folder, `package:NAME/FOLDER`, or a Hub id.
+        passed: Stages that led here.
+
     Raises:
-        RecipeError: It is not here, and not to be had from the Hub.
+        RecipeError: It is not here, and not to be had from the Hub; or stages start from one another.
     """
     from transformers import AutoConfig
 
     if reference.startswith("stage:"):
-        return _config_of_stage(recipe, key, reference.removeprefix("stage:"))
+        return _config_of_stage(recipe, key, reference.removeprefix("stage:"), passed)
     if reference.startswith("package:"):
         return _config_of_folder(recipe, key, str(locate_in_package(key, reference)), reference)
     if not is_hub_model(reference):
@@ -207,6 +223,8 @@ def config_of(recipe: Recipe, key: str, reference: str) -> tuple[Any, Any]:
         return AutoConfig.for_model(**ARCHITECTURES[name]), None
     try:
         with loading(key, reference):
+            if not isinstance(cached, str) and not is_offline():
+                _reach_hub()
             how = {"revision": revision or "main", "local_files_only": is_offline()}
             return AutoConfig.from_pretrained(
                 name, trust_remote_code=reference in recipe.trust_remote_code, **how
@@ -218,13 +236,30 @@ def config_of(recipe: Recipe, key: str, reference: str) -> tuple[Any, Any]:
         ) from error
 
 
+def _reach_hub() -> None:
+    """Find out in seconds that there is no network; huggingface_hub tries again for most of a minute.
+
+    Raises:
+        OSError: The Hub does not answer.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=5).close()
+    except URLError as error:  # what answers, with an error or another certificate, is huggingface_hub's matter
+        if not isinstance(error, HTTPError) and not isinstance(error.reason, ssl.SSLError):
+            raise
+
+
 def _config_of_folder(recipe: Recipe, key: str, folder: str, reference: str) -> tuple[Any, Any]:
     return load_config(key, folder, reference in recipe.trust_remote_code), adapter_of(key, folder)
 
 
-def _config_of_stage(recipe: Recipe, key: str, stage: str) -> tuple[Any, Any]:
+def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ...]) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
+    if stage in passed:
+        raise RecipeError(f"{key}: stage:{stage}: it starts from what is made of it; set {key} to a model.")
     section = getattr(recipe, stage, None) if stage in PLANNED else None
     if section is None:
         raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage} that makes a model.")
@@ -233,7 +268,7 @@ def _config_of_stage(recipe: Recipe, key: str, stage: str) -> tuple[Any, Any]:
         with loading("sft.scratch", scratch.architecture):
             return AutoConfig.for_model(scratch.architecture, vocab_size=scratch.vocabulary, **scratch.config), None
     name = "policy" if stage in ("ppo", "rloo") else "model"
-    config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name))
+    config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name), (*passed, stage))
     if section.peft is not None:  # what comes out is an adapter
         return config, adapter or _lora(section.peft, config, stage)
     return config, None
@@ -313,7 +348,7 @@ def settings_of(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
     """A stage's trainer settings: the recipe's, and defaults of the trainer's own configuration class.
 
     Raises:
-        RecipeError: The processes cannot share the global batch.
+        RecipeError: The processes cannot share the global batch, or a number is not above 0.
     """
     from trl import RewardConfig, SFTConfig
 
@@ -321,6 +356,14 @@ def settings_of(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
     own = PPO_DEFAULTS if stage == "ppo" else {}
     defaults = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
     section = getattr(recipe, stage)
+    findings = []
+    for name in set(COUNTS) & set(section.trainer):
+        value = section.trainer[name]
+        optional = name == "max_length" or defaults[name] is None
+        if (value is None and not optional) or (value is not None and value < 1):
+            findings.append(f"{stage}.trainer.{name}: must be above 0, not {'null' if value is None else value}.")
+    if findings:
+        raise RecipeError("\n".join(sorted(findings)))
     try:
         return defaults | own | section.trainer | section.batches(processes)
     except RecipeError as error:
@@ -342,6 +385,10 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     config, start = config_of(recipe, where, "stage:sft" if reference is None else reference)
     if stage == "sft" and reference is None:
         start = None
+    if stage != "reward" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RecipeError(
+            f"{where}: {reference} is a {config.model_type} model, which writes no text; set a language model."
+        )
     peft = None
     if section.peft is not None:
         peft = start if start is not None and stage != "reward" else _lora(section.peft, config, stage)
@@ -403,12 +450,41 @@ def _batch(
             raise RecipeError(f"{stage}.trainer.max_length: set it; nothing else says how long texts may be.")
         return Batch(rows=rows * (2 if stage == "reward" else 1), prompt=int(longest), completion=0, **common)
     completion = settings["max_completion_length"]
+    if completion >= context:
+        raise RecipeError(
+            f"{stage}.trainer.max_completion_length is {completion}, but the model reads {context} tokens at most, prompt "
+            "included; set it to less."
+        )
     prompt = _prompt_tokens(recipe, stage, context, completion, notes)
-    rollout = (settings["generation_batch_size"] or 0) // processes or rows * (
-        settings["steps_per_generation"] or accumulation
-    )
+    rollout = _rollout(stage, settings, processes)
+    if settings["use_vllm"]:
+        notes.append(f"{stage}: what vLLM keeps on the same GPUs is not counted; sampling is planned as without it.")
     sampled = min(settings["sampling_batch_size"] or rollout, rollout)
     return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, sampled=sampled, **common)
+
+
+def _rollout(stage: str, settings: dict[str, Any], processes: int) -> int:
+    """Completions that a process samples between two rollouts.
+
+    Raises:
+        RecipeError: TRL would refuse their number.
+    """
+    key, rows = f"{stage}.trainer", settings["per_device_train_batch_size"]
+    whole, steps = settings["generation_batch_size"], settings["steps_per_generation"]
+    if whole is not None and steps is not None:
+        raise RecipeError(f"{key}: set one of generation_batch_size and steps_per_generation; the other follows.")
+    if whole is not None and whole % (rows * processes):
+        raise RecipeError(
+            f"{key}.generation_batch_size: {whole} must be a multiple of per_device_train_batch_size ({rows}) x processes "
+            f"({processes}); change one of them."
+        )
+    rollout = rows * (steps or settings["gradient_accumulation_steps"]) if whole is None else whole // processes
+    if rollout * processes % settings["num_generations"]:
+        raise RecipeError(
+            f"{key}.num_generations: the {rollout * processes} completions of a rollout are not divisible by "
+            f"{settings['num_generations']}; change it, or the batch size."
+        )
+    return rollout
 
 
 def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, notes: list[str]) -> int:

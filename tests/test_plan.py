@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+import time
 
 import pytest
 from conftest import causal_lm, cli, save_pair, word_tokenizer, write_jsonl
@@ -190,7 +192,7 @@ def test_an_adapter_as_policy_goes_on_or_is_merged(local, tmp_path):
     parameters = sum(p.numel() for p in base.parameters())
     base.config._name_or_path = str(tmp_path / "model")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained("adapter")
-    name = local(rloo={"policy": "adapter"})
+    name = local(rloo={"policy": "adapter", "trainer": {"max_completion_length": 16}})
     merged = planned(name, "rloo", "cpu-8").moments["update"]
     assert merged.weights == merged.reference == 4 * parameters
     further = planned(name, "rloo", "cpu-8", "rloo.peft={}").moments["update"]
@@ -206,6 +208,71 @@ def test_a_model_that_is_not_to_be_had_is_one_sentence(local, hub_cache):
         planned(name, "rloo", "24", "rloo.policy=./nothing")
     with pytest.raises(RecipeError, match="recipe r has no stage sft"):
         planned(name, "rloo", "24", "rloo.policy=stage:sft")
+
+
+def test_without_network_a_hub_model_is_refused_at_once(local, hub_cache, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match="neither here nor to be had from the Hub"):
+        planned(local(rloo={"policy": "someone/unknown"}), "rloo", "24")
+    assert time.monotonic() - start < 10  # huggingface_hub alone: half a minute
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rloo.policy=microsoft/deberta-v3-base", "rloo.policy: .*deberta-v2 model, which writes no text"),
+        ("sft.model=stage:reward", "(sft|reward).model: stage:.*: it starts from what is made of it"),
+        ("rloo.trainer.per_device_train_batch_size=0", "per_device_train_batch_size: must be above 0, not 0"),
+        ("rloo.trainer.sampling_batch_size=0", "sampling_batch_size: must be above 0, not 0"),
+        ("rloo.trainer.max_completion_length=null", "max_completion_length: must be above 0, not null"),
+        ("rloo.trainer.max_completion_length=64", "max_completion_length is 64, but the model reads 64 tokens"),
+        ("rloo.trainer.num_generations=3", "num_generations: the 8 completions of a rollout"),
+        (
+            "rloo.trainer.generation_batch_size=12",
+            "generation_batch_size: 12 must be a multiple of .*8. x processes .1.",
+        ),
+    ],
+)
+def test_what_cannot_run_is_not_planned(local, override, expected):
+    trainer = {"max_completion_length": 16, "per_device_train_batch_size": 8}
+    name = local(sft={"model": "model"}, reward={}, rloo={"trainer": trainer})
+    with pytest.raises(RecipeError, match=expected):
+        planned(name, "rloo", "24", override)
+
+
+def test_global_batch_is_shared_by_the_processes_of_the_configuration(local, capsys):
+    trainer = {"max_completion_length": 16, "per_device_train_batch_size": 8, "generation_batch_size": 128}
+    name = local(rloo={"policy": "model", "global_batch_size": 64, "trainer": trainer}, episodes=256)
+    for gpu, accumulation, rollout in (("24", 8, 128), ("4x24", 2, 32), ("16x24", 1, 8)):
+        plan = planned(name, "rloo", gpu)
+        assert (plan.batch.accumulation, plan.batch.rollout, plan.work.steps) == (accumulation, rollout, 4)
+        assert plan.batch.rows == min(8, 64 // plan.machine.count)
+    with pytest.raises(RecipeError, match="rloo.global_batch_size: 64 cannot be divided by 3 processes"):
+        planned(name, "rloo", "3x24")
+    run_plan(name, [], "24", "zero2_8xh100", None)
+    assert "8 x GPU, 24 GB each" in capsys.readouterr().out
+
+
+def test_sampling_in_parts_needs_keys_and_values_of_a_part(local):
+    name = local(rloo={"policy": "model", "trainer": {"max_completion_length": 16, "gradient_accumulation_steps": 8}})
+    whole, part, more = (
+        planned(name, "rloo", "24", *(f"rloo.trainer.sampling_batch_size={n}" for n in given))
+        for given in ((), (16,), (1000,))
+    )
+    assert (whole.batch.sampled, part.batch.sampled, more.batch.sampled) == (64, 16, 64)
+    assert part.moments["sampling"].kv_cache == whole.moments["sampling"].kv_cache / 4
+    assert part.moments["update"] == whole.moments["update"]
+
+
+def test_reward_models_count_at_their_precision(local):
+    name = local(rloo={"policy": "model", "trainer": {"max_completion_length": 16}})
+    given = (
+        f"reward_funcs=[{{name: reward_model, args: {{model: model{more}}}}}]" for more in ("", ", dtype: bfloat16")
+    )
+    whole, half = (planned(name, "rloo", "24", override).moments["update"].reward_models for override in given)
+    assert whole == 2 * half > 0
 
 
 @pytest.mark.parametrize(
@@ -249,7 +316,7 @@ def test_work(local, stage, overrides, rows, steps, tokens):
 def test_what_makes_it_fit_is_an_override_that_does(name, stage, gpu, overrides, expected):
     plan = planned(name, stage, gpu, *overrides)
     assert not plan.fits
-    change = smallest_change(name, overrides, plan, None)
+    change = smallest_change(name, overrides, plan, None, gpu)
     assert change is not None
     assert expected in str(change)
     fixed = planned(name, stage, gpu, *overrides, *change.overrides, accelerate_config=change.accelerate_config)
@@ -262,9 +329,29 @@ def test_what_makes_it_fit_is_an_override_that_does(name, stage, gpu, overrides,
     assert fixed.batch.rollout == plan.batch.rollout
 
 
+def test_a_printed_change_is_words_for_a_shell(capsys):
+    assert not run_plan("imdb_positive", ["ppo.trainer.optim=adamw_8bit"], "1.55", None, None)
+    fixes = [line.split("fits with: ")[1] for line in capsys.readouterr().out.splitlines() if "fits with: " in line]
+    assert fixes
+    for fix in fixes:
+        words = shlex.split(fix)
+        config = words[1] if words[0] == "--accelerate-config" else None
+        overrides = words[2:] if config else words
+        stage = overrides[0].partition(".")[0]
+        assert planned("imdb_positive", stage, "1.55", *overrides, accelerate_config=config).fits
+    assert any("{" in fix for fix in fixes)  # which a shell would take apart
+
+
+def test_sampling_in_parts_comes_first():
+    plan = planned("tldr_1b_lora", "rloo", "24", "rloo.trainer.sampling_batch_size=512")
+    assert not plan.fits
+    change = smallest_change("tldr_1b_lora", ["rloo.trainer.sampling_batch_size=512"], plan, None, "24")
+    assert str(change) == "rloo.trainer.sampling_batch_size=128"
+
+
 def test_nothing_makes_it_fit():
     plan = planned("tldr_6.9b", "rloo", "2")
-    assert smallest_change("tldr_6.9b", [], plan, None) is None
+    assert smallest_change("tldr_6.9b", [], plan, None, "2") is None
 
 
 def test_gradient_checkpointing_is_on_where_memory_needs_it():
@@ -293,6 +380,22 @@ def test_time_of_an_earlier_run(local, tmp_path, capsys):
     )
     run_plan(name, [], "cpu-8", None, None)
     assert "10 min to 20 min, by the run here" in capsys.readouterr().out
+
+
+def test_time_of_an_earlier_run_is_by_its_own_batches_and_processes(local, tmp_path, capsys):
+    name = local(
+        sft={"model": "model", "trainer": {"per_device_train_batch_size": 4}},
+        data={"path": "rows.jsonl", "max_rows": 960},
+    )
+    run = tmp_path / "runs" / "r" / "sft"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text('{"status": "finished", "setup": {"num_processes": 2}}', encoding="utf-8")
+    (run / "recipe.yaml").write_text((tmp_path / name).read_text(encoding="utf-8"), encoding="utf-8")
+    write_jsonl(run / "metrics.jsonl", [{"step": step, "seconds": float(step), "loss": 1.0} for step in (10, 20)])
+    run_plan(
+        name, ["sft.trainer.per_device_train_batch_size=32", "sft.trainer.num_train_epochs=1"], "cpu-8", None, None
+    )
+    assert "by the run here (8 to 8 texts/s)" in capsys.readouterr().out  # 1 step of 2 x 4 a second
 
 
 @pytest.mark.slow
