@@ -105,8 +105,11 @@ def configs() -> None:
     for heading in ("configuration", "processes", "type", ""):
         table.add_column(heading)
     for name, path in config_files().items():
-        values = read_config(path)
-        table.add_row(name, str(values.get("num_processes", 1)), kind(values), purpose(path))
+        try:
+            values = read_config(path)
+            table.add_row(name, str(values.get("num_processes", 1)), kind(values), purpose(path))
+        except RecipeError as error:
+            table.add_row(name, "", "cannot be used", str(error).splitlines()[0])
     Console().print(table)
 
 

@@ -100,7 +100,10 @@ def changes(recipe: Recipe, plan: StagePlan) -> list[Change]:
 def _zero_config(offload: bool) -> str | None:
     """Name of a file of accelerate's with ZeRO-2, whatever its number of processes."""
     for name, path in config_files().items():
-        values = read_config(path)
+        try:
+            values = read_config(path)
+        except RecipeError:  # a file of the user's own, of which `rlhf-recipes configs` says what is wrong
+            continue
         of_gpus = values["distributed_type"] == "DEEPSPEED" and not str(values.get("gpu_ids", "all")).startswith("-1")
         if of_gpus and zero_stage(values) == 2 and offloads(values) == offload and values.get("num_machines", 1) == 1:
             return name

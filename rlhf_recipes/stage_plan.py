@@ -7,6 +7,7 @@ import math
 import re
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -374,7 +375,7 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     """Memory and work of one stage.
 
     Raises:
-        RecipeError: A model's configuration is not to be had.
+        RecipeError: A model's configuration is not to be had, or it cannot be followed.
     """
     section, settings, notes = getattr(recipe, stage), settings_of(recipe, stage, machine.count), []
     if launch.device != "cpu" and section.trainer.get("bf16") is False and not section.trainer.get("fp16"):
@@ -405,17 +406,18 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     if stage in ("ppo", "rloo"):
         batch = replace(batch, reference=settings["beta"] != 0 and peft is None)
         value = _value_config(recipe, config) if stage == "ppo" else None
-        reward_models = tuple(
-            replace(
-                model_of(scorer, Launch(half=half, device=launch.device), classifier=True, trained=False),
-                loaded_bytes=2 if half else 4,
+    with _followed(stage):
+        if stage in ("ppo", "rloo"):
+            reward_models = tuple(
+                replace(
+                    model_of(scorer, Launch(half=half, device=launch.device), classifier=True, trained=False),
+                    loaded_bytes=2 if half else 4,
+                )
+                for scorer, half in _reward_model_configs(recipe, notes)
             )
-            for scorer, half in _reward_model_configs(recipe, notes)
-        )
-
-    with loading(f"{stage}.peft", config.model_type):  # that names layers which are not there
-        policy = model_of(config, launch, **how)
-    network = value and model_of(value, launch, classifier=True)
+        with loading(f"{stage}.peft", config.model_type):  # that names layers which are not there
+            policy = model_of(config, launch, **how)
+        network = value and model_of(value, launch, classifier=True)
     found = {
         flag: moments(policy, replace(batch, checkpointing=flag), launch, network, reward_models)
         for flag in (False, True)
@@ -435,6 +437,20 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         work=_work(recipe, stage, settings, batch, machine.count),
         notes=notes,
     )
+
+
+@contextmanager
+def _followed(stage: str) -> Iterator[None]:
+    """Around models that are followed without weights: of one that cannot be, whatever it raises is one sentence."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{stage}: plan cannot follow one of its models ({type(error).__name__}: {str(error)[:200]}); the stage itself "
+            "may run."
+        ) from error
 
 
 def _batch(

@@ -91,8 +91,8 @@ def _bytes_needed(run: Run, half: bool) -> int | None:
     launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
     try:
         plan = plan_stage(run.recipe, run.stage, gpu, launch)
-    except Exception as error:  # noqa: BLE001  # a model that plan cannot read may train; what is wrong is said there
-        logger.info("no plan for gradient checkpointing: %s: %s", type(error).__name__, error)
+    except RecipeError as error:  # a model that plan cannot follow may train; what is really wrong is said there
+        logger.info("no plan for gradient checkpointing: %s", error)
         return None
     return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
 

@@ -212,6 +212,15 @@ def test_unknown_names_and_recipes_with_errors_start_nothing(arguments, tmp_path
 # Launching with them
 
 
+def test_a_broken_file_of_ones_own_does_not_hide_the_others(tmp_path):
+    (tmp_path / "accelerate_configs").mkdir()
+    (tmp_path / "accelerate_configs" / "broken.yaml").write_text("a: [")
+    done = cli("configs", cwd=tmp_path)
+    assert done.returncode == 0 and "cannot be used" in done.stdout and "zero2_8xh100" in done.stdout
+    done = cli("plan", "tldr_1b", "--gpu", "2x8", cwd=tmp_path)
+    assert done.returncode == 1 and "does not fit" in done.stdout and "error" not in done.stderr
+
+
 @pytest.mark.slow
 def test_run_trains_with_two_processes_and_the_rest_with_one(tmp_path):
     """A recipe of two stages and eval; rloo with ZeRO-2 by another launch is the same rloo."""

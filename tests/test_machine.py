@@ -264,12 +264,15 @@ def test_what_a_gpu_needs_is_known_for_every_stage(stage, peft, planned, caplog,
 def test_a_plan_that_fails_is_no_error(planned, caplog, tmp_path):
     AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path / "ssm")
     for override, why in [
-        (f"rloo.policy={tmp_path}/ssm", "no plan for gradient checkpointing: AttributeError"),
+        (
+            f"rloo.policy={tmp_path}/ssm",
+            "no plan for gradient checkpointing: rloo: plan cannot follow one of its models (AttributeError",
+        ),
         (
             "rloo.policy=nobody/knows-it",
-            "no plan for gradient checkpointing: RecipeError: rloo.policy: the config.json",
+            "no plan for gradient checkpointing: rloo.policy: the config.json",
         ),
-        ("rloo.peft={r: 4, target_modules: [nothing]}", "no plan for gradient checkpointing: RecipeError: rloo.peft"),
+        ("rloo.peft={r: 4, target_modules: [nothing]}", "no plan for gradient checkpointing: rloo.peft"),
         ("rloo.trainer.use_vllm=true", ""),  # which takes a share of the GPU that nobody plans
     ]:
         caplog.clear()

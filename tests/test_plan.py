@@ -405,3 +405,12 @@ def test_command(tmp_path):
     assert "does not fit" in done.stdout
     done = cli("plan", "imdb_tiny", "--gpu", "XYZ", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_model_that_cannot_be_followed_is_one_sentence(local, tmp_path):
+    AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path / "ssm")
+    file = local(rloo={"policy": "./ssm", "trainer": {"max_steps": 1}})
+    with pytest.raises(
+        RecipeError, match="^rloo: plan cannot follow one of its models .*; the stage itself may run[.]$"
+    ):
+        run_plan(file, [], "1x24", None, None)
