@@ -53,9 +53,8 @@ class Setup:
         """Whether a run can go on in `other`: the device may be another, and a precision that is not known yet."""
         known = (self.mixed_precision, other.mixed_precision)
         same = None in known or known[0] == known[1]
-        return same and (self.num_processes, self.kind, self.zero_stage) == (
-            (other.num_processes, other.kind, other.zero_stage)
-        )
+        ours, others = ((setup.num_processes, setup.kind, setup.zero_stage) for setup in (self, other))
+        return same and ours == others
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
