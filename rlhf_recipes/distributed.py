@@ -196,6 +196,7 @@ def _check_deepspeed(args: Any) -> None:
 
     config = HfTrainerDeepSpeedConfig(deepcopy(args.deepspeed_plugin.hf_ds_config.config))
     config.trainer_config_process(args)
+    args.deepspeed_plugin.set_deepspeed_weakref()  # the line before the last has put itself in the place of the plugin's
     if config.mismatches:
         found = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", but ") for line in config.mismatches)
         raise RecipeError(

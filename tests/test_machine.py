@@ -489,6 +489,6 @@ def test_a_stage_on_two_processes_says_what_it_chose_and_torch_warns_of_nothing(
     chosen = [line for line in log.splitlines() if "INFO rlhf_recipes.machine: " in line]
     assert len(chosen) == 1
     assert chosen[0].endswith(
-        "ppo: fp32: on a CPU; attention sdpa, where the model has it: flash-attn needs a CUDA GPU; gradient checkpointing "
-        "off: it trades time for a GPU's memory"
+        "ppo: fp32: accelerate's mixed_precision; attention sdpa, where the model has it: flash-attn needs a CUDA GPU; "
+        "gradient checkpointing off: it trades time for a GPU's memory"
     )

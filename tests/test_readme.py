@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
         *("ppo.policy=package:rlhf_recipes/base", "ppo.trainer.per_device_train_batch_size=32"),
         *("rloo.policy=package:rlhf_recipes/base", "rloo.trainer.per_device_train_batch_size=32"),
     ],
-    "ppo": ["data.max_rows=1500", "episodes=32", "ppo.trainer.per_device_train_batch_size=32"],
-    "rloo": ["data.max_rows=1500", "episodes=32", "rloo.trainer.per_device_train_batch_size=32"],
+    "ppo": ["data.max_rows=1500", "episodes=64", "ppo.trainer.per_device_train_batch_size=32"],
+    "rloo": ["data.max_rows=1500", "episodes=64", "rloo.trainer.per_device_train_batch_size=32"],
 }
 
 
@@ -53,6 +54,7 @@ def test_every_command_works(tmp_path):
         for row in REVIEWS
     ]
     write_jsonl(tmp_path / "reviews.jsonl", reviews)
+    shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
     ran = 0
     for command in COMMANDS:
         if SMALLER.get(command, "") is None:
@@ -60,8 +62,12 @@ def test_every_command_works(tmp_path):
         words = shlex.split(command)
         environment = dict(word.split("=") for word in words if re.fullmatch(r"[A-Z_]+=\w+", word))
         words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
-        assert words[0] == "rlhf-recipes", f"the README has a command that no test knows: {command}"
-        done = cli(*words[1:], *SMALLER.get(words[1], []), cwd=tmp_path, **environment)
+        if words[:2] == ["accelerate", "launch"]:
+            launch = ["-m", "accelerate.commands.launch", *words[2:], *SMALLER["ppo"]]
+            done = run_python(*launch, cwd=tmp_path, **environment)
+        else:
+            assert words[0] == "rlhf-recipes", f"the README has a command that no test knows: {command}"
+            done = cli(*words[1:], *SMALLER.get(words[1], []), cwd=tmp_path, **environment)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran >= 12

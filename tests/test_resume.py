@@ -442,7 +442,7 @@ def test_two_ranks_go_on_stop_together_and_refuse_another_number(launcher):
         process.join()
     killed_at = launcher.steps("ppo", name)[-1]
     assert launcher.finish("ppo", name) == 2
-    assert "was saved by 2 process(es), and this launch has 1" in launcher.output(name)
+    assert "was saved by 2 processes with DDP, and this launch is 1 process" in launcher.output(name)
     # The model fits, the optimizer's state does not: only rank 0 writes it, both stop.
     both = launcher.start("ppo", name, ranks=2, port=port(), largest_file=140_000)
     for process in both:
