@@ -152,6 +152,7 @@ def test_a_curve_through_its_points_is_found_again():
     assert vars(found) == pytest.approx(vars(curve))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TINY)
 def test_models_of_all_kinds(architecture):
     config = tiny(architecture)
@@ -164,6 +165,7 @@ def test_models_of_all_kinds(architecture):
     assert config.num_hidden_layers == 3  # as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
 def test_autocast_keeps_less_for_each_token(architecture):
     whole, half = (model_of(tiny(architecture), Launch(half=half)) for half in (False, True))
@@ -191,6 +193,7 @@ def test_adapter_has_no_embedding_to_train_and_little_state():
     assert moments(adapted, RLOO, CPU)["update"].gradients == 4 * adapted.trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("double", "expected"), [(False, 0.5625), (True, 0.5 + 1 / 64 + 4 / 16384)])
 def test_four_bits_leave_embeddings_and_head(double, expected):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double)

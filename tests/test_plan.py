@@ -170,6 +170,7 @@ def test_defaults_that_are_written_down_are_those_of_the_trainer():
     }
 
 
+@pytest.mark.slow
 def test_a_stage_is_planned_from_what_earlier_ones_start_from(local):
     name = local(
         sft={"scratch": {"architecture": "gpt2", "config": {"n_layer": 2, "n_embd": 32, "n_head": 2}, "vocabulary": 500}},
@@ -304,6 +305,7 @@ def test_work(local, stage, overrides, rows, steps, tokens):
     assert (work.rows, work.steps, work.tokens) == (rows, steps, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "gpu", "overrides", "expected"),
     [
@@ -349,6 +351,7 @@ def test_sampling_in_parts_comes_first():
     assert str(change) == "rloo.trainer.sampling_batch_size=128"
 
 
+@pytest.mark.slow
 def test_nothing_makes_it_fit():
     plan = planned("tldr_6.9b", "rloo", "2")
     assert smallest_change("tldr_6.9b", [], plan, None, "2") is None
