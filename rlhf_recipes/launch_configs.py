@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.named_files import find_file, read_file
 from rlhf_recipes.trainer_fields import launch_fields, launch_options
 
 KINDS = {
@@ -46,19 +47,7 @@ def find_config(name: str) -> Path:
     Raises:
         RecipeError: There is none.
     """
-    if name.endswith((".yaml", ".yml")):
-        if Path(name).is_file():
-            return Path(name)
-        raise RecipeError(f"--accelerate-config {name}: no such file.")
-    files = config_files()
-    if name in files:
-        return files[name]
-    near = difflib.get_close_matches(name, files, n=3, cutoff=0.4)
-    raise RecipeError(
-        f"there is no accelerate configuration named {name!r}. "
-        + (f"Nearest: {', '.join(near)}. " if near else "")
-        + "`rlhf-recipes configs` shows all; a path must end in .yaml."
-    )
+    return find_file(name, config_files(), "accelerate configuration", "configs", "--accelerate-config ")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -67,14 +56,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: accelerate would not take the file, or would silently make something else of it; every finding.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # YAML 1.1, in which a bare `no` is false
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}.") from error
+    values = read_file(path, yaml.safe_load, yaml.YAMLError)  # YAML 1.1, in which a bare `no` is false
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a configuration is a mapping of keys to values, not {type(values).__name__}.")
     findings = _findings(values)

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.named_files import find_file, read_file
 from rlhf_recipes.trainer_fields import CONFIG_CLASSES, adapter_fields, quantization_fields, trainer_fields
 
 OURS = {
@@ -107,33 +108,14 @@ def _yaml() -> YAML:
 
 
 def _find(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        if Path(name).is_file():
-            return Path(name)
-        raise RecipeError(f"{name}: no such file.")
-    files = recipe_files()
-    if name in files:
-        return files[name]
     for folder in recipe_folders():
         if name.startswith("_") and (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    near = difflib.get_close_matches(name, files, n=3, cutoff=0.4)
-    raise RecipeError(
-        f"there is no recipe named {name!r}. "
-        + (f"Nearest: {', '.join(near)}. " if near else "")
-        + "`rlhf-recipes list` shows all; a path must end in .yaml."
-    )
+    return find_file(name, recipe_files(), "recipe", "list")
 
 
 def _read(path: Path) -> dict:
-    try:
-        values = _yaml().load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}.") from error
+    values = read_file(path, _yaml().load, YAMLError)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}."

@@ -36,6 +36,20 @@ HELD_OUT_REVIEWS = [row | {"text": row["text"].replace("the film", "a movie")} f
 """As many others: held-out pairs are made of texts that no training row has."""
 
 
+TRAINERS = [
+    "trl.trainer.sft_trainer",
+    "trl.trainer.reward_trainer",
+    "rlhf_recipes.rloo_trainer",
+    "rlhf_recipes.ppo_trainer",
+    "rlhf_recipes.callbacks",
+    "rlhf_recipes.checkpoints",
+]
+"""What takes seconds to import: a server does it once and forks the processes of tests."""
+
+TIMES = ("seconds", "runtime", "per_second")
+"""In names of metrics that differ from run to run."""
+
+
 @pytest.fixture(autouse=True)
 def environment():
     """A stage that runs in the tests' own process sets variables for trackers; the next test's processes get none."""

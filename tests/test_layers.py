@@ -9,6 +9,7 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal", "memory"},
+    {"named_files"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},

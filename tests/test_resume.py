@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HELD_OUT_REVIEWS, REVIEWS, causal_lm, save_pair, word_tokenizer, write_jsonl
+from conftest import HELD_OUT_REVIEWS, REVIEWS, TIMES, TRAINERS, causal_lm, save_pair, word_tokenizer, write_jsonl
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainers import ALGORITHMS, PROMPTS, make
@@ -28,19 +28,6 @@ from rlhf_recipes.callbacks import RunCallback
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import MARKER, last_complete, mark_complete, step_of, write_whole, writing
 from rlhf_recipes.run import Run
-
-PRELOADED = [
-    "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer",
-    "rlhf_recipes.rloo_trainer",
-    "rlhf_recipes.ppo_trainer",
-    "rlhf_recipes.callbacks",
-    "rlhf_recipes.checkpoints",
-]
-"""What takes seconds to import: a server does it once and forks every process of these tests."""
-
-TIMES = ("seconds", "runtime", "per_second")
-"""In names of metrics that differ from run to run."""
 
 NOISY = """
 import random
@@ -81,7 +68,7 @@ class Launcher:
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder, self.overrides = folder, overrides
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(PRELOADED)
+        self.processes.set_forkserver_preload(TRAINERS)
 
     def start(
         self,

@@ -12,27 +12,23 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils.other import get_free_port
-from conftest import HELD_OUT_REVIEWS, REVIEWS, bpe_tokenizer, causal_lm, run_python, save_pair, write_jsonl
+from conftest import (
+    HELD_OUT_REVIEWS,
+    REVIEWS,
+    TIMES,
+    TRAINERS,
+    bpe_tokenizer,
+    causal_lm,
+    run_python,
+    save_pair,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.slow
 
-PRELOADED = [
-    "deepspeed",
-    "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer",
-    "rlhf_recipes.rloo_trainer",
-    "rlhf_recipes.ppo_trainer",
-    "rlhf_recipes.callbacks",
-    "rlhf_recipes.checkpoints",
-]
-"""What takes seconds to import: a server does it once and forks the processes of these tests."""
-
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
-
-TIMES = ("seconds", "runtime", "per_second")
-"""In names of metrics that differ from run to run."""
 
 OWN = """
 import os
@@ -105,7 +101,7 @@ class Launcher:
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder, self.overrides = folder, overrides
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(PRELOADED)
+        self.processes.set_forkserver_preload(["deepspeed", *TRAINERS])
 
     def run(self, config: str | None, stage: str, name: str, *more: str, **environment: str) -> list[int]:
         """Exit codes of the processes that a configuration asks for, None: one; forked instead of launched."""
