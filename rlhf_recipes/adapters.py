@@ -52,12 +52,9 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
     if section.quantization is not None:
         # Layers compute in what the rest of the model does.
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        with _refusals(f"{run.stage}.quantization"):
-            quantization_config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | section.quantization)
+        quantization_config = quantization_of(run.stage, section.quantization, compute)
     if section.peft is not None:
-        with _refusals(f"{run.stage}.peft"):
-            task_type = "SEQ_CLS" if run.stage == "reward" else "CAUSAL_LM"
-            peft_config = LoraConfig(**section.peft | {"task_type": task_type})
+        peft_config = lora_of(run.stage, section.peft)
         if str(peft_config.init_lora_weights).startswith(INTO_BASE):
             raise RecipeError(
                 f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} moves a part of the model's own weights "
@@ -66,6 +63,26 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
         if peft_config.init_lora_weights == "mica" and quantization_config is not None:
             raise RecipeError(f"{run.stage}.peft.init_lora_weights: mica needs weights that are not quantized.")
     return {"peft_config": peft_config, "quantization_config": quantization_config}
+
+
+def lora_of(stage: str, settings: dict[str, Any]) -> LoraConfig:
+    """peft's configuration of a stage's adapter.
+
+    Raises:
+        RecipeError: peft refuses a value.
+    """
+    with _refusals(f"{stage}.peft"):
+        return LoraConfig(**settings | {"task_type": "SEQ_CLS" if stage == "reward" else "CAUSAL_LM"})
+
+
+def quantization_of(stage: str, settings: dict[str, Any], compute: str) -> BitsAndBytesConfig:
+    """transformers' configuration of a stage's quantized weights, whose layers compute in `compute` by default.
+
+    Raises:
+        RecipeError: transformers refuses a value.
+    """
+    with _refusals(f"{stage}.quantization"):
+        return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | settings)
 
 
 def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adapter: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +106,12 @@ def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adap
     is_reward, peft_config = run.stage == "reward", adapter["peft_config"]
     auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     trusted = reference in run.recipe.trust_remote_code
-    settings = {"dtype": "float32"} | machine.attention(args, auto_class, load_config(where, model, trusted))
+    config = load_config(where, model, trusted)
+    settings = {"dtype": "float32"} | machine.attention(args, auto_class, config)
     settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
     settings |= {"use_safetensors": True, "trust_remote_code": trusted}
     start = adapter_of(where, model)
-    _require_whole_numbers(where, reference, load_config(where, model, trusted))
+    _require_whole_numbers(where, reference, config)
     set_seed(args.seed)  # a new head is random
     if start is not None and peft_config is not None and is_reward:
         model, start = _merged_on_disk(run, where, model, settings), None

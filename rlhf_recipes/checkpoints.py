@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import last_complete, mark_complete, saved_setup, writing
-from rlhf_recipes.distributed import Setup, require_same, setup_of
+from rlhf_recipes.disk import last_complete, mark_complete, writing
+from rlhf_recipes.distributed import require_setup, setup_of
 from rlhf_recipes.terminal import expected
 
 
@@ -60,7 +60,7 @@ class Resumable:
             found = broadcast_object_list([found])[0]
             if found is None:
                 raise RecipeError(f"{self.args.output_dir} holds no whole checkpoint to go on from.")
-            require_same(found, Setup(**saved_setup(found)), setup_of(self))
+            require_setup(found, setup_of(self))
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
             self.args.eval_on_start = False  # that was at the start

@@ -164,7 +164,8 @@ class Trained(Section):
         """What `global_batch_size` makes of `per_device_train_batch_size` and `gradient_accumulation_steps`; {} without it.
 
         Raises:
-            RecipeError: The processes cannot share the batch equally; begins with the key, without the stage.
+            RecipeError: The processes cannot share the batch equally; begins with the key, to which `Recipe.batches` adds
+                the stage.
         """
         if self.global_batch_size is None:
             return {}
@@ -297,6 +298,17 @@ class Recipe(Section):
     ppo: Ppo | None = None
     rloo: Rloo | None = None
     eval: Eval = Eval()
+
+    def batches(self, stage: str, processes: int) -> dict[str, int]:
+        """`Trained.batches` of a stage.
+
+        Raises:
+            RecipeError: The processes cannot share the batch equally.
+        """
+        try:
+            return getattr(self, stage).batches(processes)
+        except RecipeError as error:
+            raise RecipeError(f"{stage}.{error}") from error
 
     def stages(self) -> list[str]:
         """Names of the stages that this recipe has, in the order in which they run."""

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from rlhf_recipes.config import RecipeError
+from rlhf_recipes.disk import saved_setup
 from rlhf_recipes.launch import COMMAND
 from rlhf_recipes.launch_configs import zero_stage, zero_stage_of_file
 
@@ -246,6 +247,11 @@ def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
             f"{checkpoint} was saved by {before}, and this launch is {after}. Go on as it was saved, or start anew: under "
             "another name (name=...), or after moving that folder away."
         )
+
+
+def require_setup(checkpoint: Path, now: Setup) -> None:
+    """`require_same` with the setup that saved a whole checkpoint."""
+    require_same(checkpoint, Setup(**saved_setup(checkpoint)), now)
 
 
 def prepare() -> None:

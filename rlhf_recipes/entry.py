@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.distributed import check_launch, launched, prepare
-from rlhf_recipes.hub import check_packages, check_references, go_offline, sources
+from rlhf_recipes.hub import check_packages, check_references, go_offline, hub_references, sources
 from rlhf_recipes.launch import PARENT, end_with_parent
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import check_reward_funcs
@@ -72,7 +72,8 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
         given = getattr(getattr(recipe, stage, None), "trainer", {})
-        go_offline(recipe, stage)  # the next line may import libraries of Hugging Face
+        if hub_references(recipe, stage):
+            go_offline()  # the next line may import libraries of Hugging Face
         check_launch(given)
         _join(given)
         run = Run(recipe, stage, is_main)

@@ -1,7 +1,6 @@
 """A finished run as a folder to keep or to give away: the model as plain `from_pretrained` loads it, and where it is from."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.disk import writing
-from rlhf_recipes.hub import is_reachable
+from rlhf_recipes.hub import go_offline
 from rlhf_recipes.models import MERGED_BASE, adapter_of, base_of, load_config, load_model
-from rlhf_recipes.references import SNAPSHOT, WEIGHTS, is_hub_model, is_offline, loading
+from rlhf_recipes.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
 from rlhf_recipes.reward_report import REPORT
 from rlhf_recipes.run import MANIFEST, read_manifest
 from rlhf_recipes.scoring import FILE as SCORING
@@ -64,8 +63,8 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
         raise RecipeError(f"--out: {out} is inside of the run; name a folder elsewhere.")
     log_to(None)
     from_hub = adapter is not None and is_hub_model(adapter["base_model_name_or_path"] or "")
-    if from_hub and not is_offline() and not is_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    if from_hub:
+        go_offline()
     with writing("the export", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as hidden:

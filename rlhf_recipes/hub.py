@@ -110,13 +110,13 @@ def check_packages(recipe: Recipe, stage: str) -> None:
             )
 
 
-def go_offline(recipe: Recipe, stage: str) -> None:
-    """Set `HF_HUB_OFFLINE` where a stage needs the Hub and it does not answer.
+def go_offline() -> None:
+    """Set `HF_HUB_OFFLINE` where the Hub, which is needed, does not answer.
 
     Call before anything of Hugging Face is imported: its libraries read it when they are, and none then retries for a
     minute.
     """
-    if hub_references(recipe, stage) and not is_offline() and not is_reachable():
+    if not is_offline() and not is_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -127,8 +127,9 @@ def check_references(recipe: Recipe, stage: str) -> None:
         RecipeError: A file, folder or stage is missing, a model has no safetensors, or the Hub does not answer and
             something is not in its cache; every finding, with the keys to set.
     """
-    go_offline(recipe, stage)
     from_hub = hub_references(recipe, stage)
+    if from_hub:
+        go_offline()
     missing = {}
     if from_hub and is_offline():
         missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}

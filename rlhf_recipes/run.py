@@ -21,8 +21,8 @@ from uuid import uuid4
 import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import checkpoints, last_complete, saved_setup, step_of, write_whole, writing
-from rlhf_recipes.distributed import Setup, launched, require_same
+from rlhf_recipes.disk import checkpoints, last_complete, step_of, write_whole, writing
+from rlhf_recipes.distributed import Setup, launched, require_setup
 from rlhf_recipes.recipe import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Run:
             if self.checkpoint is None:
                 self._begin()
             else:
-                require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), setup)
+                require_setup(self.checkpoint, setup)
                 self._go_on(earlier, self.checkpoint)
         return self.checkpoint
 
@@ -222,8 +222,7 @@ class Run:
             RecipeError: Says both.
         """
         if self.checkpoint is not None:
-            now = replace(launched(), mixed_precision=mixed_precision)
-            require_same(self.checkpoint, Setup(**saved_setup(self.checkpoint)), now)
+            require_setup(self.checkpoint, replace(launched(), mixed_precision=mixed_precision))
 
     def record_setup(self, setup: Setup) -> None:
         """Write into the manifest in what setup the run trains."""

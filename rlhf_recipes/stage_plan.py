@@ -18,6 +18,7 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from rlhf_recipes.adapters import lora_of, quantization_of
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.hub import OWN_VALUE_MODELS
 from rlhf_recipes.launch_configs import find_config, kind, offloads, read_config, zero_stage
@@ -271,29 +272,8 @@ def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ..
     name = "policy" if stage in ("ppo", "rloo") else "model"
     config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name), (*passed, stage))
     if section.peft is not None:  # what comes out is an adapter
-        return config, adapter or _lora(section.peft, config, stage)
+        return config, adapter or lora_of(stage, section.peft)
     return config, None
-
-
-def _lora(settings: dict[str, Any], config: Any, stage: str) -> Any:
-    from peft import LoraConfig
-
-    try:
-        return LoraConfig(**settings | {"task_type": "SEQ_CLS" if stage == "reward" else "CAUSAL_LM"})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{stage}.peft: {str(error)[:400]}") from error
-
-
-def _quantization(section: Any, stage: str, launch: Launch) -> Any:
-    if section.quantization is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    try:
-        compute = "bfloat16" if launch.half else "float32"
-        return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | section.quantization)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{stage}.quantization: {str(error)[:400]}") from error
 
 
 def _drops_out(config: Any) -> bool:
@@ -365,10 +345,7 @@ def settings_of(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
             findings.append(f"{stage}.trainer.{name}: must be above 0, not {'null' if value is None else value}.")
     if findings:
         raise RecipeError("\n".join(sorted(findings)))
-    try:
-        return defaults | own | section.trainer | section.batches(processes)
-    except RecipeError as error:
-        raise RecipeError(f"{stage}.{error}") from error
+    return defaults | own | section.trainer | recipe.batches(stage, processes)
 
 
 def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> StagePlan:
@@ -392,8 +369,10 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         )
     peft = None
     if section.peft is not None:
-        peft = start if start is not None and stage != "reward" else _lora(section.peft, config, stage)
-    quantization = _quantization(section, stage, launch)
+        peft = start if start is not None and stage != "reward" else lora_of(stage, section.peft)
+    quantization = None
+    if section.quantization is not None:
+        quantization = quantization_of(stage, section.quantization, "bfloat16" if launch.half else "float32")
     dropout = stage == "sft" and _drops_out(config)
     batch = _batch(recipe, stage, settings, config, machine.count, notes)
     value, reward_models = None, ()

@@ -31,11 +31,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
     section, wanted = getattr(run.recipe, run.stage), asked()
-    given = dict(section.trainer)
-    try:
-        given |= section.batches(launched().num_processes)
-    except RecipeError as error:
-        raise RecipeError(f"{run.stage}.{error}") from error
+    given = section.trainer | run.recipe.batches(run.stage, launched().num_processes)
     precision = wanted and wanted.mixed_precision
     fitting = machine.settings(run.stage, section, precision, lambda half: _bytes_needed(run, half))
     values = DEFAULTS | fitting | {"save_total_limit": 2} | given

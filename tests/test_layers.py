@@ -17,10 +17,10 @@ LAYERS = [
     {"references"},
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples"},
-    {"reward_funcs", "hub", "diagnosis", "value_model"},
+    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters"},
     {"stage_plan"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
-    {"rloo_trainer", "ppo_trainer", "adapters"},
+    {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
     {"cli"},
 ]
