@@ -16,10 +16,10 @@ from rlhf_recipes.headers import recipe_table
 from rlhf_recipes.launch import TRAINED, launch_stage
 from rlhf_recipes.launch_configs import config_files, kind, launchable, purpose, read_config
 from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
-from rlhf_recipes.report import print_table
 from rlhf_recipes.reward_funcs import REWARD_FUNCS
 from rlhf_recipes.run import Run, run_path, stages_to_run
 from rlhf_recipes.sweep import plan_sweep, run_sweep
+from rlhf_recipes.tables import print_table
 from rlhf_recipes.terminal import complain, log_to, say
 
 app = typer.Typer(

@@ -12,7 +12,8 @@ from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.entry import stage_command
-from rlhf_recipes.report import draw_curves, draw_lengths, write_page
+from rlhf_recipes.plots import draw_curves, draw_lengths
+from rlhf_recipes.report import write_page
 from rlhf_recipes.run import Run, is_finished, read_manifest, read_metrics, require_stage, run_path
 
 

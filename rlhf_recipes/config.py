@@ -255,8 +255,12 @@ class Eval(Section):
     """What the trained models are measured on: held-out prompts, the same for every model."""
 
     models: dict[str, str] | None = None
-    """Name -> model reference; KL and perplexity refer to the first. None: as `sft` the policy that training starts
-    from, then `ppo` and `rloo` where the recipe has them."""
+    """Name -> model reference. None: `base`, what stage `sft` starts from, where there is one that is not new; as `sft`
+    the policy that training starts from; then `ppo` and `rloo` where the recipe has them."""
+    reference: str | None = None
+    """Name of the model that KL and `perplexity` refer to. None: `sft` where it is among them, or else the first."""
+    perplexity_model: str | None = None
+    """Reference of another language model, which may have another tokenizer: `perplexity_other` of the samples."""
     num_prompts: int = Field(default=256, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest completion. None: as in training."""
@@ -268,6 +272,17 @@ class Eval(Section):
     """Reward functions that training did not see: their weighted sum is `judge_mean`."""
     num_samples: int = Field(default=16, ge=0)
     """Completions shown side by side."""
+
+
+class Judge(Section):
+    """Who says which of two completions is better, and how it is asked (`rlhf-recipes judge`)."""
+
+    backend: Literal["openai", "anthropic", "local", "reward_model"] = "openai"
+    """`openai`: any endpoint with OpenAI's chat completions; `local`: a causal language model on this machine."""
+    model: str | None = None
+    """The endpoint's name of a model; a model reference for `local` and `reward_model`."""
+    base_url: str | None = None
+    """Of an endpoint that is not the vendor's, such as `http://localhost:8000/v1`."""
 
 
 class Recipe(Section):
@@ -298,6 +313,7 @@ class Recipe(Section):
     ppo: Ppo | None = None
     rloo: Rloo | None = None
     eval: Eval = Eval()
+    judge: Judge = Judge()
 
     def batches(self, stage: str, processes: int) -> dict[str, int]:
         """`Trained.batches` of a stage.

@@ -23,10 +23,11 @@ from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import write_whole, writing
 from rlhf_recipes.entry import INTERRUPTED, STOPPED, load_checked
 from rlhf_recipes.launch import TRAINED, launch_stage
+from rlhf_recipes.plots import draw_sweep
 from rlhf_recipes.recipe import to_yaml
-from rlhf_recipes.report import draw_sweep, print_sweep
 from rlhf_recipes.run import SETTINGS, Run, input_stages, read_manifest, read_metrics, run_path
 from rlhf_recipes.sweep_grid import in_path, labels, parse_grid, parse_seeds, path_parts, short_hash, without_trainer
+from rlhf_recipes.tables import print_sweep
 from rlhf_recipes.terminal import complain, say
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
     {"named_files"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},

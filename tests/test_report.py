@@ -7,7 +7,7 @@ import pytest
 from rlhf_recipes.compare import _notes, write_report
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.report import COLUMNS, print_table
+from rlhf_recipes.tables import COLUMNS, print_table
 
 
 def fake_run(folder, stage="ppo", status="finished"):
