@@ -370,7 +370,7 @@ def test_what_else_is_measured_changes_no_model(tmp_path, policy_folder, other_f
     rewards, found = "[{name: 'mine.py:dice'}]", []
     for models in (
         {"sft": without_pad, "a": policy_folder, "b": without_pad},
-        {"sft": without_pad, "b": without_pad},
+        {"b": without_pad},
     ):
         overrides = (f"name=of_{len(models)}", 'special_tokens={pad_token: "[PAD]"}')
         _, lines = read(run_eval(recipe_of(tmp_path, models, *overrides, rewards=rewards)))

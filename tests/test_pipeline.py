@@ -121,7 +121,7 @@ def test_eval_and_report(tiny):
         "perplexity",
         "eos_rate",
     }
-    assert list(measured["models"]) == ["sft", "ppo", "rloo"]
+    assert list(measured["models"]) == ["base", "sft", "ppo", "rloo"]
     for metrics in measured["models"].values():
         assert wanted <= set(metrics) and all(isinstance(metrics[key], float) for key in wanted)
     assert abs(measured["models"]["sft"]["kl"]) < 1e-3
@@ -129,7 +129,10 @@ def test_eval_and_report(tiny):
     report = (folder / "runs/imdb_tiny/compare/report.html").read_text()
     assert "data:image/png;base64" in report and "http://" not in report and "<script" not in report
     assert "runs/imdb_tiny/compare/report.html" in done.stdout.splitlines()[-1]
-    assert all(name in done.stdout for name in ("positive", "judge", "KL", "perplexity"))
+    again = cli("eval", "imdb_tiny", *FEW, cwd=folder)
+    table = again.stdout.partition("\n")[2]
+    assert "nothing to do" in again.stdout and table.strip() in done.stdout
+    assert all(name in table for name in ("positive", "judge", "KL", "perplexity", "distinct-3", "rloo"))
 
 
 def test_terminal_stays_readable(tiny):
