@@ -154,9 +154,7 @@ class Evaluator:
             "finished": samples.finished,
         }
         scores, by_func = score_all(self.recipe.reward_funcs, self.score_funcs, **call)
-        judged, by_judge = (
-            score_all(settings.judge_funcs, self.judge_funcs, **call) if settings.judge_funcs else ([], {})
-        )
+        judged, by_judge = score_all(settings.judge_funcs, self.judge_funcs, **call)
         tokens = sum(map(len, samples.completion_ids))
         metrics = {
             **_score_metrics(scores, by_func, settings.positive_threshold),
@@ -322,7 +320,7 @@ def _likelihood_metrics(own: list[float], under_reference: list[float], tokens: 
     """KL of a model from the reference, and perplexity of its samples under that, EOS counted; None: cannot be told.
 
     KL is the mean of log p(y) - log p_ref(y) over whole completions y that the model itself sampled, an unbiased
-    estimate; per token it is the sum of these over the number of all tokens.
+    estimate where `eval.temperature` is 1; per token it is the sum of these over the number of all tokens.
     """
     if not all(map(math.isfinite, [*own, *under_reference])) or not own:
         return dict.fromkeys(("kl", "kl_per_token", "perplexity"))

@@ -245,6 +245,18 @@ def test_likelihoods_that_are_not_finite_are_not_known():
         assert evaluate._likelihood_metrics(own, under, 2) == dict.fromkeys(("kl", "kl_per_token", "perplexity"))
 
 
+def test_a_model_that_has_diverged_is_measured_and_said_to_have(tmp_path, policy_folder):
+    tokenizer = word_tokenizer()
+    model = causal_lm(tokenizer)
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    folder = save_pair(tmp_path / "diverged", model, tokenizer)
+    run = run_eval(recipe_of(tmp_path, {"sft": policy_folder, "ppo": folder}))
+    text = (run.path / "eval.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["models"]["ppo"]["kl"] is None and found["models"]["sft"]["kl"] == 0.0
+    assert [note.partition(":")[0] for note in found["notes"]] == ["ppo"] and "diverged" in found["notes"][0]
+
+
 # Likelihoods
 
 
