@@ -3,12 +3,13 @@
     rlhf-recipes eval imdb_tiny
 
 Reads `data`, `reward_funcs` and `eval`; writes to `<runs_dir>/<recipe>/eval/`: `eval.json` (`models.<name>.<metric>`,
-histograms of the completions' lengths, samples side by side), `eval.md` (its tables) and `completions.jsonl` (a prompt a
+histograms of the completions' lengths, samples side by side), `eval.md` (its tables), `completions.jsonl` (a prompt a
 line). Every model gets the same prompts and the same sampling seed, and is written down as soon as it is measured: when
 stopped, the same command goes on with the next one, and comes to the same result. No GPU is needed.
 """
 
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -31,7 +32,6 @@ from rlhf_recipes.metrics import (
 )
 from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference
-from rlhf_recipes.sweep_grid import short_hash
 from rlhf_recipes.tables import markdown_tables
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
         for key, reference in read.items()
         for file in sorted(Path(resolve_model(recipe, key, reference)).glob(WEIGHTS))
     ]
-    return short_hash(json.dumps([name, run.settings, run.inputs, rows["prompt"][:], weights], sort_keys=True))
+    text = json.dumps([name, run.settings, run.inputs, rows["prompt"][:], weights], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _training_length(recipe: Recipe) -> int:
