@@ -134,14 +134,14 @@ def run(
         if code != 0:
             raise typer.Exit(code)
     if "compare" in stages:
-        _show_results(recipe)
+        _show_measured(recipe)
+        say(f"\nreport: {run_path(recipe, 'compare') / 'report.html'}")
 
 
-def _show_results(recipe: Recipe) -> None:
+def _show_measured(recipe: Recipe) -> None:
     measured = json.loads((run_path(recipe, "eval") / "eval.json").read_text(encoding="utf-8"))
     say()
-    print_table(measured["models"])
-    say(f"\nreport: {run_path(recipe, 'compare') / 'report.html'}")
+    print_table(measured["models"], measured["notes"])
 
 
 def _stage_command(stage: str, doc: str) -> None:
@@ -165,7 +165,18 @@ _stage_command("sft", "Run stage sft: fine-tune, or train from scratch, a langua
 _stage_command("reward", "Run stage reward: train a reward model on pairs.")
 _stage_command("ppo", "Run stage ppo: train the policy with PPO.")
 _stage_command("rloo", "Run stage rloo: train the policy with RLOO.")
-_stage_command("eval", "Run stage eval: measure the trained models on held-out prompts.")
+
+
+@app.command("eval")
+def evaluate(name: Name, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Run stage eval: measure the models on held-out prompts, and print the table.
+
+    The same command goes on with what was stopped.
+    """
+    code = launch_stage("eval", name, overrides or [], overwrite)
+    if code == 0:
+        _show_measured(load_checked(name, overrides or []))
+    raise typer.Exit(code)
 
 
 @app.command()

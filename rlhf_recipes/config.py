@@ -254,13 +254,14 @@ class Rloo(OnPolicy):
 class Eval(Section):
     """What the trained models are measured on: held-out prompts, the same for every model."""
 
-    models: dict[str, str] | None = None
-    """Name -> model reference. None: `base`, what stage `sft` starts from, where there is one that is not new; as `sft`
-    the policy that training starts from; then `ppo` and `rloo` where the recipe has them."""
+    models: dict[str, str] | None = Field(default=None, min_length=1)
+    """Name -> model reference. None: `base`, what stage `sft` starts from, where that is trained on and is not new; as
+    `sft` the policy that training starts from; then `ppo` and `rloo` where the recipe has them."""
     reference: str | None = None
     """Name of the model that KL and `perplexity` refer to. None: `sft` where it is among them, or else the first."""
     perplexity_model: str | None = None
-    """Reference of another language model, which may have another tokenizer: `perplexity_other` of the samples."""
+    """Reference of another language model, which may have another tokenizer: `perplexity_other` of the samples. None:
+    that is not measured."""
     num_prompts: int = Field(default=256, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest completion. None: as in training."""

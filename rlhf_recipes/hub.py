@@ -48,6 +48,8 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
             found[f"{stage}.{key}"] = (getattr(section, key), "model")
     if stage == "eval":
         found |= {f"eval.models.{name}": (reference, "model") for name, reference in eval_models(recipe).items()}
+        if recipe.eval.perplexity_model is not None:
+            found["eval.perplexity_model"] = (recipe.eval.perplexity_model, "model")
     funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
     if stage == "eval":
         funcs["eval.judge_funcs"] = recipe.eval.judge_funcs

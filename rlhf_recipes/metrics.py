@@ -18,14 +18,42 @@ def distinct_n(rows: Sequence[Sequence], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def repetition_rate(rows: Sequence[Sequence]) -> float:
-    """Mean share of tokens that occurred before in the same completion, 0..1; empty completions repeat nothing."""
-    return fmean(1 - len(set(row)) / len(row) if row else 0.0 for row in rows)
+def unique_token_ratio(rows: Sequence[Sequence]) -> float | None:
+    """Different tokens over all tokens of a completion, mean over those that have any, 0..1; None where none has.
+
+    It falls with a completion's length, in human text too: common words come again.
+    """
+    ratios = [len(set(row)) / len(row) for row in rows if row]
+    return fmean(ratios) if ratios else None
+
+
+def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
+    """Share of a completion's n-grams that occurred in it before, mean over completions, 0..1.
+
+    Four tokens in the same order hardly ever come again in human text, however long it is: unlike `unique_token_ratio`
+    this tells loops from common words. Completions with fewer than n tokens repeat nothing.
+
+    Source: Welleck et al. 2020 (1908.04319), seq-rep-n of section 6.
+    """
+    ngrams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
+    return fmean(1 - len(set(found)) / len(found) if found else 0.0 for found in ngrams)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and (population) standard deviation."""
     return fmean(values), pstdev(values)
+
+
+def perplexity(logps: Sequence[float], tokens: int) -> float | None:
+    """exp(-mean log-probability of a token) of texts; None where that is infinite, not known, or of no token.
+
+    Args:
+        logps: Log-probability of each whole text, in nats.
+        tokens: Of all texts together.
+    """
+    if not tokens or not all(map(math.isfinite, logps)) or -math.fsum(logps) / tokens > 700:  # where exp overflows
+        return None
+    return math.exp(-math.fsum(logps) / tokens)
 
 
 def length_histograms(lengths: dict[str, Sequence[int]], longest: int, bins: int = 20) -> dict[str, Any]:

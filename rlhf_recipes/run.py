@@ -28,6 +28,10 @@ from rlhf_recipes.recipe import to_yaml
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+PARTS = "parts"
+"""Folder in that of a run without checkpoints: whole files, each of which the same run need not make again."""
+
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
 
 ALONE = Setup(1, "NO")
@@ -110,7 +114,7 @@ class Run:
         self.recipe, self.stage, self.is_main = recipe, stage, is_main
         self.path = run_path(recipe, stage)
         self.settings = _settings(recipe, stage)
-        self.inputs = {name: _run_id(run_path(recipe, name)) for name in input_stages(recipe, stage)}
+        self.inputs = _inputs(recipe, stage)
         self.results: dict[str, Any] = {}
         self._started = time.monotonic()
 
@@ -135,7 +139,7 @@ class Run:
         return manifest["status"] == "finished" and not differences
 
     def start(self, setup: Setup = ALONE) -> Path | None:
-        """Go on with this very run from its last whole checkpoint, or make the folder for a new one.
+        """Go on with this very run from its last whole checkpoint or with its `PARTS`, or make the folder for a new one.
 
         A new one begins with the resolved recipe and a manifest that says `running`; what an earlier attempt left is
         moved to `<stage>.<time>`, never deleted.
@@ -155,14 +159,17 @@ class Run:
         earlier = read_manifest(self.path)
         if earlier is not None:
             self._refuse_company(earlier)
+        goes_on = False
         if earlier is not None and earlier["status"] != "finished" and not self._differences_to(earlier):
             self.checkpoint = last_complete(self.path)
+            goes_on = self.checkpoint is not None or (self.path / PARTS).is_dir()
         with writing("runs_dir: the run's folder", self.path):
-            if self.checkpoint is None:
+            if not goes_on:
                 self._begin()
             else:
-                require_setup(self.checkpoint, setup)
-                self._go_on(earlier, self.checkpoint)
+                if self.checkpoint is not None:
+                    require_setup(self.checkpoint, setup)
+                self._go_on(earlier)
         return self.checkpoint
 
     def _refuse_company(self, manifest: dict[str, Any]) -> None:
@@ -183,13 +190,14 @@ class Run:
                 f"kill {process['pid']}; after that, the same command goes on from its last checkpoint."
             )
 
-    def _go_on(self, manifest: dict[str, Any], checkpoint: Path) -> None:
+    def _go_on(self, manifest: dict[str, Any]) -> None:
+        step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         for later in checkpoints(self.path):
-            if step_of(later) > step_of(checkpoint):  # torn, or it would be the one to go on from
+            if step_of(later) > step:  # torn, or it would be the one to go on from
                 shutil.rmtree(later)
         shutil.rmtree(self.path / ".final", ignore_errors=True)  # half a final model
         manifest.pop("error", None)
-        manifest.setdefault("resumed", []).append({"time": _now(), "step": step_of(checkpoint)})
+        manifest.setdefault("resumed", []).append({"time": _now()} | ({"step": step} if self.checkpoint else {}))
         self.manifest = manifest | {"status": "running", "process": _this_process()}
         self._write()
 
@@ -306,16 +314,39 @@ class Run:
 def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     values = recipe.model_dump(include=set(SETTINGS[stage]), exclude_none=True)
     if stage == "eval":
-        values["models"] = eval_models(recipe)
+        values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
     return values
 
 
+def _inputs(recipe: Recipe, stage: str) -> dict[str, str | None]:
+    """What a stage builds on -> the id of its run: stages by name; by path, runs elsewhere that eval measures."""
+    found = {name: run_path(recipe, name) for name in input_stages(recipe, stage)}
+    if stage == "eval":
+        named = [*eval_models(recipe).values(), recipe.eval.perplexity_model]
+        found |= {path: Path(path) for path in named if path and (Path(path) / MANIFEST).is_file()}
+    return {name: _run_id(path) for name, path in found.items()}
+
+
 def eval_models(recipe: Recipe) -> dict[str, str]:
-    """Name -> reference of the models that `eval` measures; the first one is what KL and perplexity refer to."""
+    """Name -> reference of the models that `eval` measures."""
     if recipe.eval.models is not None:
         return dict(recipe.eval.models)
     trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
-    return {"sft": getattr(recipe, trained[0]).policy if trained else "stage:sft"} | {s: f"stage:{s}" for s in trained}
+    start = getattr(recipe, trained[0]).policy if trained else "stage:sft"
+    base = recipe.sft.model if recipe.sft is not None and start == "stage:sft" else None
+    return ({"base": base} if base else {}) | {"sft": start} | {stage: f"stage:{stage}" for stage in trained}
+
+
+def eval_reference(recipe: Recipe) -> str:
+    """Name of the one of `eval_models` that KL and perplexity refer to.
+
+    Raises:
+        RecipeError: `eval.reference` names none of them.
+    """
+    models, given = eval_models(recipe), recipe.eval.reference
+    if given is not None and given not in models:
+        raise RecipeError(f"eval.reference: {given} is none of eval.models; they are: {', '.join(models)}.")
+    return given or ("sft" if "sft" in models else next(iter(models)))
 
 
 def stages_to_run(recipe: Recipe) -> list[str]:

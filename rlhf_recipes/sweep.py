@@ -25,7 +25,16 @@ from rlhf_recipes.entry import INTERRUPTED, STOPPED, load_checked
 from rlhf_recipes.launch import TRAINED, launch_stage
 from rlhf_recipes.plots import draw_sweep
 from rlhf_recipes.recipe import to_yaml
-from rlhf_recipes.run import SETTINGS, Run, input_stages, read_manifest, read_metrics, run_path
+from rlhf_recipes.run import (
+    SETTINGS,
+    Run,
+    eval_models,
+    eval_reference,
+    input_stages,
+    read_manifest,
+    read_metrics,
+    run_path,
+)
 from rlhf_recipes.sweep_grid import in_path, labels, parse_grid, parse_seeds, path_parts, short_hash, without_trainer
 from rlhf_recipes.tables import print_sweep
 from rlhf_recipes.terminal import complain, say
@@ -338,11 +347,12 @@ def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
 
 
 def _only(recipe: Recipe, stage: str) -> Recipe:
-    """The recipe without its other stages; eval then measures this one, against what eval's first model is."""
+    """The recipe without its other stages; eval then measures this one, against what it refers to."""
     changes: dict[str, Any] = {other: None for other in TRAINED if other != stage}
-    if recipe.eval.models is not None:
-        reference = dict([next(iter(recipe.eval.models.items()))])
-        changes["eval"] = recipe.eval.model_copy(update={"models": reference | {stage: f"stage:{stage}"}})
+    if recipe.eval.models is not None or recipe.eval.reference is not None:
+        reference = eval_reference(recipe)
+        models = {reference: eval_models(recipe)[reference]} | {stage: f"stage:{stage}"}
+        changes["eval"] = recipe.eval.model_copy(update={"models": models})
     return recipe.model_copy(update=changes)
 
 

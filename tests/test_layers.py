@@ -16,7 +16,7 @@ LAYERS = [
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine"},
     {"references"},
     {"data", "tokenizer"},
-    {"models", "scoring", "shapes", "posts", "samples"},
+    {"models", "scoring", "shapes", "posts", "samples", "likelihoods"},
     {"reward_funcs", "hub", "diagnosis", "value_model", "adapters"},
     {"stage_plan"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},

@@ -11,9 +11,11 @@ from rlhf_recipes.metrics import (
     distinct_n,
     length_histograms,
     mean_and_std,
+    ngram_repetition,
     pair_accuracy,
-    repetition_rate,
+    perplexity,
     rouge,
+    unique_token_ratio,
 )
 
 
@@ -21,11 +23,30 @@ def test_distinct_n():
     rows = [["a", "b", "a"], ["a", "b"]]
     assert distinct_n(rows, 1) == pytest.approx(2 / 5)
     assert distinct_n(rows, 2) == pytest.approx(2 / 3)  # ab, ba, ab
+    assert distinct_n(rows, 3) == 1.0  # aba
+    assert distinct_n([list("abab"), list("babc")], 3) == pytest.approx(3 / 4)  # aba bab, bab abc
     assert distinct_n([["a"], []], 2) == 0.0
 
 
-def test_repetition_rate():
-    assert repetition_rate([["a", "a", "a", "b"], ["c"], []]) == pytest.approx((0.5 + 0 + 0) / 3)
+def test_unique_token_ratio():
+    assert unique_token_ratio([list("aaab"), ["c"], []]) == pytest.approx((0.5 + 1) / 2)
+    assert unique_token_ratio([[], []]) is None
+
+
+def test_ngram_repetition_tells_loops_from_common_tokens():
+    assert ngram_repetition([list("abcdabcd")]) == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
+    assert ngram_repetition([list("aaaaaaa"), list("abc"), []]) == pytest.approx((3 / 4 + 0 + 0) / 3)
+    assert ngram_repetition([list("abacada")]) == 0.0 < 1 - unique_token_ratio([list("abacada")])
+    assert ngram_repetition([list("abab")], n=2) == pytest.approx(1 / 3)
+
+
+def test_perplexity():
+    assert perplexity([math.log(1 / 4), math.log(1 / 16)], tokens=3) == pytest.approx(4)
+    assert perplexity([0.0], tokens=5) == 1.0
+    assert perplexity([], tokens=0) is None
+    assert (
+        perplexity([-math.inf, -1.0], 2) is None and perplexity([math.nan], 1) is None and perplexity([-1e4], 1) is None
+    )
 
 
 def test_mean_and_std():

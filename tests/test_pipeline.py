@@ -121,15 +121,18 @@ def test_eval_and_report(tiny):
         "perplexity",
         "eos_rate",
     }
-    assert list(measured["models"]) == ["sft", "ppo", "rloo"]
+    assert list(measured["models"]) == ["base", "sft", "ppo", "rloo"]
     for metrics in measured["models"].values():
         assert wanted <= set(metrics) and all(isinstance(metrics[key], float) for key in wanted)
     assert abs(measured["models"]["sft"]["kl"]) < 1e-3
-    assert len(measured["samples"]) == 16 and {"prompt", "sft", "ppo", "rloo"} <= set(measured["samples"][0])
+    assert len(measured["samples"]) == 16 and set(measured["samples"][0]["models"]) == set(measured["models"])
     report = (folder / "runs/imdb_tiny/compare/report.html").read_text()
     assert "data:image/png;base64" in report and "http://" not in report and "<script" not in report
     assert "runs/imdb_tiny/compare/report.html" in done.stdout.splitlines()[-1]
-    assert all(name in done.stdout for name in ("positive", "judge", "KL", "perplexity"))
+    again = cli("eval", "imdb_tiny", *FEW, cwd=folder)
+    table = again.stdout.partition("\n")[2]
+    assert "nothing to do" in again.stdout and table.strip() in done.stdout
+    assert all(name in table for name in ("positive", "judge", "KL", "perplexity", "distinct-3", "rloo"))
 
 
 def test_terminal_stays_readable(tiny):
@@ -245,7 +248,7 @@ def test_chat_prompts_own_reward_and_eval_through_the_cli(stand_ins, tmp_path, b
     assert done.returncode == 0, done.stderr
     assert "score/mine" in lines(tmp_path / "runs/imdb_positive/rloo/metrics.jsonl")[0]
     sample = json.loads((tmp_path / "runs/imdb_positive/eval/eval.json").read_text())["samples"][0]
-    assert sample["ppo"]["completion"][0]["role"] == "assistant"
+    assert sample["models"]["ppo"]["completion"][0]["role"] == "assistant"
     assert "film" in (tmp_path / "runs/imdb_positive/compare/report.html").read_text()
 
 

@@ -7,7 +7,6 @@ import pytest
 from rlhf_recipes.compare import _notes, write_report
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.tables import COLUMNS, print_table
 
 
 def fake_run(folder, stage="ppo", status="finished"):
@@ -29,8 +28,10 @@ def test_completions_are_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     sample = {
         "prompt": evil,
-        "sft": {"completion": evil, "score": 1.0},
-        "ppo": {"completion": [{"role": "assistant", "content": evil}], "score": None},
+        "models": {
+            "sft": {"completion": evil, "score": 1.0},
+            "ppo": {"completion": [{"role": "assistant", "content": evil}], "score": None},
+        },
     }
     measured = {
         "models": {"sft": {"score_mean": 0.5, "kl": 0.0}, "ppo": {"score_mean": 1.5, "kl": 2.0}},
@@ -74,12 +75,6 @@ def test_a_histogram_without_completions_is_drawn(tmp_path):
     measured = {"models": {}, "samples": [], "num_prompts": 0, "seed": 0}
     measured["length_histograms"] = {"edges": [0, 2, 4], "counts": {"sft": [0, 0]}}
     write_report(tmp_path, "t", [fake_run(tmp_path / "ppo")], measured, [])
-
-
-def test_the_table_cuts_no_number_off(capsys):
-    print_table({"a long name of a model": dict.fromkeys(COLUMNS, 0.123456)})
-    head, row = capsys.readouterr().out.splitlines()
-    assert all(heading in head for heading, _, _ in COLUMNS.values()) and len(row.split()) == 6 + len(COLUMNS)
 
 
 def finished(folder, results):

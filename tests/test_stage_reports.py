@@ -1,4 +1,4 @@
-"""What stages sft, reward and eval say about the models that they leave: the numbers are those of the saved models."""
+"""What stages sft and reward say about the models that they leave: the numbers are those of the saved models."""
 
 import json
 import math
@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REVIEWS, WORDS, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
+from conftest import REVIEWS, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_recipes import evaluate, reward, sft
+from rlhf_recipes import reward, sft
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.metrics import rouge
 from rlhf_recipes.models import scale_head
@@ -18,7 +18,7 @@ from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_funcs import reward_model
 from rlhf_recipes.reward_report import REPORT, kept, measure
 from rlhf_recipes.run import Run
-from rlhf_recipes.samples import Samples, shared_out
+from rlhf_recipes.samples import shared_out
 from rlhf_recipes.sft_report import SAMPLES
 
 PROMPTS = ("the film", "it", "the plot and the acting", "a movie", "the acting")
@@ -396,40 +396,6 @@ def test_rouge_needs_completions_and_room(tmp_path, policy_folder):
     long = [{"prompt": prompt, "completion": " was good ."} for prompt in ("the film " * 31, "it")]
     with pytest.raises(RecipeError, match=r"sft\.rouge_prompts: .* prompt has 62 tokens .* 4, more than .* 64"):
         sft.main(Run(recipe_of(tmp_path, settings, SUMMARIES, long), "sft"))
-
-
-# Stage eval
-
-
-@pytest.mark.slow
-def test_eval_measures_lengths_and_rouge(tmp_path, policy_folder):
-    settings = (
-        f"rloo: {{policy: {policy_folder}, trainer: {{max_completion_length: 12}}}}\n"
-        f"eval: {{models: {{sft: {policy_folder}, other: {policy_folder}}}}}\n"
-    )
-    ends = {prompt: " ".join(WORDS[i:] + WORDS[:i]) for i, prompt in enumerate(PROMPTS)}
-    rows = [{"prompt": prompt, "completion": end} for prompt, end in ends.items()]
-    run, _ = run_stage(evaluate, "eval", recipe_of(tmp_path, settings, rows, rows))
-    found = json.loads((run.path / "eval.json").read_text())
-    assert found["length_histograms"]["edges"] == list(range(14)) and found["samples"][0]["prompt"] in ends
-    for name in ("sft", "other"):
-        texts = [sample[name]["completion"] for sample in found["samples"]]
-        metrics, counts = found["models"][name], found["length_histograms"]["counts"][name]
-        assert sum(counts) == 5  # a token a bin: the mean follows from them
-        assert metrics["length_mean"] == pytest.approx(sum(i * count for i, count in enumerate(counts)) / 5)
-        assert metrics["empty_share"] == mean([not text.strip() for text in texts])
-        expected = rouge(texts, [ends[sample["prompt"]] for sample in found["samples"]])
-        assert {kind: metrics[kind] for kind in expected} == expected and expected["rouge1"] > 0
-    run, _ = run_stage(
-        evaluate, "eval", recipe_of(tmp_path, settings, REVIEWS, REVIEWS, "name=texts", "data.prompt_tokens=[2, 3]")
-    )
-    assert "rouge1" not in run.results["sft"] and "empty_share" in run.results["sft"]
-
-
-def test_empty_completions_are_counted():
-    made = Samples([[5]] * 4, [[1], [5, 1], [0, 1], [5]], ["", " the", "  ", " the"], [True, True, True, False])
-    found = evaluate._text_metrics(made)
-    assert found["empty_share"] == 0.5 and found["length_mean"] == 0.75
 
 
 def test_shared_out_keeps_order(monkeypatch):

@@ -140,11 +140,14 @@ def test_keys_that_change_together_and_stages_that_a_key_does_not_concern(tmp_pa
     assert [row.label for row in by_default.rows] == ["ppo", "rloo baseline=none", "rloo baseline=constant"]
 
 
-def test_eval_compares_with_what_the_recipe_names_first(tmp_path):
+def test_eval_compares_with_what_the_recipe_refers_to(tmp_path):
     models = "eval.models={start: stage:sft, ppo: stage:ppo, rloo: stage:rloo}"
     (row,) = plan(tmp_path, models).rows
     sft = next(job for job in row.cells[0].evaluation.needs if job.stage == "sft")
     assert row.cells[0].evaluation.recipe.eval.models == {"start": str(sft.path), "rloo": "stage:rloo"}
+    (row,) = plan(tmp_path, "eval.reference=base").rows
+    models = row.cells[0].evaluation.recipe.eval.models
+    assert models == {"base": "package:rlhf_recipes/base", "rloo": "stage:rloo"}
 
 
 @pytest.mark.parametrize(
