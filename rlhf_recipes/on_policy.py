@@ -587,7 +587,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             self._since = time.perf_counter()
 
     def _chart(self, logs: dict[str, float]) -> None:
-        """W&B: draw all curves over episodes, and put completions of the last rollout beside the next line of metrics."""
+        """W&B: draw all curves over episodes, and put some of the last rollout's completions into the row to come."""
         if "wandb" not in self.args.report_to:
             return
         import wandb

@@ -38,9 +38,7 @@ def chosen_trackers(stage: str, given: Any) -> list[str]:
     names = [given] if isinstance(given, str) else list(given)
     others = [name for name in names if name not in ("tensorboard", "none")]
     if "all" in others:
-        raise RecipeError(
-            f"{key}: all would take whatever is installed; name the ones you want, such as [wandb, trackio]."
-        )
+        raise RecipeError(f"{key}: all is whatever is installed; name what you want, such as [wandb, trackio].")
     if "trackio" in others and find_spec("trackio") is None:
         raise RecipeError(f"{key}: trackio is not installed; pip install trackio.")
     if "wandb" in others:
@@ -56,10 +54,7 @@ def wandb_mode() -> tuple[str | None, str]:
     """How W&B can be used without a question to anybody: `online` or `offline`; or None, and why not."""
     import wandb
 
-    # What W&B says goes where all else goes: to log.txt, and warnings to the terminal.
-    wandb.termsetup(wandb.setup().settings.model_copy(update={"silent": True}), logger)
-    logger.addFilter(_matters)
-    mode = wandb.setup().settings.mode
+    mode = _hushed().mode
     if mode == "disabled":
         return None, "WANDB_MODE is disabled"
     if mode in ("offline", "dryrun"):
@@ -72,6 +67,21 @@ def wandb_mode() -> tuple[str | None, str]:
         return None, str(error).rstrip(".")
     logger.info("W&B is not used: nobody is logged in, and WANDB_MODE is not offline.")
     return None, "nobody is logged in (wandb login, or WANDB_API_KEY), and WANDB_MODE is not offline"
+
+
+def _hushed() -> Any:
+    """W&B's settings; what it says goes where all else goes: to log.txt, and warnings to the terminal."""
+    import wandb
+
+    try:
+        settings = wandb.setup(wandb.Settings(silent=True)).settings
+    except ValueError as error:  # pydantic's
+        raise RecipeError(
+            f"W&B does not take a value of your environment or of its settings file: {' '.join(str(error).split())}"
+        ) from error
+    wandb.termsetup(settings, logger)
+    logger.addFilter(_matters)
+    return settings
 
 
 def _matters(record: logging.LogRecord) -> bool:
@@ -112,13 +122,15 @@ def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) ->
         "resume": ours("WANDB_RESUME", "allow"),
         "config": {"recipe": recipe.model_dump(exclude_none=True), "stage": stage},
         "settings": wandb.Settings(
-            silent=True, **{name: value for name, value in LIMITS.items() if f"WANDB_{name.upper()}" not in os.environ}
+            **{name: value for name, value in LIMITS.items() if f"WANDB_{name.upper()}" not in os.environ}
         ),
     }
     try:
         started = wandb.init(**arguments, mode=mode)
     except wandb.Error as error:
         logger.warning("W&B: %s; this run is written offline.", str(error).splitlines()[0].rstrip("."))
+        wandb.teardown()  # or the run's id would still be in use
+        _hushed()
         mode, started = "offline", wandb.init(**arguments, mode="offline")
     where = started.url if mode == "online" else f"offline, upload it with: wandb sync {Path(started.dir).parent}"
     say(f"{stage:<8} W&B: {where}")

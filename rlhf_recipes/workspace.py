@@ -44,7 +44,9 @@ def save_view(recipe: Recipe, group: str | None) -> str:
 
     group = group or os.environ.get("WANDB_RUN_GROUP") or recipe.name
     names = {section: list(metrics) for section, metrics in SECTIONS.items()}
-    names["Score"] += [f"score/{name}" for name in dict.fromkeys(spec.name for spec in recipe.reward_funcs)]
+    names["Score"] += [
+        f"score/{name}" for name in dict.fromkeys(spec.name.rpartition(":")[2] for spec in recipe.reward_funcs)
+    ]
     sections = [
         ws.Section(name=section, panels=[_plot(metric) for metric in metrics], is_open=True)
         for section, metrics in names.items()
