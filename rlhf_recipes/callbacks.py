@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from rlhf_recipes.disk import append_lines, step_of, write_whole, writing
 from rlhf_recipes.distributed import confirm
 from rlhf_recipes.run import Run
+from rlhf_recipes.trackers import start_wandb
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -176,9 +177,8 @@ def attach(trainer: Any, run: Run) -> RunCallback:
     trainer.add_callback(SetupCallback(run, trainer))
     trainer.add_callback(callback)
     if run.is_main:
-        os.environ.setdefault("WANDB_RUN_ID", run.manifest["id"])
-        if run.checkpoint is not None:
-            os.environ.setdefault("WANDB_RESUME", "allow")
+        if "wandb" in trainer.args.report_to:
+            start_wandb(run.recipe, run.stage, run.path, run.manifest["id"])
         trainer.remove_callback(TensorBoardCallback)
         trainer.add_callback(EventsCallback(run))
     return callback

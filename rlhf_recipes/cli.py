@@ -221,6 +221,21 @@ def compare(
     say(f"report: {write_report(out, 'Comparison', runs, None, [])}")
 
 
+@app.command("wandb")
+def wandb_view(
+    name: Name,
+    overrides: Overrides = None,
+    group: Annotated[
+        str | None, typer.Option("--group", help="of W&B, such as a duel's (default: the recipe's name)")
+    ] = None,
+) -> None:
+    """Save a view in W&B in which the recipe's runs of ppo and rloo are overlaid, and print its address."""
+    log_to(None)
+    from rlhf_recipes.workspace import save_view
+
+    say(save_view(load_checked(name, overrides or []), group))
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/imdb_tiny/ppo")],

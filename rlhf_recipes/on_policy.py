@@ -30,6 +30,7 @@ from rlhf_recipes.reward_calls import RewardError, call_all, checked
 from rlhf_recipes.reward_funcs import apply_missing_eos, as_reward_func
 from rlhf_recipes.sampling import sample_completions
 from rlhf_recipes.tokenizer import continuation
+from rlhf_recipes.trackers import as_cell, as_table
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_st
 PHASES = ("generate", "score", "forward", "update")
 """Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""
 
-TABLE_ROWS = 64
-"""Completions in each table of W&B."""
+TABLES, TABLE_ROWS = 20, 64
+"""W&B: tables of completions that a run logs, evenly over its steps, and completions in each."""
 
 STATE_FILE = "on_policy_{rank}.pt"
 """In a checkpoint, what a rank needs to go on exactly where it stopped."""
@@ -124,6 +125,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._micro_batches: list[dict[str, Tensor]] = []
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._since: float | None = None
+        self._charted, self._tabled = set(), -1
         # An instance may hold other weights than its name's on the Hub: its reference is a copy of the instance.
         reference = None
         whole = isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model)
@@ -427,6 +429,10 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     # What both losses are made of
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # TRL's times it, which in W&B is a row for each micro-batch, under a key that has the class's name in it.
+        return self._compute_loss(model, inputs)
+
     def _forward_batch(self, model: Any, inputs: dict[str, Tensor], entropy: bool = False) -> Forward:
         """One pass over a micro-batch."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -575,26 +581,34 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             logs["episodes"] = self._state.episodes
             if "train_runtime" not in logs:  # not the summary at the end
                 self._log_times(logs)
+                self._chart(logs | metrics)
         super().log(logs, start_time)
         if mode == "train" and "train_runtime" not in logs:
-            self._log_table()
             self._since = time.perf_counter()
 
-    def _log_table(self) -> None:
-        """Completions of the last rollout as a table of W&B's, and all of its curves over episodes."""
-        if "wandb" not in self.args.report_to or self.args.log_completions:  # the latter: TRL makes a table itself
+    def _chart(self, logs: dict[str, float]) -> None:
+        """W&B: draw all curves over episodes, and put some of the last rollout's completions into the row to come."""
+        if "wandb" not in self.args.report_to:
             return
         import wandb
 
         if wandb.run is None:  # another process than the main one, or W&B is disabled
             return
-        wandb.define_metric("train/*", step_metric="train/episodes")
-        names = ("step", "prompt", "completion", "advantage")
-        table = wandb.Table([*names, *self._logs["rewards"]])
-        for row in self.sampled_completions(TABLE_ROWS):
-            texts = {"prompt": str(row["prompt"]), "completion": str(row["completion"])}  # of chats, lists of messages
-            table.add_data(*((row | texts)[name] for name in names), *row["scores"].values())
-        wandb.log({"completions": table})
+        for name in sorted(logs.keys() - self._charted - {"episodes"}):
+            # By name: of `train/*` and transformers' own `*`, either may win.
+            wandb.define_metric(f"train/{name}", step_metric="train/episodes")
+            self._charted.add(name)
+        due = self.state.global_step * TABLES // self.state.max_steps
+        if due == self._tabled or self.args.log_completions:  # the latter: TRL makes a table itself
+            return
+        self._tabled = due
+        rows = [
+            {"step": row["step"], "prompt": as_cell(row["prompt"]), "completion": as_cell(row["completion"])}
+            | {"advantage": row["advantage"]}
+            | {f"score/{name}": value for name, value in row["scores"].items()}
+            for row in self.sampled_completions(TABLE_ROWS)
+        ]
+        wandb.log({"completions": as_table(rows)}, commit=False)
 
     def _derive(self, metrics: dict[str, list[float]]) -> None:
         """Add metrics that follow from other means of the same line."""

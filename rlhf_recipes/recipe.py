@@ -22,7 +22,6 @@ OURS = {
     "reward_timeout": "reward_funcs[].timeout",
     "missing_eos": "missing_eos, beside reward_funcs: it is the same for ppo and rloo",
     "baseline": "rloo.baseline",
-    "report_to": "nothing: TensorBoard is always on, W&B when you are logged in or WANDB_MODE is set",
     "disable_tqdm": "nothing: each stage has its own progress bar",
     "trust_remote_code": "trust_remote_code of the recipe, which lists models by name",
 }

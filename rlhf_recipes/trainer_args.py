@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from rlhf_recipes.distributed import asked, check_setup, launched
 from rlhf_recipes.memory import Launch
 from rlhf_recipes.run import Run
 from rlhf_recipes.stage_plan import Machine, plan_stage
+from rlhf_recipes.trackers import PROJECT, chosen_trackers, run_name
 
 logger = logging.getLogger(__name__)
 
 # Ten checkpoints a run: to be killed costs a tenth of it at most.
-DEFAULTS = {"logging_steps": 10, "save_steps": 0.1}
+DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
 """What we prefer to TRL's defaults, unless the recipe says otherwise."""
 
 
@@ -38,8 +38,8 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     values |= {
         "output_dir": str(run.path),
         "seed": run.recipe.seed,
-        "run_name": f"{run.recipe.name}-{run.stage}",
-        "report_to": _trackers(),
+        "run_name": run_name(run.recipe, run.stage),
+        "report_to": chosen_trackers(run.stage, given.get("report_to")),
         "disable_tqdm": True,
     }
     if run.stage in ("ppo", "rloo"):
@@ -48,10 +48,6 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     if run.stage == "rloo":
         values["baseline"] = run.recipe.rloo.baseline
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
-    os.environ.setdefault("WANDB_DIR", str(run.path))
-    os.environ.setdefault("WANDB_PROJECT", "rlhf_recipes")
-    os.environ.setdefault("WANDB_RUN_GROUP", run.recipe.name)
-    os.environ.setdefault("WANDB_JOB_TYPE", run.stage)
     try:
         args = config_class(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -133,23 +129,3 @@ def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
 def effective_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _trackers() -> list[str]:
-    """TensorBoard always; W&B when it can run without asking anybody anything."""
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode == "disabled" or find_spec("wandb") is None:
-        return ["tensorboard"]
-    return ["tensorboard", "wandb"] if mode == "offline" or _wandb_key() else ["tensorboard"]
-
-
-def _wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").removeprefix("https://").removeprefix("http://")
-    try:
-        return netrc.netrc().authenticators(host.split("/")[0]) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

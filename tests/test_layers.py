@@ -13,7 +13,7 @@ LAYERS = [
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},
-    {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine"},
+    {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine", "trackers"},
     {"references"},
     {"data", "tokenizer"},
     {"models", "scoring", "shapes", "posts", "samples", "likelihoods"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"stage_plan"},
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""

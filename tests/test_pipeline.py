@@ -325,7 +325,7 @@ def test_wandb_offline_writes_a_run_and_asks_nothing(stand_ins, tmp_path):
     runs = list((tmp_path / "runs/imdb_positive/rloo/wandb").glob("offline-run-*"))
     assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
     tables = [json.loads(path.read_text()) for path in runs[0].glob("files/media/table/completions*.json")]
-    assert tables and tables[0]["columns"] == ["step", "prompt", "completion", "advantage", "sentiment"]
+    assert tables and tables[0]["columns"] == ["step", "prompt", "completion", "advantage", "score/sentiment"]
     assert len(tables[0]["data"]) > 0
 
 
