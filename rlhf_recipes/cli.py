@@ -200,14 +200,23 @@ def sweep(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders such as runs/imdb_tiny/ppo")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="folders such as runs/imdb_tiny/ppo; or LABEL=PATH, for one of a plain Trainer's with a "
+            "trainer_state.json, or to compare two settings of one algorithm. Runs of one label are its seeds",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="folder of the report")] = Path("comparison"),
 ) -> None:
-    """Draw finished runs of ppo and rloo next to each other, in one HTML page."""
-    from rlhf_recipes.compare import write_report
+    """Compare finished runs of ppo and rloo: a verdict, its numbers, and one HTML page.
 
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"report: {write_report(out, 'Comparison', runs, None, [])}")
+    Exit code 1 when they differ in more than the algorithm, so that there is no verdict.
+    """
+    from rlhf_recipes.compare import compare_runs
+
+    raise typer.Exit(0 if compare_runs(runs, out) else 1)
 
 
 @app.command()
