@@ -220,6 +220,30 @@ def compare(
 
 
 @app.command()
+def duel(
+    name: Name,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="how many, from the recipe's seed on (4), or which (42,43,44)")
+    ] = "4",
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", min=1, help="completions that each run samples (default: the recipe's)")
+    ] = None,
+    accelerate_config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train PPO and RLOO from the same SFT model, with several seeds, and say which is better.
+
+    The same command goes on with what was stopped, and skips what has finished. Exit code 1 when a run failed; the
+    others are compared all the same.
+    """
+    from rlhf_recipes.duel import plan_duel, run_duel
+
+    planned = plan_duel(name, overrides or [], seeds, episodes, overwrite)
+    raise typer.Exit(run_duel(planned, overwrite, accelerate_config and launchable(accelerate_config)))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/imdb_tiny/ppo")],
     merge: Annotated[bool, typer.Option("--merge", help="an adapter and its base as one whole model")] = False,

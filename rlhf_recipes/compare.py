@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.comparison import build_comparison
-from rlhf_recipes.config import Recipe
 from rlhf_recipes.curves import read_runs
 from rlhf_recipes.disk import write_whole, writing
 from rlhf_recipes.entry import stage_command
@@ -27,9 +26,10 @@ def main(run: Run) -> str:
     trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
     paths = [str(require_stage(recipe, stage, "compare")) for stage in trained]
     title = f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}"
-    comparison = build_comparison(read_runs(paths), title, notes_of(recipe))
+    notes = notes_on(run_path(recipe, "sft"), run_path(recipe, "reward"))
+    comparison = build_comparison(read_runs(paths), title, notes)
     write_comparison(run.path, comparison)
-    return comparison["verdict"]["label"]
+    return comparison["verdict"]["sentence"]
 
 
 def compare_runs(arguments: list[str], folder: Path) -> bool:
@@ -60,9 +60,9 @@ def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
     write_markdown(comparison, folder / "report.md")
 
 
-def notes_of(recipe: Recipe) -> list[str]:
-    """What the recipe's own SFT and reward model are worth, where it has them."""
-    sft, reward = (read_manifest(run_path(recipe, stage)) or {} for stage in ("sft", "reward"))
+def notes_on(sft_path: Path, reward_path: Path) -> list[str]:
+    """What the SFT and the reward model are worth that runs build on, where these folders hold them."""
+    sft, reward = (read_manifest(path) or {} for path in (sft_path, reward_path))
     notes = []
     if sft.get("status") == "finished":
         results = sft["results"]

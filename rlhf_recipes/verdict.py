@@ -196,7 +196,7 @@ def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _span(interval: tuple[float, float]) -> str:

@@ -22,6 +22,7 @@ LAYERS = [
     {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
+    {"duel"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
