@@ -15,8 +15,8 @@ from rlhf_recipes.held_out import Measured, find_held_out, read_samples
 from rlhf_recipes.intervals import bootstrap_band, bootstrap_interval
 from rlhf_recipes.verdict import decide, view_of, void
 
-UNITS = {"episodes": "episodes", "tokens": "tokens", "seconds": "seconds", "step": "steps"}
-"""Axis -> the unit of a budget on it."""
+UNITS = {"episodes": "episodes", "step": "steps", "tokens": "tokens", "seconds": "seconds"}
+"""Axis -> the unit of a budget on it. Steps stand in for episodes where these are not known."""
 
 SMOOTHED = 0.1
 """A view by budget takes the mean score of this last share of it: single rollouts are noisy."""

@@ -72,7 +72,8 @@ def welch_interval(first: Sequence[float], second: Sequence[float]) -> tuple[flo
     x, y = (float(numpy.var(side, ddof=1)) / len(side) for side in (first, second))
     difference, reach = fmean(first) - fmean(second), 0.0
     if x + y > 0:
-        freedom = (x + y) ** 2 / (x**2 / (len(first) - 1) + y**2 / (len(second) - 1))
+        share = x / (x + y)
+        freedom = 1 / (share**2 / (len(first) - 1) + (1 - share) ** 2 / (len(second) - 1))
         reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * (x + y) ** 0.5
     return difference - reach, difference + reach
 
