@@ -24,8 +24,9 @@ from rlhf_recipes.curves import TrainedRun, read_runs
 from rlhf_recipes.differences import DURATION, find_differences
 from rlhf_recipes.disk import writing
 from rlhf_recipes.entry import load_checked
+from rlhf_recipes.launch import TRAINED
 from rlhf_recipes.run import Run, eval_models
-from rlhf_recipes.sweep import Job, Planner, only, refuse_other_settings, run_jobs
+from rlhf_recipes.sweep import Job, Planner, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
 from rlhf_recipes.tables import print_comparison
 from rlhf_recipes.terminal import complain
@@ -88,7 +89,7 @@ def plan_duel(
     for seed in numbers:
         for stage in STAGES:
             place = {"runs_dir": str(folder), "name": f"{stage}-seed_{seed}", "seed": seed}
-            own = only(recipe, stage).model_copy(update=place)
+            own = recipe.model_copy(update=place | {other: None for other in TRAINED if other != stage})
             linked, needs = duel.planner.linked(recipe, own, stage, (stage,))  # built on the recipe's own seed
             duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
     duel.evaluation({})  # whose prerequisites become jobs too

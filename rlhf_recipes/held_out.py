@@ -64,7 +64,8 @@ def read_samples(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     if not measured:
         return []
     with open(next(iter(measured.values())).folder / "completions.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line, _ in zip(file, range(MOST_SAMPLES), strict=False)]
+        lines = [json.loads(line) for line, _ in zip(file, range(MOST_SAMPLES), strict=False)]
+    return [line for line in lines if "models" in line]  # earlier versions wrote them in another form
 
 
 def _find(run: TrainedRun) -> tuple[Measured | None, str]:
