@@ -239,8 +239,10 @@ def duel(
     """
     from rlhf_recipes.duel import plan_duel, run_duel
 
-    planned = plan_duel(name, overrides or [], seeds, episodes, overwrite)
-    raise typer.Exit(run_duel(planned, overwrite, accelerate_config and launchable(accelerate_config)))
+    config = accelerate_config and launchable(accelerate_config)
+    processes = read_config(config).get("num_processes", 1) if config else 1
+    planned = plan_duel(name, overrides or [], seeds, episodes, overwrite, processes)
+    raise typer.Exit(run_duel(planned, overwrite, config))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from rlhf_recipes.plots import draw_comparison
 from rlhf_recipes.report import write_page
 from rlhf_recipes.run import Run, read_manifest, require_stage, run_path
 from rlhf_recipes.tables import print_comparison
+from rlhf_recipes.verdict import name_of
 
 
 def main(run: Run) -> str:
@@ -43,7 +44,7 @@ def compare_runs(arguments: list[str], folder: Path) -> bool:
         Whether they can be compared.
     """
     runs = read_runs(arguments)
-    title = "Comparison: " + " and ".join(dict.fromkeys(run.label.upper() for run in runs))
+    title = "Comparison: " + " and ".join(dict.fromkeys(name_of(run.label) for run in runs))
     comparison = build_comparison(runs, title, [])
     with writing("the comparison", folder):
         folder.mkdir(parents=True, exist_ok=True)

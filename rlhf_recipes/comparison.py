@@ -57,7 +57,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
         "algorithms": labels,
         "runs": [_run_entry(run) for run in runs],
         "comparable": not refusing and not unknown,
-        "single_seed": all(
+        "single_seed": any(
             len({r.name if r.seed is None else r.seed for r in runs if r.label == label}) == 1 for label in labels
         ),
         "differences": differences,
@@ -71,7 +71,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
         "samples": read_samples(measured),
         "judge": _judge_files(measured),
         "audit": {run.name: content for run in runs if (content := _audit(run)) is not None},
-        "notes": [*notes, *found_notes, *_machine_note(machines)],
+        "notes": [*notes, *found_notes, *_score_note(runs, measured), *_machine_note(machines)],
     }
     return _plain(comparison)
 
@@ -272,6 +272,11 @@ def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
 def _audit(run: TrainedRun) -> dict[str, Any] | None:
     file = run.path.resolve().parent / "audit" / f"{run.manifest['stage'] if run.manifest else run.path.name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _score_note(runs: list[TrainedRun], measured: dict[str, Measured]) -> list[str]:
+    without = [run.name for run in runs if measured and measured[run.name].metrics.get("score_mean") is None]
+    return [f"Scores on held-out prompts are not compared: {', '.join(without)} has none."] if without else []
 
 
 def _machine_note(machines: list[str]) -> list[str]:

@@ -88,15 +88,15 @@ def _read(argument: str) -> TrainedRun:
     if not path.exists():
         raise RecipeError(f"{path}: no such run (looked from {Path.cwd()}).")
     manifest = read_manifest(path)
-    if manifest is not None:
-        if manifest["status"] != "finished" or manifest["stage"] not in ("ppo", "rloo"):
+    if manifest is not None and "stage" in manifest:
+        stage, status = manifest["stage"], manifest["status"]
+        if stage not in ("ppo", "rloo"):
+            raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
+        if status != "finished":
             raise RecipeError(
-                f"{path}: not a finished run of ppo or rloo (stage {manifest['stage']}, {manifest['status']}); "
-                f"finish it first: rlhf-recipes {manifest['stage']} {manifest.get('recipe', 'NAME')}"
-                if manifest["stage"] in ("ppo", "rloo")
-                else f"{path}: not a finished run of ppo or rloo, but of stage {manifest['stage']}; name those instead."
+                f"{path}: not a finished run (stage {stage}, {status}); first: rlhf-recipes {stage} {manifest['recipe']}"
             )
-        return TrainedRun(label or manifest["stage"], path, manifest, columns(read_metrics(path)))
+        return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
     state = _trainer_state(path)
     if state is None:
         raise RecipeError(
@@ -105,7 +105,11 @@ def _read(argument: str) -> TrainedRun:
         )
     if label is None:
         raise RecipeError(f"{path}: a plain Trainer's run does not say what it is; write ppo={path}, or what it was.")
-    curves = columns(_our_names(json.loads(state.read_text(encoding="utf-8"))["log_history"]))
+    try:
+        log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise RecipeError(f"{state}: no {TRAINER_STATE} of a Trainer's ({error!r:.100}); name another run.") from error
+    curves = columns(_our_names(log))
     if not any(value is not None for value in curves.get("score_mean", [])):
         raise RecipeError(f"{state}: no reward in its log, so it is no run of PPO, RLOO or GRPO of TRL's.")
     return TrainedRun(label, path, None, curves)

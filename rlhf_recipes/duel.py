@@ -13,6 +13,7 @@ With `--episodes` or overrides that change a setting, the folder is `duel-<hash 
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf_recipes.compare import notes_on, write_comparison
 from rlhf_recipes.comparison import build_comparison
 from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.curves import TrainedRun, read_runs
-from rlhf_recipes.differences import DURATION, find_differences
+from rlhf_recipes.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.disk import writing
 from rlhf_recipes.entry import load_checked
 from rlhf_recipes.launch import TRAINED
@@ -30,6 +31,7 @@ from rlhf_recipes.sweep import Job, Planner, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
 from rlhf_recipes.tables import print_comparison
 from rlhf_recipes.terminal import complain
+from rlhf_recipes.trainer_fields import trainer_defaults
 
 STAGES = ("ppo", "rloo")
 
@@ -56,6 +58,7 @@ class Duel:
     def evaluation(self, failed: dict[Job, str]) -> Job:
         """One eval of everything that has been trained, and of what the recipe measures beside ppo and rloo."""
         models = {name: ref for name, ref in eval_models(self.recipe).items() if ref not in ("stage:ppo", "stage:rloo")}
+        models = models or {"sft": self.recipe.ppo.policy}  # or a run of the duel would be the reference
         models |= {name: str(job.path) for name, job in self.trained.items() if job not in failed}
         place = {"runs_dir": str(self.folder.parent), "name": self.folder.name}
         target = self.recipe.model_copy(update=place | {"eval": self.recipe.eval.model_copy(update={"models": models})})
@@ -64,7 +67,12 @@ class Duel:
 
 
 def plan_duel(
-    name: str, overrides: list[str], seeds: str, episodes: int | None = None, overwrite: bool = False
+    name: str,
+    overrides: list[str],
+    seeds: str,
+    episodes: int | None = None,
+    overwrite: bool = False,
+    processes: int = 1,
 ) -> Duel:
     """Check every run of a duel before any of them starts.
 
@@ -74,13 +82,14 @@ def plan_duel(
         seeds: See `parse_seeds`.
         episodes: Of each run; None: the recipe's.
         overwrite: Whether runs with other settings are moved aside.
+        processes: That train each run.
 
     Raises:
         RecipeError: Anything wrong with any of the runs, or the two algorithms would not be comparable.
     """
     budget = [] if episodes is None else [f"episodes={episodes}"]
     recipe = load_checked(name, [*overrides, *budget])
-    _check(recipe)
+    _check(recipe, processes)
     numbers = parse_seeds(seeds, recipe.seed)
     root = Path(recipe.runs_dir) / recipe.name
     changed = _settings(recipe) != _settings(load_checked(name, []))
@@ -98,7 +107,7 @@ def plan_duel(
     return duel
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, processes: int) -> None:
     findings = [
         f"recipe {recipe.name} has no stage {s}, so there is no duel." for s in STAGES if not getattr(recipe, s)
     ]
@@ -113,6 +122,23 @@ def _check(recipe: Recipe) -> None:
         ]
     if findings:
         raise RecipeError("\n".join(findings))
+    rollouts = [_rollout(recipe, stage, processes) for stage in STAGES]
+    sampled = [math.ceil(recipe.episodes / rollout) * rollout for rollout in rollouts]
+    if max(sampled) - min(sampled) > SAME_BUDGET * max(sampled):
+        raise RecipeError(
+            f"episodes: in whole rollouts, {recipe.episodes} are {sampled[0]} of ppo (rollouts of {rollouts[0]}) and "
+            f"{sampled[1]} of rloo (of {rollouts[1]}); take a multiple of {math.lcm(*rollouts)}, such as --episodes "
+            f"{math.ceil(recipe.episodes / math.lcm(*rollouts)) * math.lcm(*rollouts)}."
+        )
+
+
+def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
+    """Completions that a stage samples at once."""
+    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | recipe.batches(stage, processes)
+    if given["generation_batch_size"] is not None:
+        return given["generation_batch_size"]
+    steps = given["steps_per_generation"] or given["gradient_accumulation_steps"]
+    return given["per_device_train_batch_size"] * steps * processes
 
 
 def _settings(recipe: Recipe) -> str:

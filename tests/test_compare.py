@@ -14,6 +14,8 @@ from rlhf_recipes.comparison import build_comparison, score_at
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.curves import columns, read_runs
 from rlhf_recipes.differences import find_differences
+from rlhf_recipes.hub import sources
+from rlhf_recipes.recipe import load_recipe
 
 
 def compared(*paths):
@@ -384,6 +386,11 @@ def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
         read_runs([str(plain(tmp_path / "a", RLOO_LOG))])
     with pytest.raises(RecipeError, match="no reward in its log"):
         read_runs([f"ppo={plain(tmp_path / 'b', [{'step': 1, 'loss': 2.0}])}"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/manifest.json").write_text("{}")  # not one of ours
+    (tmp_path / "c/trainer_state.json").write_text("{")
+    with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
+        read_runs([f"ppo={tmp_path / 'c'}"])
 
 
 def test_a_comparison_is_written_as_a_whole(tmp_path):
@@ -410,6 +417,34 @@ def test_files_of_judge_and_audit_come_along(tmp_path):
 def test_versions_are_listed_and_identical_runs_have_no_difference(tmp_path):
     same = [trained(tmp_path / name, "ppo", seed) for name, seed in (("a", 42), ("b", 43))]
     assert find_differences(read_runs([str(path) for path in same])) == []
+
+
+def test_manifests_say_which_run_made_a_model_and_which_file_a_function(tmp_path):
+    """By which comparisons know them."""
+    folder = trained(tmp_path, "rloo")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    (tmp_path / "own.py").write_text("def score(completions): return [0.0] * len(completions)")
+    own = f"reward_funcs=[{{name: '{tmp_path}/own.py:score'}}]"
+    found = sources(load_recipe("imdb_tiny", [own, f"rloo.policy={folder}"]), "rloo")
+    assert found["rloo.policy"]["revision"] == "rloo-42-0.5"
+    first = found["reward_funcs.0.name"]["sha256"]
+    (tmp_path / "own.py").write_text("def score(completions): return [1.0] * len(completions)")
+    assert (
+        sources(load_recipe("imdb_tiny", [own, f"rloo.policy={folder}"]), "rloo")["reward_funcs.0.name"]["sha256"]
+        != first
+    )
+
+
+def test_a_model_without_a_held_out_score_is_noted(tmp_path):
+    runs = [trained(tmp_path, "ppo"), trained(tmp_path, "rloo")]
+    evaluated(
+        tmp_path,
+        dict(zip(("ppo", "rloo"), runs, strict=True)),
+        {"ppo": {"score_mean": 0.9}, "rloo": {"score_mean": None}},
+    )
+    found = compared(*runs)
+    assert found["views"][0]["view"] == "episodes" and any("rloo seed 42 has none" in note for note in found["notes"])
 
 
 @pytest.mark.slow

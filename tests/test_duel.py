@@ -51,6 +51,8 @@ def test_one_eval_measures_all_on_the_recipes_own_seed(tmp_path):
     assert wanted.items() <= models.items() and "stage:ppo" not in models.values()
     assert models["sft"] == str(duel.jobs[0].path) and evaluation.recipe.seed == 42
     assert evaluation.path == duel.folder / "eval"
+    of_runs_only = eval_models(plan(tmp_path, "eval.models={p: stage:ppo}", seeds="1").evaluation({}).recipe)
+    assert next(iter(of_runs_only.items())) == ("sft", str(duel.jobs[0].path))  # what KL refers to
     failed = {duel.trained["ppo-seed_43"]: "x"}
     assert set(models) - set(eval_models(duel.evaluation(failed).recipe)) == {"ppo-seed_43"}
     assert "stage:" not in json.dumps(Run(evaluation.recipe, "eval").settings)
@@ -77,6 +79,10 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
         (["rloo=null"], ["no stage rloo"]),
         (["rloo.trainer.bata=0.1"], ["bata"]),
         (["rloo.peft={}"], ["peft (model)"]),
+        (
+            ["episodes=100", "rloo.trainer.per_device_train_batch_size=96"],
+            ["128 of ppo (rollouts of 64)", "192 of rloo (of 96)", "--episodes 192"],
+        ),
     ],
 )
 def test_what_would_not_be_comparable_is_refused_before_anything_runs(tmp_path, overrides, expected):
