@@ -211,14 +211,49 @@ def sweep(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders such as runs/imdb_tiny/ppo")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="folders such as runs/imdb_tiny/ppo; or LABEL=PATH, for one of a plain Trainer's with a "
+            "trainer_state.json, or to compare two settings of one algorithm. Runs of one label are its seeds",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="folder of the report")] = Path("comparison"),
 ) -> None:
-    """Draw finished runs of ppo and rloo next to each other, in one HTML page."""
-    from rlhf_recipes.compare import write_report
+    """Compare finished runs of ppo and rloo: a verdict, its numbers, and one HTML page.
 
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"report: {write_report(out, 'Comparison', runs, None, [])}")
+    Exit code 1 when they differ in more than the algorithm, so that there is no verdict.
+    """
+    from rlhf_recipes.compare import compare_runs
+
+    raise typer.Exit(0 if compare_runs(runs, out) else 1)
+
+
+@app.command()
+def duel(
+    name: Name,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="how many, from the recipe's seed on (4), or which (42,43,44)")
+    ] = "4",
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", min=1, help="completions that each run samples (default: the recipe's)")
+    ] = None,
+    accelerate_config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train PPO and RLOO from the same SFT model, with several seeds, and say which is better.
+
+    The same command goes on with what was stopped, and skips what has finished. Exit code 1 when a run failed; the
+    others are compared all the same.
+    """
+    from rlhf_recipes.duel import plan_duel, run_duel
+
+    config = accelerate_config and launchable(accelerate_config)
+    processes = read_config(config).get("num_processes", 1) if config else 1
+    planned = plan_duel(name, overrides or [], seeds, episodes, overwrite, processes)
+    raise typer.Exit(run_duel(planned, overwrite, config))
 
 
 @app.command("wandb")

@@ -1,8 +1,8 @@
-"""Stage compare: put finished runs next to each other.
+"""Stage compare: put finished runs next to each other, and say which algorithm is better.
 
     python -m rlhf_recipes.compare --recipe imdb_tiny
 
-Reads the folders of `ppo`, `rloo` and `eval`; writes `report.html`, `curves.png` and `lengths.png` to
+Reads the folders of `ppo`, `rloo` and `eval`; writes `comparison.json`, `report.html`, `report.md` and pictures to
 `<runs_dir>/<recipe>/compare/`.
 """
 
@@ -10,27 +10,60 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.comparison import build_comparison
+from rlhf_recipes.curves import read_runs
+from rlhf_recipes.disk import write_whole, writing
 from rlhf_recipes.entry import stage_command
-from rlhf_recipes.plots import draw_curves, draw_lengths
+from rlhf_recipes.markdown import write_markdown
+from rlhf_recipes.plots import draw_comparison
 from rlhf_recipes.report import write_page
-from rlhf_recipes.run import Run, is_finished, read_manifest, read_metrics, require_stage, run_path
+from rlhf_recipes.run import Run, read_manifest, require_stage, run_path
+from rlhf_recipes.tables import print_comparison
+from rlhf_recipes.verdict import name_of
 
 
 def main(run: Run) -> str:
     recipe = run.recipe
     trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
-    paths = [require_stage(recipe, stage, "compare") for stage in trained]
-    evaluated = run_path(recipe, "eval")
-    measured = json.loads((evaluated / "eval.json").read_text(encoding="utf-8")) if is_finished(evaluated) else None
+    paths = [str(require_stage(recipe, stage, "compare")) for stage in trained]
     title = f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}"
-    write_report(run.path, title, paths, measured, _notes(recipe))
-    return str(run.path / "report.html")
+    notes = notes_on(run_path(recipe, "sft"), run_path(recipe, "reward"))
+    comparison = build_comparison(read_runs(paths), title, notes)
+    write_comparison(run.path, comparison)
+    return comparison["verdict"]["sentence"]
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    """What the recipe's own SFT and reward model are worth, where it has them."""
-    sft, reward = (read_manifest(run_path(recipe, stage)) or {} for stage in ("sft", "reward"))
+def compare_runs(arguments: list[str], folder: Path) -> bool:
+    """Compare runs as the command line names them; write and print what comes out.
+
+    Args:
+        arguments: See `read_runs`.
+        folder: Where to.
+
+    Returns:
+        Whether they can be compared.
+    """
+    runs = read_runs(arguments)
+    title = "Comparison: " + " and ".join(dict.fromkeys(name_of(run.label) for run in runs))
+    comparison = build_comparison(runs, title, [])
+    with writing("the comparison", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_comparison(folder, comparison)
+    print_comparison(comparison, folder / "report.html")
+    return comparison["comparable"]
+
+
+def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
+    """Write a comparison as data, pictures, page and markdown."""
+    write_whole(folder / "comparison.json", json.dumps(comparison, ensure_ascii=False))
+    draw_comparison(comparison, folder)
+    write_page(folder / "report.html", comparison)
+    write_markdown(comparison, folder / "report.md")
+
+
+def notes_on(sft_path: Path, reward_path: Path) -> list[str]:
+    """What the SFT and the reward model are worth that runs build on, where these folders hold them."""
+    sft, reward = (read_manifest(path) or {} for path in (sft_path, reward_path))
     notes = []
     if sft.get("status") == "finished":
         results = sft["results"]
@@ -44,52 +77,6 @@ def _notes(recipe: Recipe) -> list[str]:
             f"(trained on {results['train_pairs']})."
         )
     return notes
-
-
-def write_report(
-    folder: Path, title: str, paths: list[Path], measured: dict[str, Any] | None, notes: list[str]
-) -> Path:
-    """Write the page and its pictures for some finished runs of `ppo` or `rloo`.
-
-    Args:
-        folder: Where to; it must exist.
-        title: Heading of the page.
-        paths: Run folders.
-        measured: What `eval.json` holds about them; None when nothing was evaluated.
-        notes: Sentences about what the runs started from.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        RecipeError: A folder is no finished run with metrics.
-    """
-    names = _names(paths)
-    runs = {name: _read_run(path) for name, path in zip(names, paths, strict=True)}
-    picture = draw_curves({name: lines for name, (_, lines) in runs.items()}, folder / "curves.png")
-    lengths = None
-    if measured is not None and "length_histograms" in measured:
-        lengths = draw_lengths(measured["length_histograms"], folder / "lengths.png")
-    page = folder / "report.html"
-    write_page(page, title, picture, lengths, measured, {name: manifest for name, (manifest, _) in runs.items()}, notes)
-    return page
-
-
-def _read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    manifest = read_manifest(path)
-    if manifest is None or manifest["status"] != "finished" or manifest["stage"] not in ("ppo", "rloo"):
-        found = "no run" if manifest is None else f"stage {manifest['stage']}, {manifest['status']}"
-        raise RecipeError(f"{path}: not a finished run of ppo or rloo ({found}).")
-    return manifest, read_metrics(path)
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The last part of each path, and as much before it as tells them apart."""
-    for depth in range(1, 10):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise RecipeError(f"the same run twice: {', '.join(map(str, paths))}.")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ def check_references(recipe: Recipe, stage: str) -> None:
 def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
     """Dotted key -> which files are behind each of `references`, once `check_references` has found them.
 
-    Each has `reference`, `path` and `revision`: the commit on the Hub, or the id of a stage's run; None for local files,
-    where one file of data has its `sha256` (or, when it is large, `bytes` and `modified`).
+    Each has `reference`, `path` and `revision`: the commit on the Hub, or the id of a run; None for local files, of
+    which one file of data has its `sha256` (or, when it is large, `bytes` and `modified`), as has a file of own functions.
 
     Raises:
         RecipeError: A data set cannot be had, or not at the revision that the recipe pins.
@@ -169,16 +169,29 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
             _model_source(recipe, key, reference) if kind == "model" else _data_source(key, _data(recipe, stage)[key])
         )
         found[key] = {"reference": reference} | source
+    for key, name in _own_code(recipe, stage).items():
+        path = Path(name.rpartition(":")[0]).expanduser().resolve()
+        if path.is_file():  # or the stage says so, when it looks for the function
+            checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": checksum}
     return found
+
+
+def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Dotted key -> `path/to/file.py:function` of what a stage takes from the user's own files."""
+    funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
+    funcs |= {"eval.judge_funcs": recipe.eval.judge_funcs} if stage == "eval" else {}
+    named = {f"{key}.{i}.name": spec.name for key, specs in funcs.items() for i, spec in enumerate(specs)}
+    named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}
+    return {key: name for key, name in named.items() if name and ".py:" in name}
 
 
 def _model_source(recipe: Recipe, key: str, reference: str) -> dict[str, Any]:
     folder = Path(resolve_model(recipe, key, reference)).absolute()
-    revision = None
-    if reference.startswith("stage:"):
-        revision = read_manifest(folder)["id"]
-    elif is_hub_model(reference):
+    if is_hub_model(reference):
         revision = folder.name  # snapshots/<commit>
+    else:
+        revision = (read_manifest(folder) or {}).get("id")
     return {"revision": revision, "path": str(folder)}
 
 

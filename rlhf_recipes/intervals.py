@@ -57,3 +57,50 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
     error = float(numpy.std(values, ddof=1)) / len(values) ** 0.5
     reach = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return fmean(values) - reach, fmean(values) + reach
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the difference of two means, for values of unequal spread; None for fewer than two of either.
+
+    Source: Welch 1947; degrees of freedom by Satterthwaite 1946.
+    """
+    import numpy
+    from scipy.stats import t
+
+    if len(first) < 2 or len(second) < 2:
+        return None
+    x, y = (float(numpy.var(side, ddof=1)) / len(side) for side in (first, second))
+    difference, reach = fmean(first) - fmean(second), 0.0
+    if x + y > 0:
+        share = x / (x + y)
+        freedom = 1 / (share**2 / (len(first) - 1) + (1 - share) ** 2 / (len(second) - 1))
+        reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * (x + y) ** 0.5
+    return difference - reach, difference + reach
+
+
+def bootstrap_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """Percentile bootstrap 95 % interval of the difference of two means, each side drawn on its own."""
+    import numpy
+
+    if len(first) < 2 or len(second) < 2:
+        return None
+    rng = numpy.random.default_rng(0)
+    drawn = [rng.choice(numpy.asarray(side), (RESAMPLES, len(side))).mean(1) for side in (first, second)]
+    low, high = numpy.quantile(drawn[0] - drawn[1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_band(rows: Sequence[Sequence[float]]) -> tuple[list[float], list[float]] | None:
+    """Percentile bootstrap 95 % intervals of the mean curve of some curves: low and high at every point.
+
+    Args:
+        rows: Curves of equal length; they are drawn whole. None for fewer than two.
+    """
+    import numpy
+
+    if len(rows) < 2:
+        return None
+    drawn = numpy.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    shares = numpy.stack([(drawn == i).mean(1) for i in range(len(rows))], axis=1)
+    low, high = numpy.quantile(shares @ numpy.asarray(rows), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return low.tolist(), high.tolist()

@@ -50,6 +50,18 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
     return _save(figure, file)
 
 
+def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    """Write a comparison's pictures to a folder."""
+    runs = {run["name"]: run["curves"] for run in comparison["runs"]}
+    lines = {
+        name: [dict(zip(c, row, strict=True)) for row in zip(*c.values(), strict=True)] for name, c in runs.items()
+    }
+    for rows in lines.values():
+        for row in rows:
+            row["episodes"] = row["step"] if row["episodes"] is None else row["episodes"]
+    draw_curves(lines, folder / "curves.png")
+
+
 def draw_lengths(histograms: dict[str, Any], file: Path) -> str:
     """Draw how long every model's completions are, one histogram a model, over the same bins.
 

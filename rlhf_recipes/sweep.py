@@ -14,6 +14,7 @@ import csv
 import io
 import itertools
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -134,7 +135,7 @@ def plan_sweep(
     keys = sorted("_".join(without_trainer(key) for key in axis.keys) for axis in axes)
     root = Path(first.runs_dir) / first.name
     folder = root / "-".join(["sweep", *map(in_path, keys or ["seeds"])])
-    planner = _Planner(root / "sweep-shared")
+    planner = Planner(root / "sweep-shared")
     rows: dict[str, Row] = {}
     for seed in numbers:
         for stage in chosen:
@@ -151,18 +152,11 @@ def plan_sweep(
                 seeded = recipe.model_copy(update={"seed": seed})
                 cell = planner.cell(seeded, stage, folder, cell_name, row.label, with_eval)
                 rows.setdefault(row.label, row).cells.append(cell)
-    for job in planner.jobs:
-        try:
-            Run(job.recipe, job.stage).is_done(overwrite)
-        except RecipeError as error:
-            findings.append(str(error).partition("\nKeep both")[0])  # that names the run, not the sweep
-    if findings:
-        hint = f"Keep both: add name={first.name}-2 (or runs_dir=...). Move the old ones aside: add --overwrite."
-        raise RecipeError("\n".join([*findings, hint]))
+    refuse_other_settings(first.name, planner.jobs, overwrite)
     return Sweep(first.name, folder, numbers, planner.jobs, list(rows.values()))
 
 
-class _Planner:
+class Planner:
     """Collects jobs; a stage that others build on is one job for each of its settings."""
 
     def __init__(self, shared: Path):
@@ -172,22 +166,22 @@ class _Planner:
     def cell(self, recipe: Recipe, stage: str, folder: Path, name: str, label: str, with_eval: bool) -> Cell:
         own = _only(recipe, stage).model_copy(update={"runs_dir": str(folder), "name": name})
         label = f"{label} seed={recipe.seed}"
-        linked, needs = self._linked(recipe, own, stage, (stage,))
-        training = self._add(Job(stage, linked, label, needs))
+        linked, needs = self.linked(recipe, own, stage, (stage,))
+        training = self.add(Job(stage, linked, label, needs))
         if not with_eval or stage not in ("ppo", "rloo"):
             return Cell(recipe.seed, training, None)
-        linked, needs = self._linked(recipe, linked, "eval", ("eval",), own=stage)
+        linked, needs = self.linked(recipe, linked, "eval", ("eval",), own=stage)
         training.recipe = linked  # one file serves both
         evaluation = Job("eval", linked, f"{label}: eval", [training, *needs])
         self.jobs.append(evaluation)
         return Cell(recipe.seed, training, evaluation)
 
-    def _add(self, job: Job) -> Job:
+    def add(self, job: Job) -> Job:
         self.jobs.append(job)
         self._by_settings[job.stage, _settings_hash(job)] = job
         return job
 
-    def _linked(
+    def linked(
         self, recipe: Recipe, target: Recipe, stage: str, above: tuple[str, ...], own: str = ""
     ) -> tuple[Recipe, list[Job]]:
         """`target` with the folder of a job in place of every `stage:` reference of a stage but those to `own`."""
@@ -203,14 +197,36 @@ class _Planner:
             raise RecipeError(f"{recipe.name}: stage {above[-1]} builds on stage:{stage}, but it has no stage {stage}.")
         if stage in above:
             raise RecipeError(f"{recipe.name}: stages build on one another: {' -> '.join([*above, stage])}.")
-        linked, needs = self._linked(recipe, _only(recipe, stage), stage, (*above, stage))
+        linked, needs = self.linked(recipe, _only(recipe, stage), stage, (*above, stage))
         job = Job(stage, linked, f"{stage} seed={recipe.seed}", needs)
         settings = _settings_hash(job)
         if (stage, settings) in self._by_settings:
             return self._by_settings[stage, settings]
         place = {"runs_dir": str(self.shared), "name": f"{stage}-seed_{recipe.seed}-{settings}"}
         job.recipe = linked.model_copy(update=place)
-        return self._add(job)
+        return self.add(job)
+
+
+def refuse_other_settings(name: str, jobs: list[Job], overwrite: bool) -> None:
+    """Refuse to start where folders hold runs with other settings.
+
+    Args:
+        name: Of the recipe, for the message.
+        jobs: Whose folders.
+        overwrite: Whether such runs are moved aside; then they are none to refuse.
+
+    Raises:
+        RecipeError: Names each of them.
+    """
+    findings = []
+    for job in jobs:
+        try:
+            Run(job.recipe, job.stage).is_done(overwrite)
+        except RecipeError as error:
+            findings.append(str(error).partition("\nKeep both")[0])  # that names the run, not the recipe
+    if findings:
+        hint = f"Keep both: add name={name}-2 (or runs_dir=...). Move the old ones aside: add --overwrite."
+        raise RecipeError("\n".join([*findings, hint]))
 
 
 def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None) -> int:
@@ -224,9 +240,38 @@ def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None)
     Returns:
         Exit code: 0, 1 when a run failed, or that of a stage that was asked to stop, with which the sweep ends.
     """
+    os.environ.setdefault("WANDB_RUN_GROUP", sweep.recipe)
     failed: dict[Job, str] = {}
-    for i, job in enumerate(sweep.jobs, 1):
-        head = f"[{i}/{len(sweep.jobs)}] {job.label}"
+    code = run_jobs("sweep", sweep.jobs, failed, sweep.folder, overwrite, config)
+    if code != 0:
+        return code
+    _report(sweep, failed)
+    return 1 if failed else 0
+
+
+def run_jobs(
+    what: str,
+    jobs: list[Job],
+    failed: dict[Job, str],
+    folder: Path,
+    overwrite: bool = False,
+    config: Path | None = None,
+) -> int:
+    """Run what has not finished yet, one after another; what fails stops only what needs it.
+
+    Args:
+        what: What the jobs are parts of, for messages.
+        jobs: Each behind what it needs.
+        failed: Jobs that failed, with the reason; those that do now are added.
+        folder: Of the whole, for messages.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
+
+    Returns:
+        0, or the exit code of a stage that was asked to stop, with which all ends.
+    """
+    for i, job in enumerate(jobs, 1):
+        head = f"[{i}/{len(jobs)}] {job.label}"
         missing = [needed.label for needed in job.needs if needed in failed]
         if missing:
             failed[job] = f"not run, for want of {missing[0]}"
@@ -241,12 +286,11 @@ def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None)
             code, why = 1, _first_line(str(error))
             complain(str(error))
         if code in (STOPPED, INTERRUPTED):
-            say(f"sweep stopped after {i - 1} of {len(sweep.jobs)}; the same command goes on with it   {sweep.folder}")
+            say(f"{what} stopped after {i - 1} of {len(jobs)}; the same command goes on with it   {folder}")
             return code
         if code != 0:
             failed[job] = why
-    _report(sweep, failed)
-    return 1 if failed else 0
+    return 0
 
 
 def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:

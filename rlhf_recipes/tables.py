@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -163,3 +164,31 @@ def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -
     deviation = "" if numbers["std"] is None else f" ± {form.format(numbers['std'])}"
     fewer_or_more = "" if numbers["n"] == whole else f" ({numbers['n']} seeds)"
     return form.format(numbers["mean"]) + deviation + fewer_or_more
+
+
+def print_comparison(comparison: dict[str, Any], page: Path) -> None:
+    """Print what refuses a comparison, its views, what was noted, and last the verdict and where the page is."""
+    console = Console()
+    console = Console(width=max(console.width, 140), highlight=False, markup=False)
+    for difference in comparison["differences"]:
+        if difference["refuses"]:
+            found = ", ".join(f"{name}: {value}" for name, value in difference["values"].items())
+            console.print(f"differs ({difference['kind']}): {difference['key']}: {found}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    labels = comparison["algorithms"]
+    for heading in ("", "at", *labels, "difference", "95 % interval", "seeds", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for view in comparison["views"]:
+        at = "" if view["at"] is None else f"{view['at']:,.0f}"
+        means = ["" if view["means"][label] is None else f"{view['means'][label]:.3f}" for label in labels]
+        difference = "" if view["difference"] is None else f"{view['difference']:+.3f}"
+        interval = "" if view["interval"] is None else " to ".join(f"{end:+.3f}" for end in view["interval"])
+        seeds = " and ".join(str(n) for n in view["seeds"].values()) + (", paired" if view["paired"] else "")
+        name = f"{view['view']} {view['metric']}".replace("_", " ")
+        table.add_row(name, at, *means, difference, interval, seeds, view["label"])
+    if comparison["views"]:
+        console.print(table)
+    for note in comparison["notes"]:
+        console.print(note, style="dim", soft_wrap=True)
+    console.print(f"\n{comparison['verdict']['sentence']}", soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)

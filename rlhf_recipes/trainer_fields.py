@@ -55,6 +55,16 @@ def trainer_fields(stage: str) -> dict[str, Any]:
 
 
 @cache
+def trainer_defaults(stage: str) -> dict[str, Any]:
+    """Keys that the `trainer:` of a stage may hold -> their defaults, those that stand in the source as plain values.
+
+    Raises:
+        KeyError: `stage` has no trainer.
+    """
+    return _defaults(*CONFIG_CLASSES[stage])
+
+
+@cache
 def adapter_fields() -> dict[str, Any]:
     """Keys that `peft:` may hold, with their types: those of `LoraConfig`."""
     return _fields("peft/tuners/lora/config.py", "LoraConfig")
@@ -107,6 +117,23 @@ def _fields(file: str, class_name: str) -> dict[str, Any]:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
             fields[node.target.id] = _type(ast.unparse(node.annotation))
     return fields
+
+
+def _defaults(file: str, class_name: str) -> dict[str, Any]:
+    definition, defaults = _class(file, class_name), {}
+    for base in definition.bases:
+        parent = ast.unparse(base).rpartition(".")[2]
+        defaults |= _defaults(_PARENTS[parent], parent) if _PARENTS[parent] else {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign):
+            value = node.value
+            if isinstance(value, ast.Call):
+                value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+            try:
+                defaults[node.target.id] = ast.literal_eval(value)
+            except ValueError:  # computed: None, or an expression
+                defaults.pop(node.target.id, None)
+    return defaults
 
 
 def _type(annotation: str) -> Any:

@@ -8,20 +8,21 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
-    {"named_files"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables", "report", "markdown"},
+    {"named_files", "verdict"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine", "trackers"},
-    {"references"},
-    {"data", "tokenizer"},
-    {"models", "scoring", "shapes", "posts", "samples", "likelihoods"},
-    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters"},
+    {"references", "curves"},
+    {"data", "tokenizer", "differences"},
+    {"models", "scoring", "shapes", "posts", "samples", "likelihoods", "held_out"},
+    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters", "comparison"},
     {"stage_plan"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"},
+    {"duel"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""

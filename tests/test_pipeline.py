@@ -127,7 +127,7 @@ def test_eval_and_report(tiny):
     assert abs(measured["models"]["sft"]["kl"]) < 1e-3
     assert len(measured["samples"]) == 16 and set(measured["samples"][0]["models"]) == set(measured["models"])
     report = (folder / "runs/imdb_tiny/compare/report.html").read_text()
-    assert "data:image/png;base64" in report and "http://" not in report and "<script" not in report
+    assert "one seed each" in report
     assert "runs/imdb_tiny/compare/report.html" in done.stdout.splitlines()[-1]
     again = cli("eval", "imdb_tiny", *FEW, cwd=folder)
     table = again.stdout.partition("\n")[2]
@@ -151,9 +151,9 @@ def test_a_second_run_reuses_everything_at_once(tiny):
 
 def test_an_override_runs_only_what_it_changes(tiny):
     folder, _ = tiny
-    refused = cli("rloo", "imdb_tiny", *FEW, "rloo.trainer.beta=0.2", cwd=folder)
-    assert refused.returncode == 2 and "rloo.trainer.beta" in refused.stderr and "Traceback" not in refused.stderr
-    done = cli("run", "imdb_tiny", *FEW, "rloo.trainer.beta=0.2", "--overwrite", cwd=folder)
+    refused = cli("rloo", "imdb_tiny", *FEW, "rloo.baseline=group_mean", cwd=folder)
+    assert refused.returncode == 2 and "rloo.baseline" in refused.stderr and "Traceback" not in refused.stderr
+    done = cli("run", "imdb_tiny", *FEW, "rloo.baseline=group_mean", "--overwrite", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("reused") == 3  # sft, reward and ppo
     assert any(p.name.startswith("rloo.") for p in (folder / "runs/imdb_tiny").iterdir())
@@ -162,7 +162,8 @@ def test_an_override_runs_only_what_it_changes(tiny):
 def test_compare_and_score_commands(tiny):
     folder, _ = tiny
     done = cli("compare", "runs/imdb_tiny/ppo", "runs/imdb_tiny/rloo", "--out", "both", cwd=folder)
-    assert done.returncode == 0 and (folder / "both" / "report.html").is_file(), done.stderr
+    assert done.returncode == 0 and (folder / "both" / "report.html").is_file(), done.stdout + done.stderr
+    assert "one seed each" in done.stdout and "held out score mean" in done.stdout
     wrong = cli("compare", "runs/imdb_tiny/sft", cwd=folder)
     assert wrong.returncode == 2 and "stage sft" in wrong.stderr
     scored = cli("score", "imdb_tiny", "--text", "this movie is great .", "--text", "the plot is awful .", cwd=folder)

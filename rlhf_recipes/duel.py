@@ -1,0 +1,212 @@
+"""PPO against RLOO on one task: several seeds of each at the same budget, one eval of all, and a verdict.
+
+    rlhf-recipes duel imdb_tiny --seeds 4 --episodes 4096
+
+Every seed starts from the same SFT model, which is trained once, as is the reward model, with the recipe's own seed:
+
+    <runs_dir>/<recipe>/duel/ppo-seed_42/{recipe.yaml,ppo/}, <runs_dir>/<recipe>/duel/rloo-seed_42/{recipe.yaml,rloo/}
+    <runs_dir>/<recipe>/duel/eval/                                      all of them, on the same held-out prompts
+    <runs_dir>/<recipe>/duel/{comparison.json,report.html,report.md}    and pictures
+    <runs_dir>/<recipe>/sweep-shared/{sft,reward}-seed_42-<hash of its settings>/
+
+With `--episodes` or overrides that change a setting, the folder is `duel-<hash of the settings>`.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_recipes.compare import notes_on, write_comparison
+from rlhf_recipes.comparison import build_comparison
+from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.curves import TrainedRun, read_runs
+from rlhf_recipes.differences import DURATION, SAME_BUDGET, find_differences
+from rlhf_recipes.disk import writing
+from rlhf_recipes.entry import load_checked
+from rlhf_recipes.launch import TRAINED
+from rlhf_recipes.run import Run, eval_models
+from rlhf_recipes.sweep import Job, Planner, refuse_other_settings, run_jobs
+from rlhf_recipes.sweep_grid import parse_seeds, short_hash
+from rlhf_recipes.tables import print_comparison
+from rlhf_recipes.terminal import complain
+from rlhf_recipes.trainer_fields import trainer_defaults
+
+STAGES = ("ppo", "rloo")
+
+
+@dataclass
+class Duel:
+    """What a duel is going to run.
+
+    Attributes:
+        folder: Where its runs and the comparison go.
+        jobs: Every stage that is trained, each behind what it needs.
+        trained: Name of a model in eval -> the one of `jobs` that trains it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    planner: Planner
+    trained: dict[str, Job]
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.planner.jobs
+
+    def evaluation(self, failed: dict[Job, str]) -> Job:
+        """One eval of everything that has been trained, and of what the recipe measures beside ppo and rloo."""
+        models = {name: ref for name, ref in eval_models(self.recipe).items() if ref not in ("stage:ppo", "stage:rloo")}
+        models = models or {"sft": self.recipe.ppo.policy}  # or a run of the duel would be the reference
+        models |= {name: str(job.path) for name, job in self.trained.items() if job not in failed}
+        place = {"runs_dir": str(self.folder.parent), "name": self.folder.name}
+        target = self.recipe.model_copy(update=place | {"eval": self.recipe.eval.model_copy(update={"models": models})})
+        linked, needs = self.planner.linked(self.recipe, target, "eval", ("eval",))
+        return Job("eval", linked, "eval of all", needs)
+
+
+def plan_duel(
+    name: str,
+    overrides: list[str],
+    seeds: str,
+    episodes: int | None = None,
+    overwrite: bool = False,
+    processes: int = 1,
+) -> Duel:
+    """Check every run of a duel before any of them starts.
+
+    Args:
+        name: Name of a recipe, or path of a YAML file.
+        overrides: `dotted.key=value` each.
+        seeds: See `parse_seeds`.
+        episodes: Of each run; None: the recipe's.
+        overwrite: Whether runs with other settings are moved aside.
+        processes: That train each run.
+
+    Raises:
+        RecipeError: Anything wrong with any of the runs, or the two algorithms would not be comparable.
+    """
+    budget = [] if episodes is None else [f"episodes={episodes}"]
+    recipe = load_checked(name, [*overrides, *budget])
+    _check(recipe, processes)
+    numbers = parse_seeds(seeds, recipe.seed)
+    root = Path(recipe.runs_dir) / recipe.name
+    changed = _settings(recipe) != _settings(load_checked(name, []))
+    folder = root / (f"duel-{short_hash(_settings(recipe))}" if changed else "duel")
+    duel = Duel(recipe, folder, Planner(root / "sweep-shared"), {})
+    for seed in numbers:
+        for stage in STAGES:
+            place = {"runs_dir": str(folder), "name": f"{stage}-seed_{seed}", "seed": seed}
+            own = recipe.model_copy(update=place | {other: None for other in TRAINED if other != stage})
+            linked, needs = duel.planner.linked(recipe, own, stage, (stage,))  # built on the recipe's own seed
+            duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
+    duel.evaluation({})  # whose prerequisites become jobs too
+    _refuse_unequal(duel)
+    refuse_other_settings(recipe.name, duel.jobs, overwrite)
+    return duel
+
+
+def _check(recipe: Recipe, processes: int) -> None:
+    findings = [
+        f"recipe {recipe.name} has no stage {s}, so there is no duel." for s in STAGES if not getattr(recipe, s)
+    ]
+    if recipe.episodes is None:
+        findings.append(f"recipe {recipe.name} has no episodes, so that budgets would be unequal; add --episodes N.")
+    for stage in STAGES:
+        given = getattr(recipe, stage).trainer if getattr(recipe, stage) else {}
+        findings += [
+            f"{stage}.trainer.{key}: it would count, and not the duel's episodes; add {stage}.trainer.{key}=null."
+            for key in DURATION
+            if given.get(key) is not None
+        ]
+    if findings:
+        raise RecipeError("\n".join(findings))
+    rollouts = [_rollout(recipe, stage, processes) for stage in STAGES]
+    sampled = [math.ceil(recipe.episodes / rollout) * rollout for rollout in rollouts]
+    if max(sampled) - min(sampled) > SAME_BUDGET * max(sampled):
+        raise RecipeError(
+            f"episodes: in whole rollouts, {recipe.episodes} are {sampled[0]} of ppo (rollouts of {rollouts[0]}) and "
+            f"{sampled[1]} of rloo (of {rollouts[1]}); take a multiple of {math.lcm(*rollouts)}, such as --episodes "
+            f"{math.ceil(recipe.episodes / math.lcm(*rollouts)) * math.lcm(*rollouts)}."
+        )
+
+
+def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
+    """Completions that a stage samples at once."""
+    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | recipe.batches(stage, processes)
+    if given["generation_batch_size"] is not None:
+        return given["generation_batch_size"]
+    steps = given["steps_per_generation"] or given["gradient_accumulation_steps"]
+    return given["per_device_train_batch_size"] * steps * processes
+
+
+def _settings(recipe: Recipe) -> str:
+    values = recipe.model_dump(mode="json", exclude={"name", "description", "runs_dir"})
+    return json.dumps(values, sort_keys=True)
+
+
+def _refuse_unequal(duel: Duel) -> None:
+    """Refuse what could not be compared when it is done."""
+    planned = []
+    for name, job in list(duel.trained.items())[: len(STAGES)]:
+        settings = json.loads(json.dumps(Run(job.recipe, job.stage).settings))
+        run = TrainedRun(job.stage, job.path, {"stage": job.stage, "seed": job.recipe.seed, "settings": settings}, {})
+        run.name = name
+        planned.append(run)
+    lines = []
+    for difference in find_differences(planned):
+        if difference["refuses"]:
+            ppo, rloo = difference["values"].values()
+            lines.append(f"  {difference['key']} ({difference['kind']}): ppo {ppo!r}, rloo {rloo!r}")
+    if lines:
+        raise RecipeError(
+            "\n".join([f"{duel.recipe.name}: ppo and rloo would differ in more than the algorithm:", *lines])
+            + "\nGive both the same, such as ppo.trainer.beta=0.05 rloo.trainer.beta=0.05."
+        )
+
+
+def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) -> int:
+    """Train what has not been trained yet, measure it, compare it, and print the verdict.
+
+    Args:
+        duel: What `plan_duel` made.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
+
+    Returns:
+        Exit code: 0, 1 when a run failed or runs cannot be compared, or that of a stage that was asked to stop.
+    """
+    os.environ.setdefault("WANDB_RUN_GROUP", duel.recipe.name)
+    failed: dict[Job, str] = {}
+    code = run_jobs("duel", duel.jobs, failed, duel.folder, overwrite, config)
+    if code != 0:
+        return code
+    there = {name: job for name, job in duel.trained.items() if job not in failed}
+    for job, why in failed.items():
+        complain(f"{job.label}: {why}")
+    if not there:
+        complain(f"no run has finished, so there is nothing to compare   {duel.folder}")
+        return 1
+    # An eval of fewer seeds, or of runs that were made anew since, is moved aside: it can be made again.
+    evaluation = duel.evaluation(failed)
+    code = run_jobs("duel", [evaluation], failed, duel.folder, overwrite=True)
+    if code != 0:
+        return code
+    if evaluation in failed:
+        complain(f"{evaluation.label}: {failed[evaluation]}")
+    # AUDIT: of each of `there`, before they are compared.
+    notes = _notes(duel, failed)
+    runs = read_runs([str(job.path) for job in there.values()])
+    comparison = build_comparison(runs, f"{duel.recipe.name}: PPO and RLOO", notes)
+    with writing("the comparison", duel.folder):
+        write_comparison(duel.folder, comparison)
+    print_comparison(comparison, duel.folder / "report.html")
+    return 1 if failed or not comparison["comparable"] else 0
+
+
+def _notes(duel: Duel, failed: dict[Job, str]) -> list[str]:
+    paths = {job.stage: job.path for job in duel.jobs}
+    nowhere = duel.folder / "none"
+    notes = notes_on(paths.get("sft", nowhere), paths.get("reward", nowhere))
+    return [*notes, *(f"Failed: {job.label}: {why}." for job, why in failed.items())]
