@@ -9,7 +9,8 @@ import rlhf_recipes
 
 LAYERS = [
     {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
-    {"named_files"},
+    {"named_files", "report_tables"},
+    {"report", "markdown"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},
@@ -19,7 +20,7 @@ LAYERS = [
     {"models", "scoring", "shapes", "posts", "samples"},
     {"reward_funcs", "hub", "diagnosis", "value_model", "adapters"},
     {"stage_plan"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
     {"cli"},
