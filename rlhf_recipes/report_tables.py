@@ -82,7 +82,7 @@ def view_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     for view in comparison["views"]:
         low, high = view["interval"] or (None, None)
         metric = COLUMNS[view["metric"]][0] if view["metric"] in COLUMNS else view["metric"]
-        unit = "" if view["unit"] == view["view"] else f" {view['unit']}"
+        unit = " s" if view["view"] == "seconds" else ""
         at = "" if view["at"] is None else f" ({number(view['at'])}{unit})"
         rows.append(
             view

@@ -16,7 +16,10 @@ from rlhf_recipes.plots import draw_comparison, slots
 from rlhf_recipes.report import POINTS, _thin, write_page
 from rlhf_recipes.report_tables import clean, number, signed, spread, view_rows
 
-EVIL = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"' & | `x` <!-- \u2028 [a](b)"
+EVIL = (
+    "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><a href='https://a.example'>b</a>"
+    "\"' & | `x` <!-- \u2028 [a](b)"
+)
 
 NAMED = re.compile(r"seed[ _]\d|\.|^sft$")
 """Keys that are names: of runs, models and settings."""

@@ -89,7 +89,7 @@ const plots = {};
 let data = null;
 
 /** Plotly reads a few tags and entities in names: these are names only. */
-const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+const plain = (text) => [...text].slice(0, 60).join("").replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
 const line = (slot, width, alpha = 1) => ({ color: faint(colour(slot), alpha), width, dash: DASHES[slot] });
 
@@ -101,7 +101,7 @@ function layout(x, y, more = {}) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
-    hoverlabel: { bgcolor: colour("", "--card"), bordercolor: colour("", "--edge"), font: { color: colour("", "--ink") }, namelength: 40 },
+    hoverlabel: { bgcolor: colour("", "--card"), bordercolor: colour("", "--edge"), font: { color: colour("", "--ink") }, namelength: -1 },
     margin: { l: 8, r: 8, t: 8, b: 8 }, dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     xaxis: axis(x), yaxis: axis(y), ...more,
   };
