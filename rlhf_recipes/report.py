@@ -64,9 +64,9 @@ def _context(comparison: dict[str, Any]) -> dict[str, Any]:
     """What the template shows, as text."""
     algorithms = comparison["algorithms"]
     measured = comparison["evaluation"]
-    models = list(measured["models"]) if measured else []
-    models += [name for line in comparison["samples"] for name in line["models"] if name not in models]
-    models = list(dict.fromkeys(models))
+    sampled = (name for line in comparison["samples"] for name in line["models"])
+    models = list(dict.fromkeys([*(measured["models"] if measured else ()), *sampled]))
+    models.sort(key=lambda name: _place(name, algorithms))
     columns, held_out = held_out_rows(comparison)
     lengths = [len(run["curves"]["step"]) for run in comparison["runs"]]
     return {
@@ -99,13 +99,17 @@ def _slots(comparison: dict[str, Any], models: list[str]) -> dict[str, str]:
 
 
 def _forest(views: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where dots and intervals stand, in percent of a track; 0 is its middle, and a metric's views share its width."""
-    reach: dict[str, float] = {}
+    """Where dots and intervals stand, in percent of a track whose middle is 0.
+
+    Views of training share one scale. Held-out means are of many more completions: on it they would be a dot.
+    """
+    reach: dict[tuple[bool, str], float] = {}
     for view in views:
         ends = [abs(end) for end in (view["difference"], *(view["interval"] or ())) if end is not None]
-        reach[view["metric"]] = max(reach.get(view["metric"], 0), *ends, 0)
+        scale = view["view"] == "held_out", view["metric"]
+        reach[scale] = max(reach.get(scale, 0), *ends, 0)
     for view in views:
-        of_one = 50 / (1.1 * reach[view["metric"]] or 1)
+        of_one = 50 / (1.1 * reach[view["view"] == "held_out", view["metric"]] or 1)
         view["dot"] = None if view["difference"] is None else round(50 + of_one * view["difference"], 2)
         view["bar"] = None if view["interval"] is None else [round(50 + of_one * end, 2) for end in view["interval"]]
     return views
@@ -168,12 +172,17 @@ def _sample(line: dict[str, Any], algorithms: list[str]) -> dict[str, Any]:
             "tokens": found.get("tokens"),
             "finished": found.get("finished"),
         }
-        for name, found in line["models"].items()
+        for name, found in sorted(line["models"].items(), key=lambda item: _place(item[0], algorithms))
     }
     sample = {"prompt": _text(line["prompt"]), "models": models}
     if line.get("reference") is not None:
         sample["reference"] = _text(line["reference"])
     return sample
+
+
+def _place(model: str, algorithms: list[str]) -> int:
+    """What training started from comes first, then the runs of one algorithm after the other."""
+    return [None, *algorithms].index(algorithm_of(model, algorithms))
 
 
 def _text(value: Any) -> str:

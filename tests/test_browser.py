@@ -81,7 +81,7 @@ def scores(page):
     """Mean score of each shown sample's shown completions."""
     return page.evaluate(
         """() => [...document.querySelectorAll('.sample')].map(sample => {
-            const found = [...sample.querySelectorAll('small')].map(s => s.textContent.match(/score (−?[\\d.]+)/)?.[1]);
+            const found = [...sample.querySelectorAll('small')].map(s => s.textContent.match(/score\\s(−?[\\d.]+)/)?.[1]);
             const known = found.filter(Boolean).map(text => Number(text.replace('−', '-')));
             return known.reduce((sum, one) => sum + one, 0) / known.length;
         })"""

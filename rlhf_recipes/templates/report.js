@@ -336,12 +336,12 @@ const signed = (value) => value.toFixed(2).replace("-", "−");
 
 function completionCard(name, found, pattern) {
   const facts = [];
-  if (typeof found.score === "number") facts.push(`score ${signed(found.score)}`);
-  if (typeof found.judge === "number") facts.push(`judge ${signed(found.judge)}`);
-  if (typeof found.tokens === "number") facts.push(`${found.tokens} tokens`);
+  if (typeof found.score === "number") facts.push(`score\u00a0${signed(found.score)}`);
+  if (typeof found.judge === "number") facts.push(`judge\u00a0${signed(found.judge)}`);
+  if (typeof found.tokens === "number") facts.push(`${found.tokens}\u00a0tokens`);
   return make("div", { class: `completion ${data.slots[name] ?? "sft"}` },
     make("h4", {}, make("bdi", {}, name)),
-    folding("p", {}, found.completion, pattern),
+    folding("p", {}, found.completion.replace(/^ /, ""), pattern), // most tokenizers begin a word with its blank
     make("small", {}, facts.join(" · "), found.finished === false ? make("span", { class: "cut" }, `${facts.length ? " · " : ""}cut off`) : null));
 }
 
