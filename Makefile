@@ -2,6 +2,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
+# Tests of the report drive a Chromium, which Debian has as a package; where none can be had they are skipped.
+CHROMIUM_OR_SKIP = test -n "$$(which chromium chromium-browser google-chrome $$CHROMIUM 2> /dev/null)" \
+	|| { test "$$(id -u)" = 0 && apt-get install -y --no-install-recommends chromium; } \
+	|| echo "No Chromium: tests of the report in a browser will be skipped."
+
 .PHONY: quickstart test test-fast clean
 
 quickstart: .venv/.installed-offline
@@ -17,6 +22,7 @@ test-fast: .venv/.installed-test
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	$(if $(filter test,$*),@$(CHROMIUM_OR_SKIP))
 	touch $@
 
 clean:

@@ -1,7 +1,5 @@
 """Pictures for papers and pages: curves, lengths, sweeps."""
 
-import base64
-import io
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,81 +13,136 @@ CURVES = {
 """Metrics of `metrics.jsonl` that are drawn over episodes."""
 
 COLORS = {"ppo": "#d1495b", "rloo": "#00798c", "sft": "#8d96a3"}
-OTHER_COLORS = ("#edae49", "#66a182", "#5b5f97", "#b56576")
+OTHER_COLORS = ("#b07d12", "#5b5f97", "#66a182", "#b56576")
+DASHES = {"ppo": "-", "rloo": (0, (6, 3)), "sft": (0, (2, 2))}
+OTHER_DASHES = ((0, (9, 3, 2, 3)), (0, (12, 3)), (0, (4, 2, 1, 2)), (0, (1, 2)))
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]], file: Path) -> str:
-    """Draw every metric of `CURVES` over episodes, one line a run.
+def slots(algorithms: list[str]) -> dict[str, str]:
+    """Which colour and dash an algorithm has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
+    others = [name for name in algorithms if name not in ("ppo", "rloo")]
+    found = {name: f"other-{i % len(OTHER_COLORS)}" for i, name in enumerate(others)}
+    return {name: found.get(name, name) for name in algorithms}
+
+
+def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    """Draw a comparison for papers: `curves.png`, `frontier.png`, and `lengths.png` where models were evaluated.
 
     Args:
-        runs: Name -> lines of its `metrics.jsonl`.
-        file: PNG to write.
-
-    Returns:
-        The same picture as a data URI, for the page.
+        comparison: What `comparison.json` holds.
+        folder: Where to; it must exist.
     """
+    # Names are strangers' text, and between two dollar signs matplotlib would read formulas.
+    with _pyplot().rc_context({"text.parse_math": False}):
+        _draw_curves(comparison, folder / "curves.png")
+        _draw_frontier(comparison, folder / "frontier.png")
+        measured = comparison["evaluation"]
+        if measured and measured.get("length_histograms"):
+            _draw_lengths(measured["length_histograms"], comparison["algorithms"], folder / "lengths.png")
+
+
+def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
+    """Every metric of `CURVES`: bold means with bands over seeds, thin lines of the runs."""
+    runs = comparison["runs"]
+    axis_name = "episodes" if comparison["bands"].get("episodes") or not runs else _x_of(runs)
+    bands = comparison["bands"].get(axis_name, {})
+    looks = _looks(comparison["algorithms"])
     figure, axes = _pyplot().subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
-        for i, (name, lines) in enumerate(runs.items()):
-            points = [
-                (line["episodes"], line[metric])
-                for line in lines
-                if isinstance(line.get(metric), (int, float)) and "episodes" in line
-            ]
+        for run in runs:
+            points = _points(run["curves"], axis_name, metric)
             if points:
                 x, y = zip(*points, strict=True)
-                color = _color(name, i)
-                axis.plot(x, y, color=color, alpha=0.3, linewidth=1)
-                axis.plot(x, _smooth(y), color=color, linewidth=2, label=name)
+                alone = sum(other["algorithm"] == run["algorithm"] for other in runs) == 1
+                look = looks[run["algorithm"]] | ({"label": run["algorithm"]} if alone else {"linestyle": "-"})
+                axis.plot(x, _smooth(y), linewidth=2 if alone else 0.8, alpha=1 if alone else 0.35, **look)
+        for algorithm, band in bands.get(metric, {}).items():
+            if band["seeds"] > 1:
+                _band(axis, band, looks[algorithm], f"{algorithm}, mean of {band['seeds']} seeds")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("episodes", fontsize=9)
+        axis.set_xlabel(axis_name, fontsize=9)
         _tidy(axis)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
         axes.flat[0].legend(handles, labels, frameon=False)
-    return _save(figure, file)
+    _save(figure, file)
 
 
-def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
-    """Write a comparison's pictures to a folder."""
-    runs = {run["name"]: run["curves"] for run in comparison["runs"]}
-    lines = {
-        name: [dict(zip(c, row, strict=True)) for row in zip(*c.values(), strict=True)] for name, c in runs.items()
-    }
-    for rows in lines.values():
-        for row in rows:
-            row["episodes"] = row["step"] if row["episodes"] is None else row["episodes"]
-    draw_curves(lines, folder / "curves.png")
+def _x_of(runs: list[dict[str, Any]]) -> str:
+    return "episodes" if all(any(x is not None for x in run["curves"].get("episodes", ())) for run in runs) else "step"
 
 
-def draw_lengths(histograms: dict[str, Any], file: Path) -> str:
-    """Draw how long every model's completions are, one histogram a model, over the same bins.
+def _points(curves: dict[str, list[float | None]], x: str, y: str) -> list[tuple[float, float]]:
+    pairs = zip(curves.get(x, ()), curves.get(y, ()), strict=False)
+    return [(at, value) for at, value in pairs if at is not None and value is not None]
 
-    Args:
-        histograms: What `metrics.length_histograms` returns.
-        file: PNG to write.
 
-    Returns:
-        The same picture as a data URI, for the page.
-    """
+def _band(axis: Any, band: dict[str, Any], look: dict[str, Any], label: str) -> None:
+    rows = [i for i, value in enumerate(band["mean"]) if value is not None]
+    if not rows:
+        return
+    x = [band["x"][i] for i in rows]
+    axis.plot(x, _smooth(tuple(band["mean"][i] for i in rows)), linewidth=2.2, label=label, **look)
+    if band["low"] and band["high"]:
+        ends = (
+            [band[end][i] if band[end][i] is not None else band["mean"][i] for i in rows] for end in ("low", "high")
+        )
+        low, high = (_smooth(tuple(values)) for values in ends)
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
+    """What every run paid in KL for its score: the path of training, and the finished model on held-out prompts."""
+    figure, axis = _pyplot().subplots(figsize=(7, 5), constrained_layout=True)
+    looks = _looks(comparison["algorithms"])
+    named = set()
+    for run in comparison["frontier"]:
+        look = looks[run["algorithm"]]
+        label = {} if run["algorithm"] in named else {"label": run["algorithm"]}
+        named.add(run["algorithm"])
+        points = [point for point in run["training"] if None not in point]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.plot(_smooth(x), _smooth(y), linewidth=1.2, alpha=0.7, **look, **label)
+        if run["held_out"]:
+            axis.plot(*run["held_out"], marker="o", markersize=9, markeredgecolor="white", color=look["color"])
+    axis.set_title("lines: training, smoothed; marks: held-out prompts", fontsize=10)
+    axis.set_xlabel(CURVES["kl"], fontsize=9)
+    axis.set_ylabel("score", fontsize=9)
+    _tidy(axis)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
+    _save(figure, file)
+
+
+def _draw_lengths(histograms: dict[str, Any], algorithms: list[str], file: Path) -> None:
+    """How long every model's completions are, one histogram a model, over the same bins."""
     edges, counts = histograms["edges"], histograms["counts"]
+    looks = _looks(algorithms)
     figure, axes = _pyplot().subplots(
-        len(counts),
+        max(len(counts), 1),
         1,
         sharex=True,
         sharey=True,
         squeeze=False,
-        figsize=(10, 1 + 1.6 * len(counts)),
+        figsize=(10, 1 + 1.2 * len(counts)),
         constrained_layout=True,
     )
-    for i, (axis, (name, heights)) in enumerate(zip(axes.flat, counts.items(), strict=True)):
+    for axis, (name, heights) in zip(axes.flat, counts.items(), strict=False):
         shares = [height / max(sum(heights), 1) for height in heights]
-        axis.stairs(shares, edges, fill=True, color=_color(name, i))
+        algorithm = next((known for known in algorithms if name.startswith(known)), None)
+        axis.stairs(shares, edges, fill=True, color=looks[algorithm]["color"] if algorithm else COLORS["sft"])
         axis.set_title(name, fontsize=10, loc="left")
         axis.yaxis.set_major_formatter("{x:.0%}")
         _tidy(axis)
     axes.flat[-1].set_xlabel("completion length, tokens", fontsize=9)
-    return _save(figure, file)
+    _save(figure, file)
+
+
+def _looks(algorithms: list[str]) -> dict[str, dict[str, Any]]:
+    colors = COLORS | {f"other-{i}": color for i, color in enumerate(OTHER_COLORS)}
+    dashes = DASHES | {f"other-{i}": dash for i, dash in enumerate(OTHER_DASHES)}
+    return {name: {"color": colors[slot], "linestyle": dashes[slot]} for name, slot in slots(algorithms).items()}
 
 
 def _pyplot() -> Any:
@@ -101,21 +154,14 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _color(name: str, i: int) -> str:
-    return COLORS.get(name, OTHER_COLORS[i % len(OTHER_COLORS)])
-
-
 def _tidy(axis: Any) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, file: Path) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
+def _save(figure: Any, file: Path) -> None:
+    figure.savefig(file, dpi=130)
     _pyplot().close(figure)
-    file.write_bytes(picture.getvalue())
-    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
 
 def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> None:

@@ -9,7 +9,7 @@ from finished_runs import evaluated, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_recipes.compare import compare_runs, write_comparison
+from rlhf_recipes.compare import compare_runs, notes_on, write_comparison
 from rlhf_recipes.comparison import build_comparison, score_at
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.curves import columns, read_runs
@@ -460,3 +460,26 @@ def test_compare_as_a_user_runs_it(tmp_path):
     refused = cli("compare", str(runs[0]), str(other), cwd=tmp_path)
     assert refused.returncode == 1 and "trainer.beta" in refused.stdout and "not comparable" in refused.stdout
     assert (tmp_path / "comparison/report.html").is_file()
+
+
+def with_results(folder, results):
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"status": "finished", "results": results}))
+
+
+def test_notes_say_what_was_measured(tmp_path):
+    sft, reward = tmp_path / "sft", tmp_path / "reward"
+    assert notes_on(sft, reward) == []
+    of_reward = {"eval_accuracy": 0.75, "eval_pairs": 40, "train_pairs": 400}
+    with_results(sft, {"eval_perplexity": 20.0, "rougeL": 0.25})
+    with_results(reward, of_reward | {"eval_ece": 0.0312})
+    assert notes_on(sft, reward) == [
+        "SFT model: perplexity 20.0 on held-out texts, ROUGE-L 0.250 on held-out prompts.",
+        "Reward model: right on 75.0% of 40 held-out pairs, expected calibration error 0.031 (trained on 400).",
+    ]
+    with_results(tmp_path / "old/sft", {"eval_perplexity": 20.0})
+    with_results(tmp_path / "old/reward", of_reward)
+    assert notes_on(tmp_path / "old/sft", tmp_path / "old/reward") == [
+        "SFT model: perplexity 20.0 on held-out texts.",
+        "Reward model: right on 75.0% of 40 held-out pairs (trained on 400).",
+    ]

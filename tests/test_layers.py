@@ -8,8 +8,9 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables", "report", "markdown"},
-    {"named_files", "verdict"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
+    {"named_files", "verdict", "report_tables"},
+    {"report", "markdown"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},

@@ -1,28 +1,243 @@
-"""The page: complete, self-contained, and safe against what models write."""
+"""The page, the pictures and the markdown of a comparison: whole, small enough, safe against what models write."""
 
+import base64
+import copy
+import gzip
 import json
+import re
+from html.parser import HTMLParser
 
-from rlhf_recipes.compare import notes_on
+import pytest
+from matplotlib import image
+from report_fixture import make_comparison
+
+from rlhf_recipes.markdown import write_markdown
+from rlhf_recipes.plots import draw_comparison, slots
+from rlhf_recipes.report import POINTS, _thin, write_page
+from rlhf_recipes.report_tables import clean, number, signed, spread, view_rows
+
+EVIL = (
+    "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><a href='https://a.example'>b</a>"
+    "\"' & | `x` <!-- \u2028 [a](b)"
+)
+
+NAMED = re.compile(r"seed[ _]\d|\.|^sft$")
+"""Keys that are names: of runs, models and settings."""
 
 
-def finished(folder, results):
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"status": "finished", "results": results}))
+def poison(value):
+    """The same comparison, with a stranger's markup in every text and name that is not an enumeration."""
+    if isinstance(value, dict):
+        return {
+            key + EVIL if NAMED.search(key) else key: item
+            if key in ("source", "kind", "view", "metric")
+            else poison(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [poison(item) for item in value]
+    return value + EVIL if isinstance(value, str) and value not in ("ppo", "rloo") else value
 
 
-def test_notes_say_what_was_measured(tmp_path):
-    sft, reward = tmp_path / "sft", tmp_path / "reward"
-    assert notes_on(sft, reward) == []
-    of_reward = {"eval_accuracy": 0.75, "eval_pairs": 40, "train_pairs": 400}
-    finished(sft, {"eval_perplexity": 20.0, "rougeL": 0.25})
-    finished(reward, of_reward | {"eval_ece": 0.0312})
-    assert notes_on(sft, reward) == [
-        "SFT model: perplexity 20.0 on held-out texts, ROUGE-L 0.250 on held-out prompts.",
-        "Reward model: right on 75.0% of 40 held-out pairs, expected calibration error 0.031 (trained on 400).",
+def nothing_known(comparison):
+    """Every number of views, costs, samples and held-out models is missing."""
+    for view in comparison["views"]:
+        view |= {"difference": None, "interval": None, "bootstrap": None, "at": None}
+        view["means"] = dict.fromkeys(view["means"])
+    comparison["cost"] = {name: dict.fromkeys(cost) for name, cost in comparison["cost"].items()}
+    for line in comparison["samples"]:
+        for found in line["models"].values():
+            found |= {"score": None, "judge": None, "tokens": None, "finished": None}
+    comparison["evaluation"]["models"] = {
+        name: dict.fromkeys(metrics) for name, metrics in comparison["evaluation"]["models"].items()
+    }
+    return comparison
+
+
+def unequal():
+    comparison = make_comparison(seeds=(42,))
+    comparison["comparable"] = False
+    comparison["verdict"] = {"winner": None, "label": "not comparable", "sentence": "The runs differ in data.path."}
+    comparison["differences"].append(
+        {
+            "key": "data.path",
+            "kind": "data",
+            "refuses": True,
+            "values": {"ppo seed 42": "a.csv", "rloo seed 42": "b.csv"},
+        }
+    )
+    return comparison
+
+
+def empty():
+    none = dict.fromkeys(("held_out", "evaluation"))
+    lists = {key: [] for key in ("algorithms", "runs", "differences", "views", "frontier", "samples", "judge", "notes")}
+    verdict = {"winner": None, "label": "nothing to compare", "sentence": "No runs."}
+    more = {"title": "t", "created": "now", "comparable": False, "single_seed": False, "verdict": verdict}
+    return none | lists | more | {"bands": {}, "cost": {}, "audit": {}}
+
+
+CASES = {
+    "seeds": make_comparison,
+    "one run": lambda: make_comparison(algorithms=("ppo",), seeds=(42,)),
+    "no evaluation": lambda: make_comparison(prompts=0),
+    "three labels": lambda: make_comparison(algorithms=("grpo", "ppo", "rloo")),
+    "not comparable": unequal,
+    "nothing known": lambda: nothing_known(make_comparison()),
+    "a stranger's text": lambda: poison(make_comparison()),
+    "empty": empty,
+}
+
+
+def page_of(comparison, folder):
+    write_page(folder / "report.html", comparison)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def unpacked(page, name):
+    packed = re.search(rf'id="{name}">([^<]*)<', page)[1]
+    return gzip.decompress(base64.b64decode(packed)).decode()
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_comparison_becomes_page_and_markdown(case, tmp_path):
+    comparison = CASES[case]()
+    before = copy.deepcopy(comparison)
+    page = page_of(comparison, tmp_path)
+    write_markdown(comparison, tmp_path / "report.md")
+    assert comparison == before
+    assert clean(comparison["verdict"]["label"])[:10] in page
+    assert comparison["verdict"]["label"][:10] in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_comparison_becomes_pictures(case, tmp_path):
+    comparison = CASES[case]()
+    draw_comparison(comparison, tmp_path)
+    wanted = {"curves.png", "frontier.png"} | ({"lengths.png"} if comparison["evaluation"] else set())
+    assert {file.name for file in tmp_path.glob("*.png")} == wanted
+
+
+def test_strangers_text_adds_no_element(tmp_path):
+    """Poisoned, the page has the same tags and attributes' names as before: all of it has become text."""
+
+    def tags(comparison):
+        return [(tag, sorted(attributes)) for tag, attributes in Elements(page_of(comparison, tmp_path)).found]
+
+    assert tags(poison(make_comparison())) == tags(make_comparison())
+
+
+def test_the_page_names_its_scripts_and_asks_for_nothing(tmp_path):
+    page = page_of(make_comparison(), tmp_path)
+    found = Elements(page).found
+    assert not [tag for tag, attributes in found if attributes.keys() & {"src", "action", "onclick", "onerror"}]
+    assert all(attributes["href"].startswith("#") for _, attributes in found if "href" in attributes)
+    policy = next(attributes["content"] for _, attributes in found if "Content-Security-Policy" in attributes.values())
+    assert "default-src 'none'" in policy and policy.count("'sha256-") == 2 and "unsafe-eval" not in policy
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+
+
+def test_samples_travel_whole(tmp_path):
+    long = "日本 👍🏽 \u05e9\u05dc\u05d5\u05dd </script> " * 2500
+    comparison = make_comparison(prompts=2)
+    found = comparison["samples"][0]["models"]["sft"]
+    found["completion"] = [{"role": "assistant", "content": long}]
+    comparison["samples"][1]["prompt"] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "why?"},
     ]
-    finished(tmp_path / "old/sft", {"eval_perplexity": 20.0})
-    finished(tmp_path / "old/reward", of_reward)
-    assert notes_on(tmp_path / "old/sft", tmp_path / "old/reward") == [
-        "SFT model: perplexity 20.0 on held-out texts.",
-        "Reward model: right on 75.0% of 40 held-out pairs (trained on 400).",
+    data = json.loads(unpacked(page_of(comparison, tmp_path), "data"))
+    assert data["samples"][0]["models"]["sft"]["completion"] == long and len(long) > 50_000
+    assert data["samples"][1]["prompt"] == "system: be brief\n\nuser: why?"
+    assert data["samples"][0]["models"]["ppo-seed_42"]["algorithm"] == "ppo"
+
+
+@pytest.mark.slow
+def test_eight_long_runs_fit_into_five_megabytes(tmp_path):
+    comparison = make_comparison(seeds=(1, 2, 3, 4), steps=2000, prompts=500, words=40, metrics=30)
+    page = page_of(comparison, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    data = json.loads(unpacked(page, "data"))
+    assert len(data["runs"]) == 8 and len(data["samples"]) == 500 and len(data["samples"][0]["models"]) == 9
+    assert "Of 2,000 points a run" in page
+
+
+def test_thinning_keeps_every_peak():
+    values = [0.0] * 5000
+    values[1234], values[4321] = 9.0, -9.0
+    curves = _thin({"step": list(range(5000)), "kl": values, "gaps": [None] * 5000})
+    assert max(curves["kl"]) == 9.0 and min(curves["kl"]) == -9.0
+    assert {len(column) for column in curves.values()} == {POINTS}
+    assert curves["step"][0] == 0 and curves["step"][-1] == 4999 and curves["step"] == sorted(curves["step"])
+    place = curves["step"][curves["kl"].index(9.0)]
+    assert abs(place - 1234) <= 10
+    few = {"step": [1, 2], "kl": [None, 1.0]}
+    assert _thin(few) is few
+
+
+def test_what_no_reader_sees_is_spelled_out():
+    assert clean("a\u202eb\x00\ud800\r\nc\td\u200d") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+D800⟩\nc\td\u200d"
+    assert clean({"a": [float("nan"), float("-inf"), 1.5]}) == {"a": [None, None, 1.5]}
+
+
+def test_numbers_read_alike():
+    assert [number(value) for value in (None, 0.12345, 40_000.0, 1e-5, 3)] == ["–", "0.123", "40,000", "1e-05", "3"]
+    assert [signed(value) for value in (None, 0.05, -0.05, -12.34, 4321.0)] == [
+        "–",
+        "+0.050",
+        "−0.050",
+        "−12.3",
+        "+4,321",
     ]
+    assert spread({"mean": 1.0, "low": None, "high": None}) == ("1", "")
+    assert spread({"mean": 1.0, "low": 0.5, "high": 1.5}) == ("1", "0.5 to 1.5") and spread(None) == ("–", "")
+    rows = view_rows(make_comparison())
+    assert [row["heading"] for row in rows][1:] == ["score at equal episodes (3,840)", "score at equal time (54 s)"]
+    assert rows[0]["range"] == "+0.020 to +0.080"
+
+
+def test_the_interval_stands_where_its_numbers_are(tmp_path):
+    """The widest end is 0.08, so that the track ends at 0.088: 0.05 lies at 50 + 50 * 0.05 / 0.088 percent."""
+    page = page_of(make_comparison(), tmp_path)
+    assert 'style="left:78.41%"' in page and 'style="left:61.36%;width:34.09%"' in page
+
+
+def test_markdown_tables_hold_together(tmp_path):
+    """Every table's rows have as many cells as its head, whatever the names hold."""
+    for comparison in (make_comparison(), poison(make_comparison()), unequal()):
+        write_markdown(comparison, tmp_path / "report.md")
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+        assert len(tables) >= 4 and "<script" not in text
+        for table in tables:
+            assert re.fullmatch(r"\|(-+:?\|)+", table[1])
+            assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1, table
+    assert "| data.path | data, **not comparable** | a.csv (ppo seed 42); b.csv (rloo seed 42) |" in text
+    write_markdown(make_comparison(), tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| score on held-out prompts | 0.640 | 0.590 | +0.050 | +0.020 to +0.080 |" in text
+    assert all(f"]({name}.png)" in text for name in ("curves", "frontier", "lengths"))
+
+
+def test_pictures_show_something(tmp_path):
+    draw_comparison(make_comparison(), tmp_path)
+    for name in ("curves", "frontier", "lengths"):
+        pixels = image.imread(tmp_path / f"{name}.png")[..., :3]
+        assert 0.01 < (pixels.min(axis=-1) < 0.8).mean() < 0.6, name
+
+
+def test_every_algorithm_has_a_look_of_its_own():
+    assert slots(["ppo", "rloo", "grpo", "dpo"]) == {"ppo": "ppo", "rloo": "rloo", "grpo": "other-0", "dpo": "other-1"}
