@@ -8,8 +8,8 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
-    {"named_files"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables", "copying"},
+    {"named_files", "hacking"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
     {"distributed"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
+    {"audit"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
