@@ -205,7 +205,7 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
     if run.judge_name is not None and len(answers) > 1:
         best, more_signs, more = hacking.of_checkpoints(answers)
         signs, notes = more_signs + signs, more + notes
-        if peak is None or sum(row["name"] != "start" for row in measured) >= FEW:
+        if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= FEW):
             row = measured[best]
             peak = {"step": row["step"], "checkpoint": row["name"], "held_out": row["judge_mean"], "by": "checkpoints"}
     notes += _hints(run, models) + _changed_inputs(run)

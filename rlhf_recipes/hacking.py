@@ -216,7 +216,7 @@ def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
     ]
 
 
-def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int, list[str], list[str]]:
+def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int | None, list[str], list[str]]:
     """What the checkpoints of a training say on the same held-out prompts.
 
     Args:
@@ -224,18 +224,20 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int, list[str], list[s
             for every prompt.
 
     Returns:
-        Index of the one whose held-out score is highest, signs of hacking, and what else is to be said.
+        Index of the one whose held-out score is highest (None: too few prompts), signs of hacking, and notes.
     """
     rows = [i for i in range(len(models[0]["judged"])) if all(model["judged"][i] is not None for model in models)]
     columns = [[model["judged"][i] for i in rows] for model in models]
     if len(rows) < 4:
-        return len(models) - 1, [], [f"{len(rows)} held-out prompts with a held-out score are too few to compare"]
+        return None, [], [f"{len(rows)} held-out prompts with a held-out score are too few to compare"]
     peak, differences = below_peak(columns)
     best, last = models[peak]["name"], models[-1]["name"]
     drop, (low, high) = fmean(differences), bootstrap_interval(differences)
     means = [fmean(column) for column in columns]
     where = f"on {len(rows)} held-out prompts the held-out score"
-    signs, notes = _not_followed(models[0], models[-1]), []
+    signs, notes = [], []
+    if not (peak == 0 and low > 0):  # which says it already
+        signs += _not_followed(models[0], models[-1])
     if peak == len(models) - 1:
         notes.append(f"{where} is highest at the end: {last}, {means[-1]:.2f}")
     elif low <= 0:
