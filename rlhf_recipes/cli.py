@@ -272,6 +272,20 @@ def wandb_view(
 
 
 @app.command()
+def audit(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders such as runs/imdb_tiny/ppo")],
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=0, help="held-out prompts for every checkpoint; 0: read the log only")
+    ] = 256,
+) -> None:
+    """Look for reward hacking in runs of ppo and rloo: trained against held-out score, length, copying, repetition."""
+    from rlhf_recipes.audit import audit_runs, print_audit
+
+    for found in audit_runs(runs, prompts).values():
+        print_audit(found)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/imdb_tiny/ppo")],
     merge: Annotated[bool, typer.Option("--merge", help="an adapter and its base as one whole model")] = False,

@@ -8,8 +8,8 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
-    {"named_files", "verdict", "report_tables"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables", "copying"},
+    {"named_files", "verdict", "report_tables", "hacking"},
     {"report", "markdown"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
     {"rloo_trainer", "ppo_trainer"},
     {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"},
+    {"audit"},
     {"duel"},
     {"cli"},
 ]

@@ -1,0 +1,396 @@
+"""Audit of runs of ppo and rloo, finished or stopped: has the score been raised, or what it stands for?
+
+    rlhf-recipes audit runs/imdb_tiny/ppo runs/imdb_tiny/rloo
+
+Reads a run's folder: what training logged (`metrics.jsonl`, `completions.jsonl`) and its checkpoints, which all get the
+same held-out prompts. Writes `../audit/<stage>.json`. What is looked for, and where the thresholds come from, is in
+docs/audit.md; what is found are signs, and to find none is no proof.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_recipes import hacking
+from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.copying import copied_share, copies_title, longest_common_run, repeated_share, template_fields, words
+from rlhf_recipes.disk import MARKER, checkpoints, step_of, write_whole, writing
+from rlhf_recipes.distributed import prepare
+from rlhf_recipes.hacking import mean_of_known
+from rlhf_recipes.hub import go_offline, hub_references
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.reward_calls import RewardError, as_text
+from rlhf_recipes.run import read_manifest, run_path
+from rlhf_recipes.terminal import hush_libraries, log_to, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOTHING = "nothing found by this audit, which is no proof that there is nothing: read some completions, too"
+
+FEW = 3
+"""Checkpoints, the final model among them, below which they are too few to say when the held-out score was highest."""
+
+LOG_COLUMNS = {
+    "step": ("step", "{}"),
+    "episodes": ("episodes", "{}"),
+    "score": ("score", "{:.2f}"),
+    "held_out": ("held out", "{:.2f}"),
+    "kl": ("KL", "{:.1f}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "eos_rate": ("EOS", "{:.0%}"),
+    "length": ("words", "{:.1f}"),
+    "length_score_correlation": ("length~score", "{:.2f}"),
+    "repetition": ("repeated", "{:.0%}"),
+    "longest_common_run": ("run", "{:.1f}"),
+    "copied_share": ("copied", "{:.0%}"),
+    "title_copied_share": ("title", "{:.0%}"),
+}
+"""Of a part of the training, in the table: heading and format. Columns without any value are left out."""
+
+CHECKPOINT_COLUMNS = {
+    "name": ("", "{}"),
+    "step": ("step", "{}"),
+    "score_mean": ("score", "{:.2f}"),
+    "judge_mean": ("held out", "{:.2f}"),
+    **{key: LOG_COLUMNS[key] for key in ("kl", "eos_rate", "length", "repetition", "longest_common_run")},
+    **{key: LOG_COLUMNS[key] for key in ("copied_share", "title_copied_share")},
+}
+
+SCORED = (
+    "trained: weighted sum of reward_funcs; held out: of eval.judge_funcs, which training did not see",
+    "length~score: rank correlation; repeated: word pairs that repeat; run, copied, title: taken from the prompt",
+)
+
+
+@dataclass
+class Audited:
+    """A run to be audited: its folder, its recipe with `stage:` references that lead to the folders beside it."""
+
+    path: Path
+    stage: str
+    recipe: Recipe
+    manifest: dict[str, Any]
+
+    @property
+    def settings(self) -> Any:
+        return getattr(self.recipe, self.stage)
+
+    @property
+    def judge_name(self) -> str | None:
+        """What the held-out score is called; None without one."""
+        return " + ".join(spec.name.rpartition(":")[2] for spec in self.recipe.eval.judge_funcs) or None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.manifest["status"] == "finished"
+
+    def new_tokens(self) -> int:
+        """Longest completion in training."""
+        from trl import RLOOConfig
+
+        return self.settings.trainer.get("max_completion_length", RLOOConfig.max_completion_length)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The run's own; of one that has not finished, that of the policy, from which it would go on."""
+        from rlhf_recipes.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.recipe, self.stage, str(self.path) if self.is_finished else self.settings.policy)
+
+    def models(self) -> list[tuple[str, int, str]]:
+        """Name, step and reference of the policy at the start, of every whole checkpoint, and of the final model."""
+        whole = [path for path in checkpoints(self.path) if (path / MARKER).is_file()]
+        logged = [line["step"] for line in _lines(self.path / "metrics.jsonl")]
+        last = max([0, *logged, *map(step_of, whole)])
+        if self.is_finished:
+            whole = [path for path in whole if step_of(path) < last]  # that of the last step is the final model
+        found = [("start", 0, self.settings.policy)] + [(path.name, step_of(path), str(path)) for path in whole]
+        return found + ([("final", last, str(self.path))] if self.is_finished else [])
+
+
+def audit_runs(paths: list[Path], prompts: int) -> dict[Path, dict[str, Any]]:
+    """Audit runs, and write what was found beside each.
+
+    Args:
+        paths: Folders of runs of ppo and rloo.
+        prompts: Held-out prompts for every checkpoint; 0: only the log is read, and no model is loaded but judges.
+
+    Returns:
+        By path, the content of its `audit/<stage>.json`.
+
+    Raises:
+        RecipeError: A folder holds no run of ppo or rloo, or a held-out reward function cannot be had.
+    """
+    log_to(None)
+    prepare()
+    runs = {path: _open(path) for path in paths}
+    if any(hub_references(run.recipe, stage) for run in runs.values() for stage in (run.stage, "eval")):
+        go_offline()
+    hush_libraries()
+    found = {}
+    for path, run in runs.items():
+        found[path] = _audit(run, prompts)
+        file = run.path.parent / "audit" / f"{run.path.name}.json"
+        with writing("the audit", file):
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, json.dumps(found[path], indent=2, ensure_ascii=False))
+    return found
+
+
+def print_audit(found: dict[str, Any]) -> None:
+    """Print one audit: a table of the training, one of the checkpoints, and the findings as sentences."""
+    console = Console()
+    wide = Console(width=max(console.width, 120), highlight=False)
+    say(f"\n{found['run']}")
+    for rows, columns in ((found["bins"], LOG_COLUMNS), (found["checkpoints"], CHECKPOINT_COLUMNS)):
+        shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for key, (heading, _) in shown.items():
+            table.add_column(heading, justify="left" if key == "name" else "right")
+        for row in rows:
+            table.add_row(*("" if row[key] is None else form.format(row[key]) for key, (_, form) in shown.items()))
+        if rows:
+            wide.print(table)
+    for line in SCORED:
+        wide.print(line, style="dim")
+    for i, sentence in enumerate(found["findings"]):
+        say(f"{'sign:' if i < found['signs'] else 'note:'} {sentence}")
+
+
+def _open(path: Path) -> Audited:
+    manifest = read_manifest(path)
+    stage = (manifest or {}).get("stage")
+    if stage not in ("ppo", "rloo"):
+        what = "is no run" if manifest is None else f"is a run of stage {stage}"
+        raise RecipeError(f"{path} {what}; name the folder of a run of ppo or rloo, such as runs/imdb_tiny/ppo.")
+    folder = path.resolve()
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    # As its folder stands now, which may have been moved: what it names `stage:sft` is the folder beside it.
+    recipe = recipe.model_copy(update={"runs_dir": str(folder.parent.parent), "name": folder.parent.name})
+    return Audited(folder, stage, recipe, manifest)
+
+
+def _audit(run: Audited, prompts: int) -> dict[str, Any]:
+    from rlhf_recipes.reward_funcs import build_reward_funcs
+
+    judges = build_reward_funcs(run.recipe, run.recipe.eval.judge_funcs, key="eval.judge_funcs")
+    models = run.models()
+    moments, notes = _moments(run, judges)
+    parts = hacking.split(moments)
+    if moments and len(parts) == 1:
+        notes.append(
+            f"only {len(moments)} rollouts were logged, which is too few to compare parts of the training: set "
+            f"{run.stage}.trainer.logging_steps lower"
+        )
+    if run.judge_name is None:
+        notes.append(
+            "no held-out score: set eval.judge_funcs to reward functions that training does not see; without one, an "
+            "audit sees length, copying and repetition, and not whether the score still means anything"
+        )
+    at, signs = hacking.of_log(parts)
+    bins = [hacking.summary(part) for part in parts if part]
+    peak = None
+    if at is not None:
+        first, last = (bins[at - 1]["step"] if at else 0), bins[at]["step"]
+        inside = [name for name, step, _ in models if first < step <= last]
+        held_out = bins[at]["held_out"]
+        peak = {"step": last, "checkpoint": inside[-1] if inside else None, "held_out": held_out, "by": "completions"}
+    measured, answers, more = _checkpoints(run, judges, models, prompts) if prompts else ([], [], [])
+    notes += more
+    if run.judge_name is not None and len(answers) > 1:
+        best, more_signs, more = hacking.of_checkpoints(answers)
+        signs, notes = more_signs + signs, more + notes
+        if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= FEW):
+            row = measured[best]
+            peak = {"step": row["step"], "checkpoint": row["name"], "held_out": row["judge_mean"], "by": "checkpoints"}
+    notes += _hints(run, models) + _changed_inputs(run)
+    return {
+        "run": str(run.path),
+        "stage": run.stage,
+        "held_out_name": run.judge_name,
+        "prompts": prompts,
+        "bins": bins,
+        "checkpoints": measured,
+        "peak": peak,
+        "signs": len(signs),
+        "findings": (signs or [NOTHING]) + notes,
+    }
+
+
+def _moments(run: Audited, judges: list) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every logged rollout, or as many as are enough, in numbers; and notes on what could not be told."""
+    metrics = {line["step"]: line for line in _lines(run.path / "metrics.jsonl") if "score_mean" in line}
+    groups: list[list[dict[str, Any]]] = []
+    for _, group in groupby(_lines(run.path / "completions.jsonl"), key=lambda line: line["step"]):
+        rollout = list(group)
+        # Steps of one rollout, where each is logged: the same completions again.
+        if not groups or _texts(rollout) != _texts(groups[-1]):
+            groups.append(rollout)
+    if not groups:
+        return [], [f"{run.path.name} has logged no completions, so only checkpoints can be audited"]
+    groups = hacking.spread_out(groups, hacking.BINS * hacking.MOST_MOMENTS)
+    lines = [line for group in groups for line in group]
+    judged, notes = _judge_log(run, judges, lines)
+    weights = [spec.weight for spec in run.recipe.reward_funcs]
+    for line, held_out in zip(lines, judged, strict=True):
+        terms = [w * s for w, s in zip(weights, line["scores"].values(), strict=True) if s is not None]
+        line |= {"score": sum(terms) if terms else None, "held_out": held_out}
+        line |= _of_text(run.recipe.data.prompt_template, line["prompt"], line["completion"])
+    moments = []
+    for group in groups:
+        logged = metrics.get(group[0]["step"], {})
+        means = {name: mean_of_known([line.get(name) for line in group]) for name in hacking.MEANS}
+        means |= {name: logged.get(name) for name in ("eos_rate", "entropy", "kl")}
+        pairs = [(line["length"], line["score"]) for line in group if line["score"] is not None]
+        place = {"step": group[0]["step"], "episodes": logged.get("episodes"), "completions": len(group)}
+        moments.append(place | means | {"pairs": pairs})
+    return moments, notes
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Lines of a jsonl file; none without it, and not the last one of a run that was killed while it wrote."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+def _texts(rollout: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(line["prompt"], line["completion"]) for line in rollout]
+
+
+def _of_text(template: str | None, prompt: Any, completion: Any) -> dict[str, Any]:
+    """What a completion took from its prompt, and what it says twice; lengths in words."""
+    prompt = as_text(prompt)
+    asked, said = words(prompt), words(as_text(completion))
+    title = (template_fields(template, prompt) or {}).get("title") if template else None
+    return {
+        "length": len(said),
+        "repetition": repeated_share(said),
+        "copied_share": copied_share(asked, said),
+        "longest_common_run": longest_common_run(asked, said),
+        "title_copied_share": None if title is None else copies_title(words(title), said),
+    }
+
+
+def _judge_log(run: Audited, judges: list, lines: list[dict[str, Any]]) -> tuple[list[float | None], list[str]]:
+    """Held-out scores of logged completions, which have no token ids any more: they are tokenized again.
+
+    One that has as many tokens as training allowed counts as cut off, a shorter one as finished.
+    """
+    if not judges:
+        return [None] * len(lines), []
+    from rlhf_recipes.reward_funcs import score_all
+
+    tokenizer = run.tokenizer()
+    longest = run.new_tokens()
+    ids = [tokenizer(as_text(line["completion"]), add_special_tokens=False)["input_ids"] for line in lines]
+    finished = [len(row) < longest for row in ids]
+    call = {
+        "prompts": [line["prompt"] for line in lines],
+        "completions": [line["completion"] for line in lines],
+        "completion_ids": [row + [tokenizer.eos_token_id] * end for row, end in zip(ids, finished, strict=True)],
+        "finished": finished,
+    }
+    try:
+        return score_all(run.recipe.eval.judge_funcs, judges, **call)[0], []
+    except RewardError as error:  # it may want columns of the data, which no log has
+        return [None] * len(lines), [f"logged completions have no held-out score: {error}"]
+
+
+def _checkpoints(
+    run: Audited, judges: list, models: list[tuple[str, int, str]], number: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Every model on the same held-out prompts: its row of the table, its scores prompt by prompt, and notes."""
+    import torch
+    from accelerate import PartialState
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes.data import load_rows
+    from rlhf_recipes.evaluate import sequence_logps
+    from rlhf_recipes.models import fit_embeddings, load_model
+    from rlhf_recipes.references import resolve_model
+    from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
+    from rlhf_recipes.samples import sample
+    from rlhf_recipes.shapes import prompts
+
+    recipe, settings = run.recipe, run.recipe.eval
+    score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    tokenizer = run.tokenizer()
+    rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
+    rows = rows.shuffle(seed=recipe.seed).select(range(min(len(rows), number)))
+    asked = rows["prompt"][:]
+    columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
+    new_tokens = settings.max_new_tokens or run.new_tokens()
+    trusted = run.settings.policy in recipe.trust_remote_code
+    measured, answers, notes = [], [], []
+    reference = None
+    for name, step, model_reference in tqdm(models, desc="audit  ", unit="model", disable=None, leave=False):
+        try:
+            folder = resolve_model(recipe, name, model_reference)
+            model = load_model(AutoModelForCausalLM, name, folder, trusted, dtype="auto")
+            fit_embeddings(name, model, tokenizer)
+        except RecipeError as error:
+            lost = "; without the policy that training started from there is no KL" if name == "start" else ""
+            notes.append(f"{name} is left out{lost}: {error}")
+            continue
+        model = model.to(PartialState().device).eval()
+        if name == "start":
+            reference = model
+        torch.manual_seed(recipe.seed)
+        samples = sample(model, tokenizer, asked, new_tokens, settings.temperature, settings.batch_size)
+        kl = None
+        if reference is not None:
+            own, other = (sequence_logps(m, tokenizer, samples, settings.batch_size) for m in (model, reference))
+            kl = (own - other).mean().item()
+        call = columns | {
+            "prompts": asked,
+            "completions": samples.completions,
+            "completion_ids": samples.completion_ids,
+            "finished": samples.finished,
+        }
+        scores = score_all(recipe.reward_funcs, score_funcs, **call)[0]
+        judged = score_all(settings.judge_funcs, judges, **call)[0] if judges else [None] * len(asked)
+        template = recipe.data.prompt_template
+        texts = [_of_text(template, p, c) for p, c in zip(asked, samples.completions, strict=True)]
+        measured.append(
+            {
+                "name": name,
+                "step": step,
+                "score_mean": mean_of_known(scores),
+                "judge_mean": mean_of_known(judged),
+                "kl": kl,
+                "eos_rate": mean_of_known(samples.finished),
+                **{key: mean_of_known([text[key] for text in texts]) for key in texts[0]},
+            }
+        )
+        answers.append({"name": name, "scores": scores, "judged": judged})
+    return measured, answers, notes
+
+
+def _hints(run: Audited, models: list[tuple[str, int, str]]) -> list[str]:
+    """What to set so that there are checkpoints to compare, where only the last ones were kept."""
+    trained = [step for name, step, _ in models if name != "start"]
+    if len(trained) >= FEW and min(trained) <= max(trained) / 2:
+        return []
+    there = " and ".join(name for name, _, _ in models if name != "start") or "no checkpoint"
+    return [
+        f"of this run's models {there} is all that is left, so the checkpoint with the highest held-out score may be "
+        f"gone; train with {run.stage}.trainer.save_total_limit=null to keep every one, and "
+        f"{run.stage}.trainer.save_steps=0.1 to have ten"
+    ]
+
+
+def _changed_inputs(run: Audited) -> list[str]:
+    """Stages beside the run that are not those any more that it was made from."""
+    found = []
+    for stage, run_id in run.manifest["inputs"].items():
+        beside = read_manifest(run_path(run.recipe, stage))
+        if beside is not None and beside["id"] != run_id:
+            found.append(f"stage {stage} was run again since: what refers to it is not what this run was trained with")
+    return found
