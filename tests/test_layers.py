@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables"},
     {"named_files"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
-    | {"launch", "launch_configs"},
+    | {"launch", "launch_configs", "win_rate"},
     {"distributed"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine"},
     {"references"},
@@ -19,9 +19,11 @@ LAYERS = [
     {"models", "scoring", "shapes", "posts", "samples"},
     {"reward_funcs", "hub", "diagnosis", "value_model", "adapters"},
     {"stage_plan"},
-    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
+    | {"judge_backends"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"}
+    | {"judge"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
