@@ -66,8 +66,8 @@ VERDICT = re.compile(
 LONGEST_VERDICT = 100
 """Characters; what is longer says more than an answer."""
 
-THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-"""What some open models put in front of an answer."""
+THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
+"""What some open models put in front of an answer; the tag that opens it may stand in their chat template."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def judge(recipe: Recipe, folder: Path | None = None, dry_run: bool = False) -> 
         found = _found(recipe, names, pairs, [[answers.get(q) for q in two] for two in asked], backend)
         found["cost"] = _cost(recipe, [answers.get(question) for question in needed], len(new))
         file = out / f"{_file_name(names[0])}-vs-{_file_name(names[1])}.json"
-        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False))
+        write_whole(file, json.dumps(found, indent=2))
     _print(found)
     say(f"\nresult: {file}")
 
@@ -134,8 +134,9 @@ class Answers:
     def __init__(self, path: Path, identity: dict[str, Any]):
         self.path, self.identity = path, identity
         self._known: dict[str, Answer] = {}
-        self._file = None
-        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        content = path.read_bytes() if path.exists() else b""
+        self._torn = bool(content) and not content.endswith(b"\n")
+        for number, line in enumerate(content.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 self._known[entry.pop("key")] = entry
@@ -153,15 +154,13 @@ class Answers:
 
     def add(self, question: Question, answer: Answer) -> None:
         """Keep an answer; it is on the disk when this returns."""
-        if self._file is None:
-            torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-            self._file = open(self.path, "a", encoding="utf-8")
-            if torn:
-                self._file.write("\n")
+        line = json.dumps({"key": self.key(question)} | answer)  # in ASCII: an endpoint may send half a character
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(("\n" if self._torn else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._torn = False
         self._known[self.key(question)] = answer
-        self._file.write(json.dumps({"key": self.key(question)} | answer, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def vote(answer: Answer) -> str | None:
@@ -169,7 +168,7 @@ def vote(answer: Answer) -> str | None:
 
     It must be the label and nothing else, but for `Answer:` and marks around it. What was cut off is no answer.
     """
-    text = THOUGHTS.sub("", answer["text"], count=1).strip()
+    text = THOUGHTS.sub("", answer["text"]).strip()
     found = None if answer["cut"] or len(text) > LONGEST_VERDICT else VERDICT.fullmatch(text)
     if found is None:
         return None
@@ -200,7 +199,8 @@ def _eval_folder(recipe: Recipe, folder: Path | None) -> Path:
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "completions.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open(path, encoding="utf-8", newline="\n") as file:  # splitlines() would part texts at U+2028
+            lines = [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}; run eval again.") from error
     if not lines or not all(isinstance(line, dict) and line.get("models") for line in lines):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from conftest import WORDS, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 
 from rlhf_recipes.config import RecipeError, Scratch
+from rlhf_recipes.intervals import bootstrap_interval
 from rlhf_recipes.judge import judge, outcome_of_orders, vote
 from rlhf_recipes.judge_backends import Local, RateLimit, in_threads
 from rlhf_recipes.recipe import load_recipe
@@ -68,7 +70,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def address(self):
@@ -135,6 +137,12 @@ def completions_in(question):
 def likes_good(question):
     a, b = ("good" in text for text in completions_in(question))
     return "tie" if a == b else "A" if a else "B"
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals have tests of their own; here they would take most of the time."""
+    monkeypatch.setattr("rlhf_recipes.win_rate.bootstrap_interval", partial(bootstrap_interval, resamples=50))
 
 
 @pytest.fixture
@@ -315,10 +323,13 @@ def test_against_the_datas_own_completions(server, recipe):
 
 
 def test_unparsable_answers_are_counted_and_left_out(server, recipe):
-    server.answer = lambda question: "I will not say." if "prompt 0" in question else likes_good(question)
-    found = asked_of(server, recipe)
-    assert counts(found) == [1, 1, 2, 0, 1] and found["win_rate"] == 0.5
-    assert found["pairs"][0]["answers"] == ["I will not say."] * 2
+    odd = "I will not say \ud83d."  # half a character, as JSON can hold it
+    server.answer = lambda question: odd if "prompt 0" in question else likes_good(question)
+    for _ in range(2):
+        found = asked_of(server, recipe)
+        assert counts(found) == [1, 1, 2, 0, 1] and found["win_rate"] == 0.5
+        assert found["pairs"][0]["answers"] == [odd] * 2
+    assert len(server.requests) == 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -349,6 +360,13 @@ def test_texts_cannot_close_the_lines_around_them(server, recipe, tmp_path):
         mark = re.search(r"carry the mark (\w{12})\.", question)[1]
         assert sorted(completions_in(question)) == sorted([attack, "{prompt} {mark}"])
         assert attack.count(mark) == 0 and question.count(f"</completion A {mark}>") == 1
+
+
+def test_lines_end_where_the_file_says_so(server, recipe, tmp_path):
+    line = json.loads((tmp_path / "runs/toy/eval/completions.jsonl").read_text().splitlines()[0])
+    line["models"]["ppo"]["completion"] = "good\u2028\x85 text"
+    (tmp_path / "runs/toy/eval/completions.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    assert counts(asked_of(server, recipe)) == [1, 0, 0, 0, 0]
 
 
 def test_chat_messages_are_shown_with_their_roles(server, recipe, tmp_path):
