@@ -340,6 +340,21 @@ def score(
     score_texts(recipe, text or [], file)
 
 
+@app.command()
+def judge(
+    name: Name,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much would be asked, and its cost")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--eval", help="folder of a finished eval (default: this recipe's)")
+    ] = None,
+) -> None:
+    """Ask a judge which of two models' completions are better; settings: judge.backend, judge.model and more."""
+    from rlhf_recipes.judge import judge
+
+    judge(load_checked(name, overrides or []), folder, dry_run)
+
+
 def main() -> None:
     """Entry point: errors of the user's become one message and exit code 2."""
     try:

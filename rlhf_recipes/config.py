@@ -5,8 +5,9 @@ TRL, peft and transformers, and is checked against their own classes by `recipe.
 """
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class RecipeError(ValueError):
@@ -278,12 +279,66 @@ class Eval(Section):
 class Judge(Section):
     """Who says which of two completions is better, and how it is asked (`rlhf-recipes judge`)."""
 
+    models: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    """Names of two of eval's models, `[a, b]`; b may be `reference`, the data's own completions. None: `[ppo, rloo]`,
+    or the one of them that there is against `sft`."""
     backend: Literal["openai", "anthropic", "local", "reward_model"] = "openai"
-    """`openai`: any endpoint with OpenAI's chat completions; `local`: a causal language model on this machine."""
+    """`openai`: any endpoint with OpenAI's chat completions; `local`: a causal language model on this machine, whose
+    next token decides; `reward_model`: the higher score wins."""
     model: str | None = None
     """The endpoint's name of a model; a model reference for `local` and `reward_model`."""
     base_url: str | None = None
-    """Of an endpoint that is not the vendor's, such as `http://localhost:8000/v1`."""
+    """Of an endpoint that is not the vendor's, such as `http://localhost:8000/v1`. None: what `OPENAI_BASE_URL` or
+    `ANTHROPIC_BASE_URL` says, or else the vendor's."""
+    criterion: str = (
+        "The better completion does what the prompt asks for, is correct, and reads well. Neither its length nor the "
+        "order in which the two are shown makes it better."
+    )
+    """What `better` means, put to every judge that reads; write your task's own, such as `The better summary ...`."""
+    num_prompts: int | None = Field(default=None, gt=0)
+    """The first so many of eval's prompts, whose order is random. None: all."""
+    max_new_tokens: int = Field(default=16, gt=0)
+    """Of an answer: one word and some decoration. A model that thinks first needs thousands."""
+    parameters: dict[str, Any] = {"temperature": 0}
+    """Sent with every request under the endpoint's own names. The default makes answers as repeatable as the endpoint
+    allows; yours take its place whole, since some models refuse a temperature: `{reasoning_effort: low}`."""
+    workers: int = Field(default=8, gt=0)
+    """Requests under way at once: one answer takes about a second, most of it waiting."""
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Most requests begun in a minute, evenly spaced, retries among them. None: no limit of ours; an endpoint's own is
+    kept by waiting as long as it says."""
+    max_retries: int = Field(default=8, ge=0)
+    """Tries after the first, with growing pauses of up to 8 s or as long as the endpoint says: about a minute, within
+    which most limits are over."""
+    timeout: float = Field(default=60, gt=0, allow_inf_nan=False)
+    """Seconds without a sign of the endpoint before a try is given up; a short answer takes a few."""
+    price_per_million_tokens: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Of tokens `[in, out]`, in any currency. None: no cost is shown, for prices change and differ."""
+    batch_size: int = Field(default=8, gt=0)
+    """Texts a forward pass of `local` and `reward_model`; judges read long texts."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secrets(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url)
+        return url
+
+
+def check_url(url: str) -> None:
+    """Refuse an endpoint's address that is none, or that may hold a secret; what it is stays unsaid.
+
+    Raises:
+        ValueError: Addresses are written to files, and keys belong into the environment.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("the address of an endpoint begins with http:// or https:// and a host")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "the address of an endpoint is written to files, so it must not hold a user name, a password or a query; a "
+            "key belongs into the environment (OPENAI_API_KEY, ANTHROPIC_API_KEY)"
+        )
 
 
 class Recipe(Section):

@@ -12,7 +12,7 @@ LAYERS = [
     {"named_files", "verdict", "report_tables", "hacking"},
     {"report", "markdown"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
-    | {"launch", "launch_configs"},
+    | {"launch", "launch_configs", "win_rate"},
     {"distributed"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine", "trackers"},
     {"references", "curves"},
@@ -20,9 +20,11 @@ LAYERS = [
     {"models", "scoring", "shapes", "posts", "samples", "likelihoods", "held_out"},
     {"reward_funcs", "hub", "diagnosis", "value_model", "adapters", "comparison"},
     {"stage_plan"},
-    {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"},
+    {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
+    | {"judge_backends"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"}
+    | {"judge"},
     {"audit"},
     {"duel"},
     {"cli"},
