@@ -27,7 +27,12 @@ def trained(
     path = folder / stage
     path.mkdir(parents=True)
     sources = {
-        "data.path": {"reference": recipe.data.path, "revision": None, "path": f"{folder}/site/m.csv", "sha256": "da7a"},
+        "data.path": {
+            "reference": recipe.data.path,
+            "revision": None,
+            "path": f"{folder}/site/m.csv",
+            "sha256": "da7a",
+        },
         f"{stage}.policy": {"reference": "stage:sft", "revision": "5f7", "path": f"{folder}/sft"},
     }
     values = {
