@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -30,8 +29,6 @@ FRONTIER = 100
 BANDED = ("score_mean", "kl", "kl_per_token", "entropy", "length_mean", "eos_rate", "reward_mean", "clip_fraction")
 """Metrics that get a band, and those of single reward functions."""
 
-COSTS = ("seconds", "peak_memory_gib", "peak_gpu_memory_gib", "tokens", "episodes_per_second")
-
 UNKNOWN = "plain Trainer runs do not store their settings, so that models, data, rewards and budgets may differ"
 
 
@@ -50,6 +47,8 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
     unknown = UNKNOWN if any(run.manifest is None for run in runs) else ""
     machines = [d["key"] for d in differences if d["kind"] == "machine"]
     views = _views(runs, labels, measured, machines) if len(labels) == 2 else []
+    if refusing:
+        views = [void(view, "the runs differ in more than the algorithm.") for view in views]
     verdict = decide(views, labels, refusing, unknown, _kl(runs, labels, measured))
     comparison = {
         "title": title,
@@ -81,26 +80,31 @@ def _views(
 ) -> list[dict[str, Any]]:
     """The one that decides first: held-out scores where all runs have them, or else the training score by budgets."""
 
-    def values(of: Callable[[TrainedRun], float | None]) -> dict[str, list[tuple[int | None, float | None]]]:
-        return {label: [(run.seed, of(run)) for run in runs if run.label == label] for label in labels}
+    def side_by_side(
+        view: str, metric: str, values: dict[str, float | None], at: float | None = None
+    ) -> dict[str, Any]:
+        of_label = {label: [(run.seed, values[run.name]) for run in runs if run.label == label] for label in labels}
+        return view_of(view, metric, of_label, at, UNITS.get(view, ""))
 
     views = []
     for metric in ("score_mean", "judge_mean") if measured else ():
-        if all(measured[run.name].metrics.get(metric) is not None for run in runs):
-            views.append(view_of("held_out", metric, values(lambda run: measured[run.name].metrics[metric])))  # noqa: B023
-    for axis, unit in UNITS.items():
+        scores = {run.name: measured[run.name].metrics.get(metric) for run in runs}
+        if None in scores.values():
+            break  # without its score, the judge alone does not decide
+        views.append(side_by_side("held_out", metric, scores))
+    for axis in UNITS:
         reached = [max((x for x, _ in points(run, axis, "score_mean")), default=None) for run in runs]
         if None in reached or (axis == "step" and any(view["view"] == "episodes" for view in views)):
             continue
         at = min(reached)
-        view = view_of(axis, "score_mean", values(lambda run: score_at(run, axis, at)), at, unit)  # noqa: B023
+        view = side_by_side(axis, "score_mean", {run.name: value_at(run, axis, at, "score_mean") for run in runs}, at)
         if axis == "seconds" and machines:
             view = void(view, f"the runs were not made on the same machine in the same setup ({', '.join(machines)}).")
         views.append(view)
     return views
 
 
-def score_at(run: TrainedRun, axis: str, budget: float, metric: str = "score_mean") -> float | None:
+def value_at(run: TrainedRun, axis: str, budget: float, metric: str) -> float | None:
     """Mean of what was logged in the last tenth of a budget; of the last line before it where that tenth has none."""
     before = [(x, y) for x, y in points(run, axis, metric) if x <= budget]
     last = [y for x, y in before if x > (1 - SMOOTHED) * budget] or [y for _, y in before[-1:]]
@@ -114,7 +118,7 @@ def _kl(runs: list[TrainedRun], labels: list[str], measured: dict[str, Measured]
         if measured:
             values = [measured[run.name].metrics.get("kl") for run in own]
         else:
-            values = [score_at(run, "step", max(filter(None, run.curves["step"]), default=0), "kl") for run in own]
+            values = [value_at(run, "step", max(filter(None, run.curves["step"]), default=0), "kl") for run in own]
         if None in values:
             return None
         found[label] = fmean(values)
@@ -245,17 +249,15 @@ def _frontier(run: TrainedRun, measured: Measured | None) -> dict[str, Any]:
 
 
 def _cost(runs: list[TrainedRun]) -> dict[str, Any]:
-    costs = {}
-    for key in COSTS:
-        values = {
-            "seconds": lambda run: _last(run, "seconds"),
-            "tokens": lambda run: _last(run, "tokens"),
-            "episodes_per_second": _speed,
-        }.get(key, lambda run: (run.manifest or {}).get(key))  # noqa: B023
-        there = [value for run in runs if (value := values(run)) is not None]
-        if there:
-            costs[key] = _spread(there)
-    return costs
+    costs = [_cost_of(run) for run in runs]
+    there = {key: [cost[key] for cost in costs if cost[key] is not None] for key in costs[0]}
+    return {key: _spread(values) for key, values in there.items() if values}
+
+
+def _cost_of(run: TrainedRun) -> dict[str, float | None]:
+    of_process = {key: (run.manifest or {}).get(key) for key in ("peak_memory_gib", "peak_gpu_memory_gib")}
+    last = {"seconds": _last(run, "seconds"), "tokens": _last(run, "tokens")}
+    return last | of_process | {"episodes_per_second": _speed(run)}
 
 
 def _evaluation(measured: dict[str, Measured]) -> dict[str, Any] | None:

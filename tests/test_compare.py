@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_recipes.compare import compare_runs, notes_on, write_comparison
-from rlhf_recipes.comparison import build_comparison, score_at
+from rlhf_recipes.comparison import build_comparison, value_at
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.curves import columns, read_runs
 from rlhf_recipes.differences import find_differences
@@ -60,6 +60,7 @@ def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manif
     assert refusing(found).get(key) == kind, found["differences"]
     assert not found["comparable"] and found["verdict"]["winner"] is None
     assert found["verdict"]["label"] == "not comparable" and key in found["verdict"]["sentence"]
+    assert {view["label"] for view in found["views"]} == {"not comparable"}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ def test_missing_and_broken_numbers_are_no_numbers():
         "step": [1, 2],
         "a": [None, 1.5],
     }
-    assert score_at(run_of(columns(rows)), "step", 2) is None
+    assert value_at(run_of(columns(rows)), "step", 2, "score_mean") is None
 
 
 RLOO_LOG = [
@@ -436,12 +437,15 @@ def test_manifests_say_which_run_made_a_model_and_which_file_a_function(tmp_path
     )
 
 
+METRICS_OF_ONE = {"ppo": {"score_mean": 0.9, "judge_mean": 1.0}, "rloo": {"score_mean": None, "judge_mean": 0.5}}
+
+
 def test_a_model_without_a_held_out_score_is_noted(tmp_path):
     runs = [trained(tmp_path, "ppo"), trained(tmp_path, "rloo")]
     evaluated(
         tmp_path,
         dict(zip(("ppo", "rloo"), runs, strict=True)),
-        {"ppo": {"score_mean": 0.9}, "rloo": {"score_mean": None}},
+        METRICS_OF_ONE,
     )
     found = compared(*runs)
     assert found["views"][0]["view"] == "episodes" and any("rloo seed 42 has none" in note for note in found["notes"])
