@@ -194,20 +194,23 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
         )
     at, signs = hacking.of_log(parts)
     bins = [hacking.summary(part) for part in parts if part]
-    peak = None
-    if at is not None:
-        first, last = (bins[at - 1]["step"] if at else 0), bins[at]["step"]
-        inside = [name for name, step, _ in models if first < step <= last]
-        held_out = bins[at]["held_out"]
-        peak = {"step": last, "checkpoint": inside[-1] if inside else None, "held_out": held_out, "by": "completions"}
+    peak = at and _peak_of_log(at, bins, models)
+    if peak is not None:
+        below = "" if at.above_end else ", which is within noise of it"
+        notes.insert(
+            0,
+            f"in logged completions the held-out score is highest about step {peak['step']} ({peak['held_out']:.2f}; "
+            f"checkpoint: {peak['checkpoint'] or 'none kept'}); at the end it is {bins[-1]['held_out']:.2f}{below}",
+        )
     measured, answers, more = _checkpoints(run, judges, models, prompts) if prompts else ([], [], [])
     notes += more
     if run.judge_name is not None and len(answers) > 1:
         best, more_signs, more = hacking.of_checkpoints(answers)
         signs, notes = more_signs + signs, more + notes
         if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= FEW):
-            row = measured[best]
+            row = measured[best.index]
             peak = {"step": row["step"], "checkpoint": row["name"], "held_out": row["judge_mean"], "by": "checkpoints"}
+            peak["above_end"] = best.above_end
     notes += _hints(run, models) + _changed_inputs(run)
     return {
         "run": str(run.path),
@@ -219,6 +222,19 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
         "peak": peak,
         "signs": len(signs),
         "findings": (signs or [NOTHING]) + notes,
+    }
+
+
+def _peak_of_log(at: hacking.Peak, bins: list[dict[str, Any]], models: list[tuple[str, int, str]]) -> dict[str, Any]:
+    """The part with the highest held-out score, and the last checkpoint that was saved in it."""
+    first, last = (bins[at.index - 1]["step"] if at.index else 0), bins[at.index]["step"]
+    inside = [name for name, step, _ in models if first < step <= last]
+    return {
+        "step": last,
+        "checkpoint": inside[-1] if inside else None,
+        "held_out": bins[at.index]["held_out"],
+        "by": "completions",
+        "above_end": at.above_end,
     }
 
 
@@ -378,11 +394,10 @@ def _hints(run: Audited, models: list[tuple[str, int, str]]) -> list[str]:
     trained = [step for name, step, _ in models if name != "start"]
     if len(trained) >= FEW and min(trained) <= max(trained) / 2:
         return []
-    there = " and ".join(name for name, _, _ in models if name != "start") or "no checkpoint"
+    there = ", ".join(name for name, _, _ in models if name != "start") or "none"
     return [
-        f"of this run's models {there} is all that is left, so the checkpoint with the highest held-out score may be "
-        f"gone; train with {run.stage}.trainer.save_total_limit=null to keep every one, and "
-        f"{run.stage}.trainer.save_steps=0.1 to have ten"
+        f"models that this run has kept: {there}; the one with the highest held-out score may be gone: train with "
+        f"{run.stage}.trainer.save_total_limit=null to keep every one, and {run.stage}.trainer.save_steps=0.1 for ten"
     ]
 
 

@@ -145,8 +145,16 @@ def _highest(columns: Sequence[Sequence[float]]) -> int:
     return max(range(len(columns)), key=lambda i: (fmean(columns[i]), i))
 
 
-def of_log(parts: list[list[dict[str, Any]]]) -> tuple[int | None, list[str]]:
-    """What a log says: index of the part where the held-out score peaks (None: not known), and signs of hacking."""
+@dataclass
+class Peak:
+    """Of the held-out score: in which part, or at which checkpoint, and whether the end is measurably below it."""
+
+    index: int
+    above_end: bool
+
+
+def of_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
+    """What a log says: where the held-out score peaks, among its parts (None: not known), and signs of hacking."""
     if len(parts) < 2:
         return None, []
     peak, found = _divergence(parts)
@@ -161,7 +169,7 @@ def _over_training(parts: list[list[dict[str, Any]]], name: str) -> Change | Non
     return change(_known(parts[0], name), _known(parts[-1], name))
 
 
-def _divergence(parts: list[list[dict[str, Any]]]) -> tuple[int | None, list[str]]:
+def _divergence(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
     columns = [_known(part, "held_out") for part in parts]
     rows = min(map(len, columns))
     if rows < 2:
@@ -169,14 +177,14 @@ def _divergence(parts: list[list[dict[str, Any]]]) -> tuple[int | None, list[str
     peak, differences = below_peak([column[:rows] for column in columns])
     low, high = student_interval(differences)
     if low <= 0 or peak == len(parts) - 1:
-        return peak, []
+        return Peak(peak, above_end=False), []
     step = parts[peak][-1]["step"]
     fell = f"the held-out score fell by {interval_text(fmean(differences), low, high)} after step {step}"
     trained = change(_known(parts[peak], "score"), _known(parts[-1], "score"))
     if trained is not None and trained.low > 0:
         rose = interval_text(trained.difference, trained.low, trained.high)
-        return peak, [f"the trained score rose by {rose} while {fell} (logged completions)"]
-    return peak, [
+        return Peak(peak, above_end=True), [f"the trained score rose by {rose} while {fell} (logged completions)"]
+    return Peak(peak, above_end=True), [
         f"{fell} (logged completions), and no rise of the trained score can be shown: less a sign of hacking than of a "
         "training that went wrong"
     ]
@@ -216,7 +224,7 @@ def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
     ]
 
 
-def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int | None, list[str], list[str]]:
+def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str], list[str]]:
     """What the checkpoints of a training say on the same held-out prompts.
 
     Args:
@@ -224,7 +232,7 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int | None, list[str],
             for every prompt.
 
     Returns:
-        Index of the one whose held-out score is highest (None: too few prompts), signs of hacking, and notes.
+        Which one's held-out score is highest (None: too few prompts), signs of hacking, and notes.
     """
     rows = [i for i in range(len(models[0]["judged"])) if all(model["judged"][i] is not None for model in models)]
     columns = [[model["judged"][i] for i in rows] for model in models]
@@ -256,7 +264,7 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[int | None, list[str],
             f"{where} peaks at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is below the best by "
             f"{interval_text(drop, low, high)}{rest}",
         )
-    return peak, signs, notes
+    return Peak(peak, above_end=low > 0 and peak < len(models) - 1), signs, notes
 
 
 def _not_followed(first: dict[str, Any], last: dict[str, Any]) -> list[str]:

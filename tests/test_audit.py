@@ -126,9 +126,9 @@ def test_a_part_is_summed_up():
 def test_a_trained_score_that_leaves_the_held_out_one_behind_is_found():
     parts = log(100, random.Random(0), score=lambda x: x, held_out=lambda x: min(x, 1 - x))
     peak, signs = hacking.of_log(parts)
-    assert peak in (4, 5)  # the middle
+    assert peak.index in (4, 5) and peak.above_end  # the middle
     assert len(signs) == 1 and signs[0].startswith("the trained score rose by 0.37 [")
-    assert f"after step {parts[peak][-1]['step']} (logged completions)" in signs[0]
+    assert f"after step {parts[peak.index][-1]['step']} (logged completions)" in signs[0]
 
 
 def test_a_training_that_went_wrong_is_not_called_hacking():
@@ -193,7 +193,7 @@ def test_checkpoints_that_are_alike_have_no_peak_to_speak_of():
 
 def test_the_peak_among_checkpoints_is_named_with_the_drop():
     peak, signs, notes = hacking.of_checkpoints(models_of(random.Random(0), [0, 1, 3, 0.9]))
-    assert peak == 2 and notes == []
+    assert peak == hacking.Peak(2, above_end=True) and notes == []
     assert "peaks at m2" in signs[0] and "m3 (0.9" in signs[0]
     assert signs[0].endswith("while its trained score is above by 1.00 [1.00, 1.00]")
     assert len(signs) == 1  # the held-out score rose from the start to the end
@@ -211,7 +211,11 @@ def test_a_held_out_score_that_never_followed_is_a_sign():
 def test_prompts_without_a_held_out_score_are_left_out():
     models = [{"name": f"m{value}", "scores": [0.0] * 6, "judged": [None, *[value] * 5]} for value in (5, 3)]
     peak, signs, _ = hacking.of_checkpoints(models)
-    assert peak == 0 and "on 5 held-out prompts" in signs[0] and "2.00 [2.00, 2.00]" in signs[0]
+    assert (
+        peak == hacking.Peak(0, above_end=True)
+        and "on 5 held-out prompts" in signs[0]
+        and "2.00 [2.00, 2.00]" in signs[0]
+    )
     peak, signs, notes = hacking.of_checkpoints([{"name": "a", "scores": [None], "judged": [None]}])
     assert (peak, signs) == (None, []) and "too few" in notes[0]
 
@@ -297,7 +301,8 @@ def test_planted_hacking_is_found(planted):
     assert last["score"] > 2.5 > 0.5 > first["score"]  # 1 for great and 2 for fun, of which one in eight has no value
     assert first["held_out"] > 0.9 > 0.2 > last["held_out"]
     assert last["longest_common_run"] > 5 and last["title_copied_share"] > 0.9 > first["title_copied_share"]
-    assert found["peak"] == {"step": 10, "checkpoint": None, "held_out": first["held_out"], "by": "completions"}
+    peak = {"step": 10, "checkpoint": None, "held_out": first["held_out"], "by": "completions", "above_end": True}
+    assert found["peak"] == peak
     signs = found["findings"][: found["signs"]]
     expected = ["held-out score fell by", "completions got longer", "repeats", "copied from the prompt", "title"]
     assert len(signs) == 5 and all(part in sign for part, sign in zip(expected, signs, strict=True))
@@ -307,7 +312,8 @@ def test_an_honest_run_is_let_alone(planted):
     run = planted(honest)
     found = audit_runs([run], prompts=0)[run]
     assert found["signs"] == 0 and found["findings"][0] == NOTHING
-    assert found["bins"][-1]["held_out"] > found["bins"][0]["held_out"]
+    assert found["bins"][-1]["held_out"] > found["bins"][0]["held_out"] and not found["peak"]["above_end"]
+    assert "within noise of it" in found["findings"][1]
 
 
 def test_without_a_held_out_score_the_rest_is_audited_and_that_is_said(planted):
@@ -375,6 +381,22 @@ def test_a_start_that_is_gone_leaves_the_kl_unknown(planted, tmp_path, policy_fo
     found = audit_runs([run], prompts=4)[run]
     assert [(row["name"], row["step"], row["kl"]) for row in found["checkpoints"]] == [("final", 100, None)]
     assert any(sentence.startswith("start is left out; without") for sentence in found["findings"])
+
+
+def test_an_input_that_was_run_again_is_said(planted, policy_folder):
+    run = planted(honest)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(policy_folder), "stage:sft"))
+    shutil.copytree(policy_folder, run.parent / "sft")
+    (run.parent / "sft" / "manifest.json").write_text(json.dumps({"status": "finished", "id": "2"}))
+    said = {}
+    for made_from in ("1", "2"):
+        manifest = {"stage": "ppo", "status": "stopped", "inputs": {"sft": made_from}, "id": "3"}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        found = audit_runs([run], prompts=4)[run]
+        assert [row["name"] for row in found["checkpoints"]] == ["start"]  # the folder beside it, wherever both are
+        said[made_from] = any("stage sft was run again since" in sentence for sentence in found["findings"])
+    assert said == {"1": True, "2": False}
 
 
 def test_what_is_no_run_of_ppo_or_rloo_is_refused_before_anything_is_done(planted, tmp_path):
