@@ -22,8 +22,7 @@ LAYERS = [
     {"on_policy", "report", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
     | {"judge_backends"},
     {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"}
-    | {"judge"},
+    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan"} | {"judge"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
