@@ -135,11 +135,21 @@ def audit_runs(paths: list[Path], prompts: int) -> dict[Path, dict[str, Any]]:
     found = {}
     for path, run in runs.items():
         found[path] = _audit(run, prompts)
-        file = run.path.parent / "audit" / f"{run.path.name}.json"
+        file = _file(run.path)
         with writing("the audit", file):
             file.parent.mkdir(exist_ok=True)
             write_whole(file, json.dumps(found[path], indent=2, ensure_ascii=False))
     return found
+
+
+def is_audited(path: Path) -> bool:
+    """Whether the run that is in a folder now has been audited."""
+    file = _file(path)
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["id"] == _open(path).manifest["id"]
+
+
+def _file(path: Path) -> Path:
+    return path.parent / "audit" / f"{path.name}.json"
 
 
 def print_audit(found: dict[str, Any]) -> None:
@@ -178,9 +188,9 @@ def _open(path: Path) -> Audited:
 def _audit(run: Audited, prompts: int) -> dict[str, Any]:
     from rlhf_recipes.reward_funcs import build_reward_funcs
 
-    judges = build_reward_funcs(run.recipe, run.recipe.eval.judge_funcs, key="eval.judge_funcs")
     models = run.models()
-    moments, notes = _moments(run, judges)
+    # Not kept: a judge may be a large model, and checkpoints are judged by one of their own.
+    moments, notes = _moments(run, build_reward_funcs(run.recipe, run.recipe.eval.judge_funcs, key="eval.judge_funcs"))
     parts = hacking.split(moments)
     if moments and len(parts) == 1:
         notes.append(
@@ -202,7 +212,7 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
             f"in logged completions the held-out score is highest about step {peak['step']} ({peak['held_out']:.2f}; "
             f"checkpoint: {peak['checkpoint'] or 'none kept'}); at the end it is {bins[-1]['held_out']:.2f}{below}",
         )
-    measured, answers, more = _checkpoints(run, judges, models, prompts) if prompts else ([], [], [])
+    measured, answers, more = _checkpoints(run, models, prompts) if prompts else ([], [], [])
     notes += more
     if run.judge_name is not None and len(answers) > 1:
         best, more_signs, more = hacking.of_checkpoints(answers)
@@ -214,6 +224,7 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
     notes += _hints(run, models) + _changed_inputs(run)
     return {
         "run": str(run.path),
+        "id": run.manifest["id"],
         "stage": run.stage,
         "held_out_name": run.judge_name,
         "prompts": prompts,
@@ -319,73 +330,57 @@ def _judge_log(run: Audited, judges: list, lines: list[dict[str, Any]]) -> tuple
 
 
 def _checkpoints(
-    run: Audited, judges: list, models: list[tuple[str, int, str]], number: int
+    run: Audited, models: list[tuple[str, int, str]], number: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """Every model on the same held-out prompts: its row of the table, its scores prompt by prompt, and notes."""
-    import torch
-    from accelerate import PartialState
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
 
-    from rlhf_recipes.data import load_rows
-    from rlhf_recipes.evaluate import sequence_logps
-    from rlhf_recipes.models import fit_embeddings, load_model
+    from rlhf_recipes.evaluate import Evaluator, held_out_prompts
     from rlhf_recipes.references import resolve_model
-    from rlhf_recipes.reward_funcs import build_reward_funcs, score_all
-    from rlhf_recipes.samples import sample
-    from rlhf_recipes.shapes import prompts
 
-    recipe, settings = run.recipe, run.recipe.eval
-    score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
-    tokenizer = run.tokenizer()
-    rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
-    rows = rows.shuffle(seed=recipe.seed).select(range(min(len(rows), number)))
-    asked = rows["prompt"][:]
-    columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
+    notes = []
+    try:
+        resolve_model(run.recipe, *models[0][::2])
+    except RecipeError as error:
+        notes.append(f"start is left out; without the policy that training started from there is no KL: {error}")
+        models = models[1:]
+    if not models:
+        return [], [], notes
+    steps, references = ({name: entry[i] for name, *entry in models} for i in (0, 1))
+    tokenizer, trusted = run.tokenizer(), list(run.recipe.trust_remote_code)
+    if run.settings.policy in trusted:
+        trusted += references.values()
+    # Without the start the reference is any: its KL is not shown.
+    asked = {"models": references, "reference": models[0][0], "num_prompts": number, "perplexity_model": None}
+    settings = run.recipe.eval.model_copy(update=asked)
+    recipe = run.recipe.model_copy(update={"eval": settings, "trust_remote_code": trusted})
+    rows = held_out_prompts(recipe, tokenizer)
     new_tokens = settings.max_new_tokens or run.new_tokens()
-    trusted = run.settings.policy in recipe.trust_remote_code
-    measured, answers, notes = [], [], []
-    reference = None
-    for name, step, model_reference in tqdm(models, desc="audit  ", unit="model", disable=None, leave=False):
-        try:
-            folder = resolve_model(recipe, name, model_reference)
-            model = load_model(AutoModelForCausalLM, name, folder, trusted, dtype="auto")
-            fit_embeddings(name, model, tokenizer)
-        except RecipeError as error:
-            lost = "; without the policy that training started from there is no KL" if name == "start" else ""
-            notes.append(f"{name} is left out{lost}: {error}")
-            continue
-        model = model.to(PartialState().device).eval()
-        if name == "start":
-            reference = model
-        torch.manual_seed(recipe.seed)
-        samples = sample(model, tokenizer, asked, new_tokens, settings.temperature, settings.batch_size)
-        kl = None
-        if reference is not None:
-            own, other = (sequence_logps(m, tokenizer, samples, settings.batch_size) for m in (model, reference))
-            kl = (own - other).mean().item()
-        call = columns | {
-            "prompts": asked,
-            "completions": samples.completions,
-            "completion_ids": samples.completion_ids,
-            "finished": samples.finished,
-        }
-        scores = score_all(recipe.reward_funcs, score_funcs, **call)[0]
-        judged = score_all(settings.judge_funcs, judges, **call)[0] if judges else [None] * len(asked)
-        template = recipe.data.prompt_template
-        texts = [_of_text(template, p, c) for p, c in zip(asked, samples.completions, strict=True)]
-        measured.append(
-            {
-                "name": name,
-                "step": step,
-                "score_mean": mean_of_known(scores),
-                "judge_mean": mean_of_known(judged),
-                "kl": kl,
-                "eos_rate": mean_of_known(samples.finished),
-                **{key: mean_of_known([text[key] for text in texts]) for key in texts[0]},
-            }
-        )
-        answers.append({"name": name, "scores": scores, "judged": judged})
+    evaluator = Evaluator(recipe, dict.fromkeys(references, tokenizer), rows, new_tokens)
+    measured, answers = [], []
+    with tqdm(total=len(models) * len(rows), desc="audit  ", unit="completion", disable=None, leave=False) as bar:
+        for name in references:
+            try:
+                part = evaluator.measure(name, bar.update)
+            except RecipeError as error:
+                notes.append(f"{name} is left out: {error}")
+                continue
+            said, metrics = part["answers"], part["metrics"]
+            template = recipe.data.prompt_template
+            texts = [_of_text(template, p, a["completion"]) for p, a in zip(evaluator.prompts, said, strict=True)]
+            measured.append(
+                {
+                    "name": name,
+                    "step": steps[name],
+                    "score_mean": metrics["score_mean"],
+                    "judge_mean": metrics.get("judge_mean"),
+                    "kl": metrics["kl"] if "start" in references else None,
+                    "eos_rate": metrics["eos_rate"],
+                    **{key: mean_of_known([text[key] for text in texts]) for key in texts[0]},
+                }
+            )
+            scores, judged = ([answer.get(key) for answer in said] for key in ("score", "judge"))
+            answers.append({"name": name, "scores": scores, "judged": judged})
     return measured, answers, notes
 
 

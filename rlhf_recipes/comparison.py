@@ -272,8 +272,12 @@ def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
 
 
 def _audit(run: TrainedRun) -> dict[str, Any] | None:
-    file = run.path.resolve().parent / "audit" / f"{run.manifest['stage'] if run.manifest else run.path.name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """The audit of a run of ours; None where there is none, or only one of an earlier run in its folder."""
+    file = run.path.resolve().parent / "audit" / f"{run.path.resolve().name}.json"
+    if run.manifest is None or not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if found["id"] == run.manifest["id"] else None
 
 
 def _score_note(runs: list[TrainedRun], measured: dict[str, Measured]) -> list[str]:

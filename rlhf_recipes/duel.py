@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_recipes.audit import audit_runs, is_audited
 from rlhf_recipes.compare import notes_on, write_comparison
 from rlhf_recipes.comparison import build_comparison
 from rlhf_recipes.config import Recipe, RecipeError
@@ -30,10 +31,14 @@ from rlhf_recipes.run import Run, eval_models
 from rlhf_recipes.sweep import Job, Planner, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
 from rlhf_recipes.tables import print_comparison
-from rlhf_recipes.terminal import complain
+from rlhf_recipes.terminal import complain, say
+from rlhf_recipes.trackers import log_comparison
 from rlhf_recipes.trainer_fields import trainer_defaults
 
 STAGES = ("ppo", "rloo")
+
+AUDIT_PROMPTS = 128
+"""Held-out prompts that the audit asks of every checkpoint."""
 
 
 @dataclass
@@ -177,7 +182,8 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
     Returns:
         Exit code: 0, 1 when a run failed or runs cannot be compared, or that of a stage that was asked to stop.
     """
-    os.environ.setdefault("WANDB_RUN_GROUP", duel.recipe.name)
+    group = duel.recipe.name if duel.folder.name == "duel" else f"{duel.recipe.name} {duel.folder.name}"
+    os.environ.setdefault("WANDB_RUN_GROUP", group)
     failed: dict[Job, str] = {}
     code = run_jobs("duel", duel.jobs, failed, duel.folder, overwrite, config)
     if code != 0:
@@ -195,14 +201,27 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
         return code
     if evaluation in failed:
         complain(f"{evaluation.label}: {failed[evaluation]}")
-    # AUDIT: of each of `there`, before they are compared.
-    notes = _notes(duel, failed)
+    notes = _notes(duel, failed) + _audited([job.path for job in there.values()])
     runs = read_runs([str(job.path) for job in there.values()])
     comparison = build_comparison(runs, f"{duel.recipe.name}: PPO and RLOO", notes)
     with writing("the comparison", duel.folder):
         write_comparison(duel.folder, comparison)
+    log_comparison(duel.recipe, "duel", duel.folder)
     print_comparison(comparison, duel.folder / "report.html")
     return 1 if failed or not comparison["comparable"] else 0
+
+
+def _audited(paths: list[Path]) -> list[str]:
+    """Audit the runs that have not been yet; what keeps an audit from being made stops no comparison."""
+    new = [path for path in paths if not is_audited(path)]
+    try:
+        if new:
+            say(f"audit of {len(new)} runs")
+            audit_runs(new, AUDIT_PROMPTS)
+    except RecipeError as error:
+        complain(str(error))
+        return [f"No audit: {error}"]
+    return []
 
 
 def _notes(duel: Duel, failed: dict[Job, str]) -> list[str]:

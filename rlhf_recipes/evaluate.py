@@ -33,6 +33,7 @@ from rlhf_recipes.metrics import (
 from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference
 from rlhf_recipes.tables import markdown_tables
+from rlhf_recipes.trackers import log_eval
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +50,7 @@ def main(run: Run) -> str:
         return ""  # one process measures
     recipe, models = run.recipe, eval_models(run.recipe)
     tokenizers = {name: load_tokenizer(recipe, f"eval.models.{name}", models[name]) for name in models}
-    rows = _held_out(recipe, tokenizers[eval_reference(recipe)])
+    rows = held_out_prompts(recipe, tokenizers[eval_reference(recipe)])
     new_tokens = recipe.eval.max_new_tokens or _training_length(recipe)
     _check_models(recipe, tokenizers, rows, new_tokens)
     evaluator = Evaluator(recipe, tokenizers, rows, new_tokens)
@@ -67,6 +68,7 @@ def main(run: Run) -> str:
             parts[name] = json.loads(file.read_text(encoding="utf-8"))
     _write(run, rows, parts, new_tokens)
     shutil.rmtree(folder)
+    log_eval(recipe, run.path, run.manifest["id"])
     run.results = {name: part["metrics"] for name, part in parts.items()}
     return ", ".join(f"{name}: score {metrics['score_mean']:.2f}" for name, metrics in run.results.items())
 
@@ -186,7 +188,7 @@ class Evaluator:
         return []
 
 
-def _held_out(recipe: Recipe, tokenizer: Any) -> "Dataset":
+def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
     """The prompts, which are texts, or messages: the same for all models, whatever the tokenizer that cuts them."""
     from rlhf_recipes.data import load_rows
     from rlhf_recipes.shapes import prompts

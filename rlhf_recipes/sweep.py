@@ -240,7 +240,7 @@ def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None)
     Returns:
         Exit code: 0, 1 when a run failed, or that of a stage that was asked to stop, with which the sweep ends.
     """
-    os.environ.setdefault("WANDB_RUN_GROUP", sweep.recipe)
+    os.environ.setdefault("WANDB_RUN_GROUP", f"{sweep.recipe} {sweep.folder.name}")
     failed: dict[Job, str] = {}
     code = run_jobs("sweep", sweep.jobs, failed, sweep.folder, overwrite, config)
     if code != 0:
