@@ -158,9 +158,9 @@ def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
 
 def _sentence(view: dict[str, Any], winner: str | None, why_none: str) -> str:
     where = WHERE[view["view"]] + (f" ({view['at']:,.0f} {view['unit']})" if view["at"] is not None else "")
-    head = f"{name_of(winner)} better {where}" if winner else f"inconclusive {where}: {why_none}"
+    head = f"{name_of(winner)} better {where}:" if winner else f"inconclusive: {why_none}; {where}"
     means = [f"{name_of(label)} {_digits(mean)}" for label, mean in view["means"].items() if mean is not None]
-    sentence = f"{head}: {METRICS.get(view['metric'], view['metric'])} {' against '.join(means)}" if means else head
+    sentence = f"{head} {METRICS.get(view['metric'], view['metric'])} {' against '.join(means)}" if means else head
     if view["difference"] is None:
         return sentence + "."
     sentence += f", a difference of {view['difference']:+.3g}"

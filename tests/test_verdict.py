@@ -116,7 +116,7 @@ def test_unpaired_duels_among_equals_err_as_seldom():
 def test_where_there_is_no_winner(ppo, rloo, why):
     for found in (view(ppo, rloo), view(rloo, ppo) if "PPO" not in why and "RLOO" not in why else view(ppo, rloo)):
         assert found["winner"] is None and found["label"] == "inconclusive"
-        assert any(part in found["sentence"] for part in why.split("|")), found["sentence"]
+        assert any(f"inconclusive: {part}" in found["sentence"] for part in why.split("|")), found["sentence"]
 
 
 def test_seeds_that_only_one_has_are_left_out_where_two_match():
