@@ -26,9 +26,8 @@ from rlhf_recipes.curves import TrainedRun, read_runs
 from rlhf_recipes.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.disk import writing
 from rlhf_recipes.entry import load_checked
-from rlhf_recipes.launch import TRAINED
 from rlhf_recipes.run import Run, eval_models
-from rlhf_recipes.sweep import Job, Planner, refuse_other_settings, run_jobs
+from rlhf_recipes.sweep import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
 from rlhf_recipes.tables import print_comparison
 from rlhf_recipes.terminal import complain, say
@@ -103,8 +102,9 @@ def plan_duel(
     for seed in numbers:
         for stage in STAGES:
             place = {"runs_dir": str(folder), "name": f"{stage}-seed_{seed}", "seed": seed}
-            own = recipe.model_copy(update=place | {other: None for other in TRAINED if other != stage})
+            own = only_stage(recipe, stage).model_copy(update=place)
             linked, needs = duel.planner.linked(recipe, own, stage, (stage,))  # built on the recipe's own seed
+            linked, _ = duel.planner.linked(recipe, linked, "eval", ("eval",), own=stage)  # for the audit
             duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
     duel.evaluation({})  # whose prerequisites become jobs too
     _refuse_unequal(duel)

@@ -164,7 +164,7 @@ class Planner:
         self._by_settings: dict[tuple[str, str], Job] = {}
 
     def cell(self, recipe: Recipe, stage: str, folder: Path, name: str, label: str, with_eval: bool) -> Cell:
-        own = _only(recipe, stage).model_copy(update={"runs_dir": str(folder), "name": name})
+        own = only_stage(recipe, stage).model_copy(update={"runs_dir": str(folder), "name": name})
         label = f"{label} seed={recipe.seed}"
         linked, needs = self.linked(recipe, own, stage, (stage,))
         training = self.add(Job(stage, linked, label, needs))
@@ -197,7 +197,7 @@ class Planner:
             raise RecipeError(f"{recipe.name}: stage {above[-1]} builds on stage:{stage}, but it has no stage {stage}.")
         if stage in above:
             raise RecipeError(f"{recipe.name}: stages build on one another: {' -> '.join([*above, stage])}.")
-        linked, needs = self.linked(recipe, _only(recipe, stage), stage, (*above, stage))
+        linked, needs = self.linked(recipe, only_stage(recipe, stage), stage, (*above, stage))
         job = Job(stage, linked, f"{stage} seed={recipe.seed}", needs)
         settings = _settings_hash(job)
         if (stage, settings) in self._by_settings:
@@ -390,7 +390,7 @@ def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
     return chosen
 
 
-def _only(recipe: Recipe, stage: str) -> Recipe:
+def only_stage(recipe: Recipe, stage: str) -> Recipe:
     """The recipe without its other stages; eval then measures this one, against what it refers to."""
     changes: dict[str, Any] = {other: None for other in TRAINED if other != stage}
     if recipe.eval.models is not None or recipe.eval.reference is not None:
@@ -402,7 +402,7 @@ def _only(recipe: Recipe, stage: str) -> Recipe:
 
 def _sections(recipe: Recipe, stage: str, with_eval: bool) -> set[str]:
     """The parts of a recipe that the result of a stage, its eval included, depends on."""
-    own = _only(recipe, stage)
+    own = only_stage(recipe, stage)
     waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ("ppo", "rloo") else [])], set(), set()
     while waiting:
         name = waiting.pop()
