@@ -410,9 +410,10 @@ def test_files_of_judge_and_audit_come_along(tmp_path):
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge/ppo-vs-rloo.json").write_text('{"a": "ppo", "win_rate": 0.5}')
     (runs[0].parent / "audit").mkdir()
-    (runs[0].parent / "audit/ppo.json").write_text('{"findings": []}')
+    audit = {"id": json.loads((runs[0] / "manifest.json").read_text())["id"], "findings": []}
+    (runs[0].parent / "audit/ppo.json").write_text(json.dumps(audit))
     found = compared(*runs)
-    assert found["judge"] == [{"a": "ppo", "win_rate": 0.5}] and found["audit"] == {"ppo seed 42": {"findings": []}}
+    assert found["judge"] == [{"a": "ppo", "win_rate": 0.5}] and found["audit"] == {"ppo seed 42": audit}
 
 
 def test_versions_are_listed_and_identical_runs_have_no_difference(tmp_path):
