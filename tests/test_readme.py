@@ -32,6 +32,8 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     # Two of three sweeps: test_sweep runs one over keys that change together.
     **dict.fromkeys((command for command in COMMANDS if "baseline=none" in command or "ppo,rloo" in command), None),
     "run": FEW,
+    "duel": [*FEW, "episodes=32", "eval.num_prompts=8", "eval.judge_funcs=[]", "--seeds=2"],
+    "audit": ["--prompts=0"],
     "sweep": [
         *("--seeds=1", "--no-eval"),
         *("data.max_rows=400", "episodes=32"),
