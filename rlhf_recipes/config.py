@@ -334,6 +334,10 @@ def check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("the address of an endpoint begins with http:// or https:// and a host")
+    try:
+        _ = parts.port, parts.hostname.encode("idna")
+    except ValueError:
+        raise ValueError("the address of an endpoint has a host or a port that cannot be") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
             "the address of an endpoint is written to files, so it must not hold a user name, a password or a query; a "

@@ -34,8 +34,8 @@ ANSWERS = "answers.jsonl"
 OUTCOMES = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
 """What a prompt counts in the win rate; one whose answers cannot be parsed is not in it."""
 
-CHARACTERS_PER_TOKEN = 4
-"""Of English text under the tokenizers of most large models, for the estimate of a cost."""
+BYTES_PER_TOKEN = 4
+"""Under the tokenizers of most large models, for the estimate of a cost: characters of English, fewer of others."""
 
 QUESTION = """Compare two completions of the same prompt.
 
@@ -102,7 +102,12 @@ def judge(recipe: Recipe, folder: Path | None = None, dry_run: bool = False) -> 
     log_to(None)
     backend = backend_of(recipe)
     asked = [_questions(recipe.judge.criterion, backend, pair) for pair in pairs]
-    answers = Answers(out / ANSWERS, backend.identity)
+    try:
+        answers = Answers(out / ANSWERS, backend.identity)
+    except OSError as error:
+        raise RecipeError(
+            f"{out / ANSWERS}: cannot be read: {error.strerror}; make it readable, or remove it."
+        ) from error
     # Two questions that are alike are of equal texts: a tie that nobody is asked about.
     needed = list({answers.key(q): q for two in asked if two[0] != two[1] for q in two}.values())
     new = [question for question in needed if question not in answers]
@@ -126,8 +131,8 @@ class Answers:
     """Answers on disk, found again by what was asked, of whom, and how.
 
     Args:
-        path: A jsonl file that is only ever appended to. A line that was cut off in its middle is passed over: that
-            question is asked again.
+        path: A jsonl file that is only ever appended to. A line that is no answer, such as one that was cut off in its
+            middle, is passed over: that question is asked again.
         identity: Of the backend.
     """
 
@@ -137,11 +142,11 @@ class Answers:
         content = path.read_bytes() if path.exists() else b""
         self._torn = bool(content) and not content.endswith(b"\n")
         for number, line in enumerate(content.splitlines(), 1):
-            try:
-                entry = json.loads(line)
+            entry = _answer_of(line)
+            if entry is None:
+                logger.info("%s, line %d: no answer, passed over", path, number)
+            else:
                 self._known[entry.pop("key")] = entry
-            except ValueError:
-                logger.info("%s, line %d: cut off in its middle, passed over", path, number)
 
     def key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.identity, question], sort_keys=True).encode()).hexdigest()
@@ -161,6 +166,18 @@ class Answers:
             os.fsync(file.fileno())
         self._torn = False
         self._known[self.key(question)] = answer
+
+
+def _answer_of(line: bytes) -> dict[str, Any] | None:
+    """An answer and its key in a line of the file; None where it holds none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return None
+    told = isinstance(entry.get("text"), str) and isinstance(entry.get("cut"), bool)
+    return entry if told or isinstance(entry.get("score"), (int, float)) else None
 
 
 def vote(answer: Answer) -> str | None:
@@ -216,9 +233,11 @@ def _models(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
         names = [*trained, *(["sft"] if "sft" in known else [])][:2]
     else:
         names = recipe.judge.models
-        unknown = [name for name in names if name not in known or name == REFERENCE == names[0]]
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise RecipeError(f"judge.models: eval has no {unknown[0]!r} to compare; it has: {', '.join(known)}.")
+        if names[0] == REFERENCE:
+            raise RecipeError(f"judge.models: {REFERENCE} can only be the second; set judge.models to the other order.")
     if len(set(names)) < 2:
         raise RecipeError(f"judge.models: two are needed; set judge.models to two of: {', '.join(known)}.")
     return names[0], names[1]
@@ -265,8 +284,8 @@ def _announced(recipe: Recipe, backend: Backend, new: list[Question], known: int
     line += f", {known:,} answered before" if known else ""
     if not where or not new:
         return line
-    characters = sum(len(question["text"]) for question in new)
-    tokens = characters // CHARACTERS_PER_TOKEN, len(new) * settings.max_new_tokens
+    size = sum(len(question["text"].encode(errors="replace")) for question in new)
+    tokens = size // BYTES_PER_TOKEN, len(new) * settings.max_new_tokens
     line += f"; about {tokens[0]:,} tokens in, at most {tokens[1]:,} out"
     price = _price(recipe, *tokens)
     return line + (": judge.price_per_million_tokens is not set" if price is None else f": at most about {price:.2f}")

@@ -107,6 +107,8 @@ class Endpoint:
     key_variable: str
     url_variable: str
     vendor_url: str
+    hint = "judge.parameters.temperature=null sends no temperature"
+    """How to send less of what some models refuse."""
     labels = ("A", "B", "tie")
 
     def __init__(self, settings: Judge):
@@ -163,12 +165,21 @@ class Endpoint:
                 "pip install 'rlhf-recipes[judge]'"
             ) from error
         limit = RateLimit(self.settings.requests_per_minute)
+        try:
+            http_client = library.DefaultHttpxClient(event_hooks={"request": [lambda request: limit.wait()]})
+        except Exception as error:  # noqa: BLE001  # what is wrong with the environment has many types
+            # Its message, and with `from error` the traceback, may hold a proxy's password; of a package it names which.
+            why = f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else type(error).__name__
+            raise RecipeError(
+                f"judge.backend: {self.settings.backend} cannot make connections ({why}); correct the environment's "
+                "proxy (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY) or certificates (SSL_CERT_FILE, SSL_CERT_DIR)."
+            ) from None
         return getattr(library, self.client_class)(
             api_key=self._key or "none",  # both libraries want one, whatever the endpoint
             base_url=self.url,
             timeout=self.settings.timeout,
             max_retries=self.settings.max_retries,
-            http_client=library.DefaultHttpxClient(event_hooks={"request": [lambda request: limit.wait()]}),
+            http_client=http_client,
         )
 
     def _answer(self, client: Any, text: str) -> Answer:
@@ -205,7 +216,7 @@ class Endpoint:
             raise RecipeError(self._refused(error)) from None
         try:
             body = response.http_response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unreadable(f"no JSON: {self._without_key(response.http_response.text, 80)!r}") from None
         try:
             answer = self._read(body)
@@ -233,7 +244,7 @@ class Endpoint:
             )
         return (
             f"judge: {self.where} refuses the request ({status}: {said}); change judge.model, judge.parameters or "
-            "judge.max_new_tokens."
+            f"judge.max_new_tokens ({self.hint})."
         )
 
     def _without_key(self, said: Any, longest: int | None = 300) -> str:
@@ -246,20 +257,22 @@ class Endpoint:
 class OpenAI(Endpoint):
     library, client_class, key_variable = "openai", "OpenAI", "OPENAI_API_KEY"
     url_variable, vendor_url = "OPENAI_BASE_URL", "https://api.openai.com/v1"
+    hint = f"{Endpoint.hint}, judge.parameters.max_completion_tokens=16 sends that instead of max_tokens"
 
     def _request(self, client: Any, text: str) -> Any:
+        parameters = self.settings.parameters
         # The vendor's newer models refuse max_tokens, and some other servers know nothing else.
-        limit = "max_completion_tokens" if self.url == self.vendor_url else "max_tokens"
+        names = "max_completion_tokens", "max_tokens"
+        if not any(name in parameters for name in names):
+            parameters = {names[0 if self.url == self.vendor_url else 1]: self.settings.max_new_tokens} | parameters
         return client.chat.completions.with_raw_response.create(
-            model=self.settings.model,
-            messages=[{"role": "user", "content": text}],
-            extra_body={limit: self.settings.max_new_tokens} | self.settings.parameters,
+            model=self.settings.model, messages=[{"role": "user", "content": text}], extra_body=parameters
         )
 
     def _read(self, body: Any) -> Answer:
         choice, usage = body["choices"][0], body.get("usage") or {}
         return {
-            "text": _text(choice["message"].get("content")),  # None: a refusal
+            "text": _text(choice["message"].get("content")),
             "cut": choice.get("finish_reason") == "length",
             "input_tokens": _count(usage.get("prompt_tokens")),
             "output_tokens": _count(usage.get("completion_tokens")),
@@ -281,7 +294,7 @@ class Anthropic(Endpoint):
     def _read(self, body: Any) -> Answer:
         usage = body.get("usage") or {}
         return {
-            "text": "".join(_text(block.get("text")) for block in body["content"] if block["type"] == "text"),
+            "text": _text(body["content"]),
             "cut": body["stop_reason"] == "max_tokens",
             "input_tokens": _count(usage.get("input_tokens")),
             "output_tokens": _count(usage.get("output_tokens")),
@@ -292,7 +305,8 @@ class Local:
     """A causal language model, of which only the next token is read: A or B, whichever is likelier.
 
     Small and base models seldom answer in the form that they are asked for; which of two answers they lean to they
-    always tell. They cannot say `tie` this way: a model that cannot decide answers by position, and is inconsistent.
+    always tell. `tie` is not put to them: a model that cannot decide answers by position, and is inconsistent. Only
+    where both labels are equally likely, which the coarse numbers of bfloat16 can make them, the answer is a tie.
     """
 
     labels = ("A", "B")
@@ -411,9 +425,11 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -
 
 
 def _text(content: Any) -> str:
-    """An answer's text, where it is one; TypeError for anything else."""
-    if content is None:
+    """An answer's text, also where it comes in parts, of which those of thoughts are left out; TypeError for no text."""
+    if content is None:  # a refusal
         return ""
+    if isinstance(content, list):
+        return "".join(_text(part.get("text")) for part in content if part["type"] == "text")
     if not isinstance(content, str):
         raise TypeError("no text")
     return content
@@ -445,13 +461,23 @@ def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _label_tokens(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
-    """Tokens that both answers begin with, and the first that tells A from B."""
-    blank = "" if tokenizer.chat_template else " "
-    a, b = (tokenizer(blank + label, add_special_tokens=False)["input_ids"] for label in Local.labels)
+    """Tokens that both answers begin with, and the first that tells A from B, as they stand behind a question."""
+    from rlhf_recipes.tokenizer import token_ids
+
+    before: list[int] = []
+    if tokenizer.chat_template:
+        # Its own answers show what stands before them: nothing, a blank, or the marks of no thoughts.
+        chat = [{"role": "user", "content": "A or B?"}]
+        before = token_ids(tokenizer, chat)
+        answered = ([*chat, {"role": "assistant", "content": label}] for label in Local.labels)
+        a, b = (tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in answered)
+    else:
+        a, b = (tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in Local.labels)
     same = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), None)
     if same is None or tokenizer.unk_token_id in (a[same], b[same]):
         raise RecipeError(f"judge.model: {name} has no tokens for A and B, so it cannot answer; take another model.")
-    return a[:same], [a[same], b[same]]
+    prefix = a[len(before) : same] if a[: len(before)] == before else []
+    return prefix, [a[same], b[same]]
 
 
 def _weights(recipe: Recipe, reference: str) -> str | None:
@@ -470,7 +496,7 @@ def _weights(recipe: Recipe, reference: str) -> str | None:
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for folder in folders
         for path in sorted(Path(folder).iterdir())
-        if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
         if path.name != "manifest.json"
     ]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

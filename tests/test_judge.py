@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from conftest import WORDS, causal_lm, run_python, save_pair, word_tokenizer, wr
 from rlhf_recipes.config import RecipeError, Scratch
 from rlhf_recipes.intervals import bootstrap_interval
 from rlhf_recipes.judge import judge, outcome_of_orders, vote
-from rlhf_recipes.judge_backends import Local, RateLimit, in_threads
+from rlhf_recipes.judge_backends import Local, RateLimit, _label_tokens, in_threads
 from rlhf_recipes.recipe import load_recipe
 
 KEY = "sk-very-secret-0123456789abcdef"
@@ -278,6 +279,15 @@ def test_what_is_sent(server, recipe, monkeypatch):
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("tiny", 16, 0)
 
 
+def test_the_limit_of_an_answer_goes_under_the_name_that_a_user_gives(server, recipe):
+    """Gateways and regional addresses serve the vendor's newer models too, which refuse max_tokens."""
+    asked_of(server, recipe, "judge.num_prompts=1", "judge.parameters.max_completion_tokens=9")
+    body = server.requests[-1][2]
+    assert "max_tokens" not in body and body["max_completion_tokens"] == 9
+    asked_of(server, recipe, "judge.num_prompts=1", "judge.parameters.temperature=null")
+    assert "temperature" not in server.requests[-1][2]
+
+
 def test_a_second_run_asks_nothing_and_finds_the_same(server, recipe, capsys):
     first = asked_of(server, recipe)
     again = asked_of(server, recipe)
@@ -340,6 +350,15 @@ def test_refusals_and_cut_answers_are_unparsable(backend, server, recipe, capsys
     found = asked_of(server, recipe, "judge.max_new_tokens=1", backend=backend)
     assert counts(found) == [0, 0, 1, 0, 4] and found["cut"] == 8
     assert "8 answers were cut off at judge.max_new_tokens" in capsys.readouterr().out
+
+
+def test_an_answer_in_parts_is_read_without_its_thoughts(server, recipe):
+    def reply(question):
+        thoughts = {"type": "thinking", "thinking": [{"type": "text", "text": "A or B?"}]}
+        return [thoughts, {"type": "text", "text": likes_good(question)}]
+
+    server.answer = reply
+    assert counts(asked_of(server, recipe)) == [2, 1, 2, 0, 0]
 
 
 def test_nothing_parsed_is_no_win_rate(server, recipe, capsys):
@@ -433,7 +452,7 @@ def test_lasting_faults_stop_and_the_same_command_goes_on(backend, fault, senten
         (401, r"set a valid one"),
         (403, r"set a valid one"),
         (404, "does not know the model tiny"),
-        (422, "refuses the request (422: no)"),
+        (422, "(judge.parameters.temperature=null sends no temperature"),
     ],
 )
 def test_what_no_second_try_mends_stops_at_once(backend, code, sentence, server, recipe, sleeps):
@@ -508,8 +527,46 @@ def test_a_torn_answer_is_asked_again(server, recipe):
     assert asked_of(server, recipe)["cost"]["asked"] == 0 and len(server.requests) == 9
 
 
+def test_lines_that_are_no_answers_are_asked_again(server, recipe):
+    found = asked_of(server, recipe)
+    file = Path("runs/toy/judge/answers.jsonl")
+    first, *rest = file.read_bytes().splitlines(keepends=True)
+    odd = [b"[]", b"3", b"null", b"{}", b'"x"', b'{"key": 1, "text": "A"}', b"\0\0\0", b"\xff\xfe", b"[" * 100_000]
+    other = json.dumps({"key": json.loads(first)["key"], "answer": "A"}).encode()  # of another version
+    file.write_bytes(b"\n".join([*odd, other, b""]) + b"".join(rest))
+    again = asked_of(server, recipe)
+    assert len(server.requests) == 9 and again["pairs"] == found["pairs"]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(RecipeError, match="answers.jsonl: cannot be read: Is a directory"):
+        asked_of(server, recipe)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("proxy", ["odd://me:hunter2@host:1", "http://me:hunter2/3@host:1", "SSL_CERT_FILE"])
+def test_a_proxy_or_a_certificate_that_cannot_be_is_one_sentence_without_secrets(
+    backend, proxy, server, recipe, monkeypatch
+):
+    if proxy == "SSL_CERT_FILE":
+        monkeypatch.setenv("SSL_CERT_FILE", "/no/such/hunter2.pem")
+    else:
+        monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(RecipeError, match="cannot make connections .*; correct the environment's proxy") as raised:
+        asked_of(server, recipe, backend=backend)
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
+
+
 @pytest.mark.parametrize(
-    "url", ["http://me:hunter2@host/v1", "http://hunter2@host", "http://host/v1?key=hunter2", "host:hunter2", "hunter2"]
+    "url",
+    [
+        "http://me:hunter2@host/v1",
+        "http://hunter2@host",
+        "http://host/v1?key=hunter2",
+        "host:hunter2",
+        "hunter2",
+        "http://host:hunter2/v1",
+        f"http://hunter2{'a' * 70}.com",
+    ],
 )
 def test_addresses_hold_no_secrets(url, recipe, monkeypatch):
     for variable, overrides in ((None, [f"judge.base_url={url}"]), ("OPENAI_BASE_URL", [])):
@@ -523,7 +580,7 @@ def test_addresses_hold_no_secrets(url, recipe, monkeypatch):
 def test_which_eval_and_which_models(server, recipe, tmp_path):
     with pytest.raises(RecipeError, match="eval has no 'dpo' to compare; it has: ppo, rloo, reference"):
         judge(recipe("judge.models=[ppo,dpo]"))
-    with pytest.raises(RecipeError, match="eval has no 'reference' to compare"):
+    with pytest.raises(RecipeError, match="judge.models: reference can only be the second"):
         judge(recipe("judge.models=[reference,ppo]"))
     with pytest.raises(RecipeError, match="two are needed"):
         judge(recipe("judge.models=[ppo,ppo]"))
@@ -675,6 +732,38 @@ def test_a_reward_model_scores_texts_as_it_was_trained_to(finished, recipe, tmp_
         a, b = row.get("scores", (0, 0))
         assert row["outcome"] == ("win" if a > b else "loss" if a < b else "tie")
     assert found["pairs"][4]["outcome"] == "tie" and found["cost"]["answers"] == 8 and found["first_share"] is None
+
+
+def test_labels_are_read_as_a_chat_template_writes_answers():
+    """SentencePiece has other tokens for A behind a line's end than behind a blank, or where a text begins."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=80, special_tokens=["<unk>", "</s>", "<|user|>", "<|assistant|>", "[/INST]"]
+    )
+    made.train_from_iterator([" A B A or B?\n"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+
+    def labels():
+        prefix, tokens = _label_tokens(tokenizer, "tiny")
+        return tokenizer.convert_ids_to_tokens(prefix), tokenizer.convert_ids_to_tokens(tokens)
+
+    assert labels() == ([], ["▁A", "▁B"])
+    message = "{{ m['content'] }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n" + message + "</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    assert labels() == ([], ["A", "B"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}" + message + "[/INST]{% else %} " + message + "</s>"
+        "{% endif %}{% endfor %}"
+    )
+    assert labels() == ([], ["▁A", "▁B"])
 
 
 def run_cli(server, tmp_path, *arguments, **environment):
