@@ -236,7 +236,7 @@ def _models(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise RecipeError(f"judge.models: eval has no {unknown[0]!r} to compare; it has: {', '.join(known)}.")
-        if names[0] == REFERENCE:
+        if names[0] not in line["models"]:
             raise RecipeError(f"judge.models: {REFERENCE} can only be the second; set judge.models to the other order.")
     if len(set(names)) < 2:
         raise RecipeError(f"judge.models: two are needed; set judge.models to two of: {', '.join(known)}.")
@@ -245,7 +245,7 @@ def _models(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
 
 def _pair(line: dict[str, Any], a: str, b: str) -> Pair:
     own = {"completion": line.get("reference"), "finished": True}
-    first, second = line["models"][a], own if b == REFERENCE else line["models"][b]
+    first, second = line["models"][a], line["models"].get(b, own)
     scores = {key: _difference(first.get(key), second.get(key)) for key in ("score", "judge")}
     finished = (first["finished"], second["finished"])
     return Pair(line["prompt"], first["completion"], second["completion"], finished, scores)
@@ -272,7 +272,7 @@ def _questions(criterion: str, backend: Backend, pair: Pair) -> tuple[Question, 
 def _shown(prompt: str | list[dict]) -> str:
     if isinstance(prompt, str):
         return prompt.strip()
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
 
 
 def _announced(recipe: Recipe, backend: Backend, new: list[Question], known: int) -> str:

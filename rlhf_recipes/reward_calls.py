@@ -28,8 +28,8 @@ class RewardError(RecipeError):
 
 
 def as_text(message: str | list[dict]) -> str:
-    """A prompt or completion as plain text; of chat messages, their contents."""
-    return message if isinstance(message, str) else "\n".join(part["content"] for part in message)
+    """A prompt or completion as plain text; of chat messages, their contents, which a call of a tool has none of."""
+    return message if isinstance(message, str) else "\n".join(part["content"] or "" for part in message)
 
 
 def callable_name(function: Callable) -> str:

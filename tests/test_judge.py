@@ -395,10 +395,23 @@ def test_chat_messages_are_shown_with_their_roles(server, recipe, tmp_path):
         for name, text in (("ppo", "good day"), ("sft", "bad day"))
     }
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
-    write_jsonl(folder / "completions.jsonl", [{"prompt": prompt, "models": models}])
+    own = [{"role": "assistant", "content": None}, {"role": "assistant", "content": "bad day"}]  # a tool's call first
+    write_jsonl(folder / "completions.jsonl", [{"prompt": prompt, "models": models, "reference": own}])
     judge(recipe(*at(server)))
     assert "system: Be kind.\n\nuser: Hello" in server.requests[0][2]["messages"][0]["content"]
     assert result("ppo-vs-sft")["wins"] == 1  # no rloo: against sft
+    judge(recipe(*at(server), "judge.models=[ppo,reference]"))
+    assert result("ppo-vs-reference")["wins"] == 1
+
+
+def test_a_model_may_be_called_reference(server, recipe, tmp_path):
+    folder = tmp_path / "runs/toy/eval"
+    line = json.loads((folder / "completions.jsonl").read_text().splitlines()[0])
+    line["models"]["reference"] = line["models"].pop("rloo")
+    write_jsonl(folder / "completions.jsonl", [line])
+    for names, won in ((["ppo", "reference"], 1), (["reference", "ppo"], 0)):
+        judge(recipe(*at(server), f"judge.models=[{','.join(names)}]"))
+        assert result("-vs-".join(names))["wins"] == won
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
