@@ -267,8 +267,13 @@ def _evaluation(measured: dict[str, Measured]) -> dict[str, Any] | None:
 
 
 def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    folders = dict.fromkeys(found.folder.parent / "judge" for found in measured.values())
-    return [json.loads(f.read_text(encoding="utf-8")) for folder in folders for f in sorted(folder.glob("*-vs-*.json"))]
+    """What judges found in these evals, and not in earlier ones of their folders."""
+    found = []
+    for folder, manifest in {measure.folder: measure.manifest for measure in measured.values()}.items():
+        for file in sorted((folder.parent / "judge").glob("*-vs-*.json")):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found += [content] if content.get("eval") == manifest["id"] else []
+    return found
 
 
 def _audit(run: TrainedRun) -> dict[str, Any] | None:

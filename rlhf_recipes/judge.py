@@ -20,7 +20,7 @@ from rlhf_recipes.config import Recipe, RecipeError
 from rlhf_recipes.disk import write_whole, writing
 from rlhf_recipes.judge_backends import Answer, Backend, Question, backend_of
 from rlhf_recipes.reward_calls import as_text
-from rlhf_recipes.run import is_finished, require_stage
+from rlhf_recipes.run import is_finished, read_manifest, require_stage
 from rlhf_recipes.terminal import log_to, say
 from rlhf_recipes.win_rate import agreement, length_controlled_win_rate, log_length_ratio, win_rate, win_rate_by_length
 
@@ -119,7 +119,8 @@ def judge(recipe: Recipe, folder: Path | None = None, dry_run: bool = False) -> 
         out.mkdir(parents=True, exist_ok=True)
         log_to(out / "log.txt")
         _ask(backend, new, answers)
-        found = _found(recipe, names, pairs, [[answers.get(q) for q in two] for two in asked], backend)
+        found = {"eval": read_manifest(folder).get("id")}  # a later eval in its folder is of other completions
+        found |= _found(recipe, names, pairs, [[answers.get(q) for q in two] for two in asked], backend)
         found["cost"] = _cost(recipe, [answers.get(question) for question in needed], len(new))
         file = out / f"{_file_name(names[0])}-vs-{_file_name(names[1])}.json"
         write_whole(file, json.dumps(found, indent=2))

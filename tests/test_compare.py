@@ -408,12 +408,14 @@ def test_a_comparison_is_written_as_a_whole(tmp_path):
 def test_files_of_judge_and_audit_come_along(tmp_path):
     runs = duel(tmp_path, [0.5, 0.6], [0.4, 0.55])
     (tmp_path / "judge").mkdir()
-    (tmp_path / "judge/ppo-vs-rloo.json").write_text('{"a": "ppo", "win_rate": 0.5}')
+    judged = {"eval": json.loads((tmp_path / "eval/manifest.json").read_text())["id"], "a": "ppo", "win_rate": 0.5}
+    (tmp_path / "judge/ppo-vs-rloo.json").write_text(json.dumps(judged))
+    (tmp_path / "judge/ppo-vs-sft.json").write_text(json.dumps(judged | {"eval": "an earlier one"}))
     (runs[0].parent / "audit").mkdir()
     audit = {"id": json.loads((runs[0] / "manifest.json").read_text())["id"], "findings": []}
     (runs[0].parent / "audit/ppo.json").write_text(json.dumps(audit))
     found = compared(*runs)
-    assert found["judge"] == [{"a": "ppo", "win_rate": 0.5}] and found["audit"] == {"ppo seed 42": audit}
+    assert found["judge"] == [judged] and found["audit"] == {"ppo seed 42": audit}
 
 
 def test_versions_are_listed_and_identical_runs_have_no_difference(tmp_path):

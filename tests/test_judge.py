@@ -187,7 +187,7 @@ def write_eval(folder, rows, finished=True):
         models["ppo"]["judge"], models["rloo"]["judge"] = -row["scores"][0], -row["scores"][1]
         lines.append({"prompt": f"prompt {i}", "reference": row["reference"], "models": models})
     write_jsonl(folder / "completions.jsonl", lines)
-    (folder / "manifest.json").write_text(json.dumps({"status": "finished"}))
+    (folder / "manifest.json").write_text(json.dumps({"status": "finished", "id": "of-this-eval"}))
 
 
 def at(server, backend="openai"):
@@ -251,7 +251,11 @@ def test_outcome_of_both_orders():
 def test_both_orders_are_asked_and_counted(backend, server, recipe, capsys):
     found = asked_of(server, recipe, "judge.price_per_million_tokens=[1000,5000]", backend=backend)
     assert counts(found) == [2, 1, 2, 0, 0]
-    assert found["win_rate"] == 0.6 and found["interval"][0] < 0.6 < found["interval"][1]
+    assert (
+        found["eval"] == "of-this-eval"
+        and found["win_rate"] == 0.6
+        and found["interval"][0] < 0.6 < found["interval"][1]
+    )
     assert found["prompts"] == 5 and [row["outcome"] for row in found["pairs"]] == ["win", "loss", "win", "tie", "tie"]
     assert sum(part["prompts"] for part in found["by_length"]) == 5
     # ppo scores more in all three decided pairs, of which it wins two; eval's judge_funcs say the opposite.
