@@ -286,7 +286,9 @@ def _announced(recipe: Recipe, backend: Backend, new: list[Question], known: int
     if not where or not new:
         return line
     size = sum(len(question["text"].encode(errors="replace")) for question in new)
-    tokens = size // BYTES_PER_TOKEN, len(new) * settings.max_new_tokens
+    limits = [settings.parameters.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    most = next((limit for limit in limits if isinstance(limit, int)), settings.max_new_tokens)
+    tokens = size // BYTES_PER_TOKEN, len(new) * most
     line += f"; about {tokens[0]:,} tokens in, at most {tokens[1]:,} out"
     price = _price(recipe, *tokens)
     return line + (": judge.price_per_million_tokens is not set" if price is None else f": at most about {price:.2f}")

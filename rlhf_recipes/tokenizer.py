@@ -122,11 +122,21 @@ def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     return sorted({tokenizer.eos_token_id, *declared})
 
 
+COUNT_FROM_PAD = {
+    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Encoders whose first position is the one behind that of pads: of RoBERTa's 514 positions a text has 512."""
+
+
 def context_length(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> float:
     """Longest text in tokens that a model reads; infinite where nothing limits it."""
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if config.model_type in COUNT_FROM_PAD:
+        context -= config.pad_token_id + 1
     if tokenizer.model_max_length < VERY_LARGE_INTEGER:  # which it is where nobody set it
         context = min(context, tokenizer.model_max_length)
     return context

@@ -283,11 +283,12 @@ def test_what_is_sent(server, recipe, monkeypatch):
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("tiny", 16, 0)
 
 
-def test_the_limit_of_an_answer_goes_under_the_name_that_a_user_gives(server, recipe):
+def test_the_limit_of_an_answer_goes_under_the_name_that_a_user_gives(server, recipe, capsys):
     """Gateways and regional addresses serve the vendor's newer models too, which refuse max_tokens."""
     asked_of(server, recipe, "judge.num_prompts=1", "judge.parameters.max_completion_tokens=9")
     body = server.requests[-1][2]
     assert "max_tokens" not in body and body["max_completion_tokens"] == 9
+    assert "2 requests; about" in (said := capsys.readouterr().out) and "at most 18 out" in said
     asked_of(server, recipe, "judge.num_prompts=1", "judge.parameters.temperature=null")
     assert "temperature" not in server.requests[-1][2]
 
@@ -781,6 +782,23 @@ def test_labels_are_read_as_a_chat_template_writes_answers():
         "{% endif %}{% endfor %}"
     )
     assert labels() == ([], ["▁A", "▁B"])
+
+
+def test_an_encoder_that_counts_positions_from_its_pads_reads_long_texts(recipe, tmp_path):
+    """RoBERTa's published checkpoints often do not say how long a text may be."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = word_tokenizer()
+    config = AutoConfig.for_model(
+        "roberta", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_labels=1,
+        vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1,
+    )  # fmt: skip
+    save_pair(tmp_path / "rm", AutoModelForSequenceClassification.from_config(config), tokenizer)
+    write_eval(
+        tmp_path / "runs/toy/eval", [{"ppo": "good " * 100, "rloo": "bad " * 100, "reference": "", "scores": (1, 0)}]
+    )
+    judge(recipe("judge.backend=reward_model", f"judge.model={tmp_path / 'rm'}"))
+    assert len(result()["pairs"][0]["scores"]) == 2
 
 
 def run_cli(server, tmp_path, *arguments, **environment):
