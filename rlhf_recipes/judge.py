@@ -211,7 +211,7 @@ def _eval_folder(recipe: Recipe, folder: Path | None) -> Path:
     if not is_finished(folder):
         state = "has not finished" if folder.exists() else "does not exist"
         raise RecipeError(f"--eval {folder}: {state}; give the folder of a finished eval, such as runs/imdb_tiny/eval.")
-    return folder
+    return Path(os.path.abspath(folder))  # of `.` too there is a folder beside it
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def recipe(tmp_path, monkeypatch):
         "judge: {model: tiny, workers: 2, max_retries: 2}\n"
     )
     write_eval(tmp_path / "runs" / "toy" / "eval", COMPLETIONS)
-    return lambda *overrides: load_recipe("toy.yaml", overrides)
+    return lambda *overrides: load_recipe(str(tmp_path / "toy.yaml"), overrides)
 
 
 def write_eval(folder, rows, finished=True):
@@ -595,7 +595,7 @@ def test_addresses_hold_no_secrets(url, recipe, monkeypatch):
         assert "hunter2" not in str(raised.value)
 
 
-def test_which_eval_and_which_models(server, recipe, tmp_path):
+def test_which_eval_and_which_models(server, recipe, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="eval has no 'dpo' to compare; it has: ppo, rloo, reference"):
         judge(recipe("judge.models=[ppo,dpo]"))
     with pytest.raises(RecipeError, match="judge.models: reference can only be the second"):
@@ -608,6 +608,11 @@ def test_which_eval_and_which_models(server, recipe, tmp_path):
     asked_of(server, recipe, folder=None)
     judge(recipe(*at(server)), tmp_path / "duel" / "eval")
     assert json.loads((tmp_path / "duel" / "judge" / "ppo-vs-rloo.json").read_text())["prompts"] == 2
+    (tmp_path / "duel/judge/ppo-vs-rloo.json").unlink()
+    monkeypatch.chdir(tmp_path / "duel/eval")
+    judge(recipe(*at(server)), Path("."))
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / "duel/judge/ppo-vs-rloo.json").exists()
     with pytest.raises(RecipeError, match="--eval elsewhere: does not exist"):
         judge(recipe(), Path("elsewhere"))
     (tmp_path / "runs/toy/eval/manifest.json").write_text(json.dumps({"status": "running"}))
@@ -916,5 +921,5 @@ def test_transformers_serve_is_an_endpoint(recipe, tmp_path):
         with pytest.raises(RecipeError, match=r"judge: .* \(4\d\d: |judge.model: .* \(4\d\d"):
             judge(recipe(*at_it, "judge.model=another/model"))
     finally:
-        process.terminate()
+        process.kill()
         process.wait(30)
