@@ -34,8 +34,9 @@ class Measured:
     @property
     def prompts(self) -> str:
         """A checksum: evals with the same one asked for completions of the same prompts."""
-        lines = (self.folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-        return hashlib.sha256("\n".join(json.dumps(json.loads(line)["prompt"]) for line in lines).encode()).hexdigest()
+        with open(self.folder / "completions.jsonl", encoding="utf-8") as lines:  # splitlines() parts at U+2028, too
+            prompts = [json.dumps(json.loads(line)["prompt"]) for line in lines]
+        return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str]]:
