@@ -187,7 +187,7 @@ class Run:
         elif process["pid"] != os.getpid() and _is_alive(process):
             raise RecipeError(
                 f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it with "
-                f"kill {process['pid']}; after that, the same command goes on from its last checkpoint."
+                f"kill {process['pid']}; after that, the same command goes on with it."
             )
 
     def _go_on(self, manifest: dict[str, Any]) -> None:
