@@ -31,7 +31,7 @@ from rlhf_recipes.metrics import (
     unique_token_ratio,
 )
 from rlhf_recipes.reward_calls import as_text
-from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference
+from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference, training_length
 from rlhf_recipes.tables import markdown_tables
 from rlhf_recipes.trackers import log_eval
 
@@ -51,7 +51,7 @@ def main(run: Run) -> str:
     recipe, models = run.recipe, eval_models(run.recipe)
     tokenizers = {name: load_tokenizer(recipe, f"eval.models.{name}", models[name]) for name in models}
     rows = held_out_prompts(recipe, tokenizers[eval_reference(recipe)])
-    new_tokens = recipe.eval.max_new_tokens or _training_length(recipe)
+    new_tokens = recipe.eval.max_new_tokens or training_length(recipe) or _default_length()
     _check_models(recipe, tokenizers, rows, new_tokens)
     evaluator = Evaluator(recipe, tokenizers, rows, new_tokens)
     folder, parts = run.path / PARTS, {}
@@ -258,10 +258,7 @@ def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _training_length(recipe: Recipe) -> int:
-    for stage in (recipe.ppo, recipe.rloo):
-        if stage is not None and "max_completion_length" in stage.trainer:
-            return stage.trainer["max_completion_length"]
+def _default_length() -> int:
     from trl import RLOOConfig
 
     return RLOOConfig.max_completion_length

@@ -117,7 +117,9 @@ def _unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
 def _settings(manifest: dict[str, Any]) -> str:
     settings = manifest["settings"]
     eval_settings = {key: value for key, value in settings["eval"].items() if key not in NO_MATTER}
-    asked = {key: settings.get(key) for key in ("data", "reward_funcs", "special_tokens")} | {"eval": eval_settings}
+    asked = {key: settings.get(key) for key in ("data", "reward_funcs", "special_tokens", "max_completion_length")} | {
+        "eval": eval_settings
+    }
     texts = json.dumps(asked, sort_keys=True)
     for key, source in manifest["sources"].items():  # known by what they contain, not by where they are
         if not key.startswith("eval.models."):

@@ -525,6 +525,19 @@ def test_a_run_elsewhere_that_ran_anew_is_measured_anew(tmp_path, policy_folder)
         Run(recipe, "eval").is_done()
 
 
+def test_another_length_of_training_is_another_eval(tmp_path, policy_folder):
+    def recipe(length, *overrides):
+        settings = f"ppo={{policy: {policy_folder}, trainer: {{max_completion_length: {length}}}}}"
+        return recipe_of(tmp_path, {"sft": policy_folder}, settings, *overrides)
+
+    run = run_eval(recipe(5, "eval.max_new_tokens=null"))
+    assert read(run)[0]["length_histograms"]["edges"][-1] == 6 and run.is_done()
+    with pytest.raises(RecipeError, match="max_completion_length: 5 -> 6"):
+        Run(recipe(6, "eval.max_new_tokens=null"), "eval").is_done()
+    settings = [Run(recipe(length), "eval").settings for length in (5, 6)]
+    assert settings[0] == settings[1]  # eval has a length of its own
+
+
 def test_progress_is_told_by_batches(tmp_path, policy_folder):
     recipe = recipe_of(tmp_path, {"sft": policy_folder})
     tokenizers = {"sft": load_tokenizer(recipe, "x", str(policy_folder))}
