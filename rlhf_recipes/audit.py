@@ -149,6 +149,7 @@ def is_audited(path: Path) -> bool:
 
 
 def _file(path: Path) -> Path:
+    path = path.resolve()
     return path.parent / "audit" / f"{path.name}.json"
 
 
@@ -354,9 +355,12 @@ def _checkpoints(
     asked = {"models": references, "reference": models[0][0], "num_prompts": number, "perplexity_model": None}
     settings = run.recipe.eval.model_copy(update=asked)
     recipe = run.recipe.model_copy(update={"eval": settings, "trust_remote_code": trusted})
-    rows = held_out_prompts(recipe, tokenizer)
-    new_tokens = settings.max_new_tokens or run.new_tokens()
-    evaluator = Evaluator(recipe, dict.fromkeys(references, tokenizer), rows, new_tokens)
+    try:
+        rows = held_out_prompts(recipe, tokenizer)
+        new_tokens = settings.max_new_tokens or run.new_tokens()
+        evaluator = Evaluator(recipe, dict.fromkeys(references, tokenizer), rows, new_tokens)
+    except RecipeError as error:  # data or a reward function is gone: the log is still there to be audited
+        return [], [], [*notes, f"checkpoints are left out: {error}"]
     measured, answers = [], []
     with tqdm(total=len(models) * len(rows), desc="audit  ", unit="completion", disable=None, leave=False) as bar:
         for name in references:

@@ -104,7 +104,7 @@ class RewardFunc(Section):
 
     name: str
     """A name that `rlhf-recipes rewards` lists, or `module:function`, or `path/to/file.py:function`."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     args: dict[str, Any] = {}
     """Keyword arguments of the reward function's factory."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -266,9 +266,9 @@ class Eval(Section):
     num_prompts: int = Field(default=256, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest completion. None: as in training."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_size: int = Field(default=64, gt=0)
-    positive_threshold: float = 0.0
+    positive_threshold: float = Field(default=0.0, allow_inf_nan=False)
     """A completion is positive when its score is above this."""
     judge_funcs: list[RewardFunc] = []
     """Reward functions that training did not see: their weighted sum is `judge_mean`."""

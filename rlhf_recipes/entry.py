@@ -115,9 +115,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
         if leaving.code == STOPPED and is_main and run is not None:
             run.stop()
-            saved = checkpoints(run.path)
-            there = f"the same command goes on from step {step_of(saved[-1])}" if saved else "it has no checkpoint yet"
-            say(f"{stage:<8} stopped, {there}   {run.path}")
+            say(f"{stage:<8} stopped, {_what_is_kept(run)}   {run.path}")
         return leaving.code
     except BaseException as error:
         lost = _is_distributed() and _lost_company(error)
@@ -132,6 +130,14 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
         complain(write_error(what, Path(error.filename or run.path), error))
         return USER_ERROR
+
+
+def _what_is_kept(run: Run) -> str:
+    if saved := checkpoints(run.path):
+        return f"the same command goes on from step {step_of(saved[-1])}"
+    if run.stage == "eval":  # it saves none: every model that has been measured is kept
+        return "the same command goes on with the model that it was at"
+    return "it has no checkpoint yet"
 
 
 def _leave(number, frame) -> None:

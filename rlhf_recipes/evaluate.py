@@ -31,7 +31,7 @@ from rlhf_recipes.metrics import (
     unique_token_ratio,
 )
 from rlhf_recipes.reward_calls import as_text
-from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference
+from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference, training_length
 from rlhf_recipes.tables import markdown_tables
 from rlhf_recipes.trackers import log_eval
 
@@ -51,7 +51,7 @@ def main(run: Run) -> str:
     recipe, models = run.recipe, eval_models(run.recipe)
     tokenizers = {name: load_tokenizer(recipe, f"eval.models.{name}", models[name]) for name in models}
     rows = held_out_prompts(recipe, tokenizers[eval_reference(recipe)])
-    new_tokens = recipe.eval.max_new_tokens or _training_length(recipe)
+    new_tokens = recipe.eval.max_new_tokens or training_length(recipe) or _default_length()
     _check_models(recipe, tokenizers, rows, new_tokens)
     evaluator = Evaluator(recipe, tokenizers, rows, new_tokens)
     folder, parts = run.path / PARTS, {}
@@ -67,8 +67,8 @@ def main(run: Run) -> str:
                     write_whole(file, json.dumps(part, ensure_ascii=False))
             parts[name] = json.loads(file.read_text(encoding="utf-8"))
     _write(run, rows, parts, new_tokens)
-    shutil.rmtree(folder)
     log_eval(recipe, run.path, run.manifest["id"])
+    shutil.rmtree(folder)  # last: should W&B fail, nothing is measured again
     run.results = {name: part["metrics"] for name, part in parts.items()}
     return ", ".join(f"{name}: score {metrics['score_mean']:.2f}" for name, metrics in run.results.items())
 
@@ -172,20 +172,23 @@ class Evaluator:
             answer = {"completion": completion, "score": scores[i], "scores": {f: v[i] for f, v in by_func.items()}}
             answer |= {"judge": judged[i]} if settings.judge_funcs else {}
             answers.append(answer | {"tokens": lengths[i], "finished": samples.finished[i]})
-        return {"metrics": metrics, "answers": answers, "notes": self._notes(name, metrics, comparable)}
+        return {"metrics": metrics, "answers": answers, "notes": self._notes(name, metrics, comparable, own)}
 
-    def _notes(self, name: str, metrics: dict[str, Any], comparable: bool) -> list[str]:
+    def _notes(self, name: str, metrics: dict[str, Any], comparable: bool, own: list[float]) -> list[str]:
         if not comparable:
             return [
                 f"{name} has another tokenizer than {self.reference_name}: no KL and no perplexity under it, and its "
                 "lengths, distinct-n and repetition count tokens of its own."
             ]
-        if metrics["kl"] is None or metrics["perplexity"] is None:
+        if metrics["kl"] is not None and metrics["perplexity"] is not None:
+            return []
+        what = "likelihoods of its completions are not finite, so KL and perplexity cannot be told"
+        if all(map(math.isfinite, own)):
             return [
-                f"{name}: the likelihoods of its completions are not finite, so KL and perplexity cannot be told; its "
-                "training may have diverged."
+                f"{name}: under {self.reference_name}, the {what}; {self.reference_name} may have diverged, or lack "
+                f"tokens that {name} writes."
             ]
-        return []
+        return [f"{name}: the {what}; its training may have diverged."]
 
 
 def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
@@ -255,10 +258,7 @@ def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _training_length(recipe: Recipe) -> int:
-    for stage in (recipe.ppo, recipe.rloo):
-        if stage is not None and "max_completion_length" in stage.trainer:
-            return stage.trainer["max_completion_length"]
+def _default_length() -> int:
     from trl import RLOOConfig
 
     return RLOOConfig.max_completion_length

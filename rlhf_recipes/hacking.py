@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rlhf_recipes.intervals import bootstrap_interval, student_interval
+from rlhf_recipes.intervals import student_interval
 
 BINS = 10
 """Parts of a training at most."""
@@ -216,7 +216,7 @@ def _shares(parts: list[list[dict[str, Any]]]) -> list[str]:
 
 def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
     moved = _over_training(parts, "entropy")
-    if moved is None or moved.last >= COLLAPSED * moved.first:
+    if moved is None or moved.high >= 0 or moved.last >= COLLAPSED * moved.first:
         return []
     return [
         f"the entropy fell to less than a quarter, {moved.first:.2f} -> {moved.last:.2f} nats per token: the policy "
@@ -240,7 +240,7 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str]
         return None, [], [f"{len(rows)} held-out prompts with a held-out score are too few to compare"]
     peak, differences = below_peak(columns)
     best, last = models[peak]["name"], models[-1]["name"]
-    drop, (low, high) = fmean(differences), bootstrap_interval(differences)
+    drop, (low, high) = fmean(differences), student_interval(differences)
     means = [fmean(column) for column in columns]
     where = f"on {len(rows)} held-out prompts the held-out score"
     signs, notes = [], []
@@ -281,5 +281,5 @@ def _not_followed(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 def _paired(first: dict[str, Any], last: dict[str, Any], name: str) -> Change | None:
     both = [(a, b) for a, b in zip(first[name], last[name], strict=True) if a is not None and b is not None]
     differences = [b - a for a, b in both]
-    interval = bootstrap_interval(differences) if len(differences) > 1 else None
+    interval = student_interval(differences)
     return interval and Change(fmean(a for a, _ in both), fmean(b for _, b in both), fmean(differences), *interval)

@@ -34,8 +34,9 @@ class Measured:
     @property
     def prompts(self) -> str:
         """A checksum: evals with the same one asked for completions of the same prompts."""
-        lines = (self.folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-        return hashlib.sha256("\n".join(json.dumps(json.loads(line)["prompt"]) for line in lines).encode()).hexdigest()
+        with open(self.folder / "completions.jsonl", encoding="utf-8") as lines:  # splitlines() parts at U+2028, too
+            prompts = [json.dumps(json.loads(line)["prompt"]) for line in lines]
+        return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str]]:
@@ -116,7 +117,9 @@ def _unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
 def _settings(manifest: dict[str, Any]) -> str:
     settings = manifest["settings"]
     eval_settings = {key: value for key, value in settings["eval"].items() if key not in NO_MATTER}
-    asked = {key: settings.get(key) for key in ("data", "reward_funcs", "special_tokens")} | {"eval": eval_settings}
+    asked = {key: settings.get(key) for key in ("data", "reward_funcs", "special_tokens", "max_completion_length")} | {
+        "eval": eval_settings
+    }
     texts = json.dumps(asked, sort_keys=True)
     for key, source in manifest["sources"].items():  # known by what they contain, not by where they are
         if not key.startswith("eval.models."):

@@ -13,14 +13,21 @@ from rlhf_recipes.tokenizer import context_length, token_ids
 def sequence_logps(
     model: Any, tokenizer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
 ) -> list[float]:
-    """Log-probability of every whole completion of a batch, in nats; no prompt may be empty."""
+    """Log-probability of every whole completion of a batch, in nats; no prompt may be empty.
+
+    It is -inf where a completion has a token that is beyond the model's embeddings: another model with this tokenizer
+    may have spare rows, and write from them.
+    """
     batch = pad_batch(prompt_ids, completion_ids, tokenizer.pad_token_id)
     ids, attention_mask, mask = (tensor.to(model.device) for tensor in batch)
     if mask.size(1) == 0:
         return [0.0] * len(prompt_ids)
+    beyond = ids >= model.get_input_embeddings().num_embeddings
+    ids = ids.masked_fill(beyond, 0)
     logits, _ = completion_logits(model, ids, attention_mask, mask.size(1))
     logps, _ = sampled_logps(logits, ids[:, -mask.size(1) :], temperature=1.0)
-    return (logps * mask).sum(1).tolist()
+    logps = logps.masked_fill(beyond[:, -mask.size(1) :], -torch.inf)
+    return logps.masked_fill(mask == 0, 0.0).sum(1).tolist()
 
 
 def text_logps(

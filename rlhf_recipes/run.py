@@ -187,7 +187,7 @@ class Run:
         elif process["pid"] != os.getpid() and _is_alive(process):
             raise RecipeError(
                 f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it with "
-                f"kill {process['pid']}; after that, the same command goes on from its last checkpoint."
+                f"kill {process['pid']}; after that, the same command goes on with it."
             )
 
     def _go_on(self, manifest: dict[str, Any]) -> None:
@@ -315,6 +315,8 @@ def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     values = recipe.model_dump(include=set(SETTINGS[stage]), exclude_none=True)
     if stage == "eval":
         values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
+        if recipe.eval.max_new_tokens is None:
+            values["max_completion_length"] = training_length(recipe)
     return values
 
 
@@ -347,6 +349,12 @@ def eval_reference(recipe: Recipe) -> str:
     if given is not None and given not in models:
         raise RecipeError(f"eval.reference: {given} is none of eval.models; they are: {', '.join(models)}.")
     return given or ("sft" if "sft" in models else next(iter(models)))
+
+
+def training_length(recipe: Recipe) -> int | None:
+    """Longest completion in training, where `eval` has none of its own; None: TRL's default."""
+    trainers = [getattr(recipe, stage).trainer for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
 
 
 def stages_to_run(recipe: Recipe) -> list[str]:

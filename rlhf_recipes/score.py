@@ -69,7 +69,8 @@ def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[
 
 def _read(file: Path) -> list[tuple[str | list[dict], str | list[dict]]]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with open(file, encoding="utf-8") as opened:  # splitlines() would part texts at U+2028
+            lines = [line.rstrip("\n") for line in opened if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--file {file}: cannot be read: {error}.") from error
     if file.suffix != ".jsonl":

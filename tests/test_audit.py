@@ -11,7 +11,7 @@ from conftest import REVIEWS, causal_lm, cli, save_pair, word_tokenizer, write_j
 from scipy.stats import t as student
 
 from rlhf_recipes import copying, hacking
-from rlhf_recipes.audit import NOTHING, audit_runs
+from rlhf_recipes.audit import NOTHING, audit_runs, is_audited
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.copying import copied_share, copies_title, longest_common_run, repeated_share, template_fields, words
 
@@ -189,6 +189,22 @@ def test_checkpoints_that_are_alike_have_no_peak_to_speak_of():
         alarms += bool(signs)
         assert bool(signs) != bool(notes)
     assert alarms <= 8
+
+
+def test_few_prompts_raise_no_more_alarms_than_many():
+    alarms = 0
+    for seed in range(200):
+        _, signs, _ = hacking.of_checkpoints(models_of(random.Random(seed), [0] * 3, prompts=4))
+        alarms += any("peaks at" in sign for sign in signs)
+    assert alarms <= 16  # by the bootstrap of four values 28
+
+
+def test_an_entropy_that_is_low_by_chance_has_not_fallen():
+    parts = log(20, entropy=lambda x: 1.0)
+    for moments, values in zip(parts, ([0.0] * 9 + [1.0], [0.0] * 9 + [0.1]), strict=True):
+        for one, value in zip(moments, values, strict=True):
+            one["entropy"] = value
+    assert hacking.of_log(parts) == (None, [])
 
 
 def test_the_peak_among_checkpoints_is_named_with_the_drop():
@@ -381,6 +397,30 @@ def test_a_start_that_is_gone_leaves_the_kl_unknown(planted, tmp_path, policy_fo
     found = audit_runs([run], prompts=4)[run]
     assert [(row["name"], row["step"], row["kl"]) for row in found["checkpoints"]] == [("final", 100, None)]
     assert any(sentence.startswith("start is left out; without") for sentence in found["findings"])
+
+
+@pytest.mark.parametrize("gone", ["rows.jsonl", "reward.py"])
+def test_without_data_or_trained_reward_the_log_is_audited_all_the_same(gone, planted, tmp_path):
+    run = planted(hacked)
+    (tmp_path / "reward.py").write_text("def reward(completions):\n    return [0.0 for _ in completions]\n")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text().replace(
+            "{name: regex, args: {pattern: great}}", f"{{name: '{tmp_path / 'reward.py'}:reward'}}"
+        )
+    )
+    (tmp_path / gone).unlink()
+    found = audit_runs([run], prompts=4)[run]
+    assert found["checkpoints"] == [] and found["signs"] == 5
+    (note,) = [sentence for sentence in found["findings"] if sentence.startswith("checkpoints are left out: ")]
+    assert gone in note
+
+
+def test_a_run_is_known_by_any_path_to_it(planted, tmp_path):
+    run = planted(honest)
+    (tmp_path / "link").symlink_to(run)
+    audit_runs([tmp_path / "link"], prompts=0)
+    assert is_audited(run) and is_audited(tmp_path / "link")
 
 
 def test_an_input_that_was_run_again_is_said(planted, policy_folder):

@@ -14,6 +14,7 @@ from rlhf_recipes.comparison import build_comparison, value_at
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.curves import columns, read_runs
 from rlhf_recipes.differences import find_differences
+from rlhf_recipes.held_out import Measured
 from rlhf_recipes.hub import sources
 from rlhf_recipes.recipe import load_recipe
 
@@ -246,6 +247,13 @@ def test_evals_of_single_runs_are_compared_where_they_asked_the_same(tmp_path, p
     found = compared(*paths)
     assert (found["held_out"] is not None) is usable
     assert usable or any("No numbers on held-out prompts" in note for note in found["notes"])
+
+
+def test_prompts_may_hold_line_separators(tmp_path):
+    folder = evaluated(tmp_path, {}, {})
+    line = json.dumps({"prompt": "a\u2028b\x85", "models": {}}, ensure_ascii=False)
+    (folder / "completions.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert len(Measured(folder, "ppo", {}, {}).prompts) == 64
 
 
 def test_views_are_taken_at_the_largest_budget_that_all_reached(tmp_path):

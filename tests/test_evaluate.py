@@ -257,6 +257,29 @@ def test_a_model_that_has_diverged_is_measured_and_said_to_have(tmp_path, policy
     assert [note.partition(":")[0] for note in found["notes"]] == ["ppo"] and "diverged" in found["notes"][0]
 
 
+def test_a_reference_that_has_diverged_is_said_to_have(tmp_path, policy_folder):
+    tokenizer = word_tokenizer()
+    model = causal_lm(tokenizer)
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    folder = save_pair(tmp_path / "diverged", model, tokenizer)
+    found, _ = read(run_eval(recipe_of(tmp_path, {"sft": folder, "ppo": policy_folder})))
+    assert found["models"]["ppo"]["kl"] is None and "sft: the likelihoods" in found["notes"][0]
+    assert found["notes"][1].startswith("ppo: under sft, the likelihoods") and "its training" not in found["notes"][1]
+
+
+def test_tokens_that_the_reference_does_not_have_leave_the_kl_unknown(tmp_path, policy_folder):
+    """The same tokenizer, but rows of the embeddings to spare, as GPT-NeoX has them; here they are written from."""
+    tokenizer = word_tokenizer()
+    spare = save_pair(tmp_path / "spare", causal_lm(tokenizer, vocab_size=len(tokenizer) + 60), tokenizer)
+    found, _ = read(run_eval(recipe_of(tmp_path, {"sft": policy_folder, "spare": spare})))
+    assert found["models"]["spare"]["kl"] is found["models"]["spare"]["perplexity"] is None
+    assert [note.partition(",")[0] for note in found["notes"]] == ["spare: under sft"]
+    found, _ = read(
+        run_eval(recipe_of(tmp_path, {"sft": policy_folder, "spare": spare}, "eval.reference=spare", "name=b"))
+    )
+    assert found["models"]["sft"]["kl"] is not None and found["notes"] == []
+
+
 # Likelihoods
 
 
@@ -442,6 +465,31 @@ def test_a_failed_eval_goes_on_with_the_next_model(
     assert {path.name for path in run.path.iterdir()} == {*FILES, "manifest.json", "recipe.yaml"}
 
 
+def test_should_the_tracker_fail_nothing_is_measured_again(tmp_path, policy_folder, sampled, monkeypatch):
+    def fail(*_):
+        raise RecipeError("no W&B")
+
+    recipe = recipe_of(tmp_path, {"sft": policy_folder})
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match="no W&B"):
+        patch.setattr(evaluate, "log_eval", fail)
+        run_eval(recipe)
+    del sampled[:]
+    run = run_eval(recipe)
+    assert sampled == [] and is_finished(run.path) and not (run.path / PARTS).exists()
+
+
+@pytest.mark.slow
+def test_stopped_it_says_that_it_goes_on(tmp_path, policy_folder, other_folder):
+    recipe_of(tmp_path, {"a": policy_folder, "b": other_folder}, rewards="[{name: 'mine.py:breaks_at_second_model'}]")
+    command = [sys.executable, "-m", "rlhf_recipes.evaluate", "--recipe", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"HANG": "1"}, stdout=subprocess.PIPE, text=True)
+    parts = tmp_path / "runs/r/eval" / PARTS
+    while process.poll() is None and not (parts.is_dir() and list(parts.glob("[!.]*"))):
+        time.sleep(0.05)
+    process.terminate()
+    assert "eval     stopped, the same command goes on with the model that it was at" in process.communicate()[0]
+
+
 @pytest.mark.slow
 def test_killed_at_any_time_it_comes_to_the_same_result(tmp_path, policy_folder, other_folder):
     models = {"sft": policy_folder, "other": other_folder}
@@ -477,9 +525,22 @@ def test_a_run_elsewhere_that_ran_anew_is_measured_anew(tmp_path, policy_folder)
         Run(recipe, "eval").is_done()
 
 
+def test_another_length_of_training_is_another_eval(tmp_path, policy_folder):
+    def recipe(length, *overrides):
+        settings = f"ppo={{policy: {policy_folder}, trainer: {{max_completion_length: {length}}}}}"
+        return recipe_of(tmp_path, {"sft": policy_folder}, settings, *overrides)
+
+    run = run_eval(recipe(5, "eval.max_new_tokens=null"))
+    assert read(run)[0]["length_histograms"]["edges"][-1] == 6 and run.is_done()
+    with pytest.raises(RecipeError, match="max_completion_length: 5 -> 6"):
+        Run(recipe(6, "eval.max_new_tokens=null"), "eval").is_done()
+    settings = [Run(recipe(length), "eval").settings for length in (5, 6)]
+    assert settings[0] == settings[1]  # eval has a length of its own
+
+
 def test_progress_is_told_by_batches(tmp_path, policy_folder):
     recipe = recipe_of(tmp_path, {"sft": policy_folder})
     tokenizers = {"sft": load_tokenizer(recipe, "x", str(policy_folder))}
-    told, rows = [], evaluate._held_out(recipe, tokenizers["sft"])
+    told, rows = [], evaluate.held_out_prompts(recipe, tokenizers["sft"])
     part = evaluate.Evaluator(recipe, tokenizers, rows, 4).measure("sft", told.append)
     assert told == [4, 3] and len(part["answers"]) == 7

@@ -224,6 +224,15 @@ def test_extends_in_a_circle_and_into_nowhere(write):
     assert "no recipe named 'nowhere'" in message(write("extends: nowhere", "c.yaml"))
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+@pytest.mark.parametrize("key", ["eval.temperature", "eval.positive_threshold", "reward_funcs.weight"])
+def test_numbers_are_finite(key, value):
+    """A share above nan would be 0, and a score times it no number."""
+    override = f"reward_funcs=[{{name: length, weight: {value}}}]" if key == "reward_funcs.weight" else f"{key}={value}"
+    with pytest.raises(RecipeError, match=rf"{key.replace('.weight', '.0.weight')}.*finite"):
+        load_recipe("imdb_tiny", [override])
+
+
 def test_unknown_recipe_names_the_nearest():
     found = message("imdb_tinny")
     assert "imdb_tiny" in found and "list" in found

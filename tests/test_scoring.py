@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_recipes import score
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.reward_calls import RewardError
 from rlhf_recipes.reward_funcs import as_reward_func, reward_model
@@ -434,3 +435,11 @@ def test_the_score_command_takes_chat_messages(tmp_path, policy_folder):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [chat | {"prompt": "it"}])
     done = cli("score", "r.yaml", "--file", str(mixed), cwd=tmp_path)
     assert done.returncode == 2 and "line 1: prompt and completion must both be texts" in done.stderr
+
+
+def test_lines_of_a_file_end_with_line_breaks_only(tmp_path):
+    line = json.dumps({"completion": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "texts.jsonl").write_text(f"{line}\n\n{line}\n", encoding="utf-8")
+    assert score._read(tmp_path / "texts.jsonl") == [("", "a\u2028b\x85c")] * 2
+    (tmp_path / "texts.txt").write_bytes(b"one\r\ntwo")
+    assert score._read(tmp_path / "texts.txt") == [("", "one"), ("", "two")]
