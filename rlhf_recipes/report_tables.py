@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_recipes.plots import algorithm_of
 from rlhf_recipes.tables import COLUMNS
 
 ABSENT = "–"
@@ -150,10 +151,28 @@ def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def algorithm_of(model: str, algorithms: list[str]) -> str | None:
-    """Whose run a model of the evaluation is: `ppo` and `ppo-seed_42` are ppo's."""
-    found = [name for name in algorithms if model == name or model.startswith((f"{name}-", f"{name} "))]
-    return max(found, key=len, default=None)
+def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a run: how many signs of reward hacking, and where its held-out score is highest."""
+    rows = []
+    for run, found in comparison["audit"].items():
+        peak, at = found["peak"], ABSENT
+        if peak is not None:
+            place = f"at {peak['checkpoint']}" if peak["by"] == "checkpoints" else f"about step {peak['step']}"
+            at = f"{place} ({number(peak['held_out'], '{:.2f}')})"
+            if peak["checkpoint"] != "final":
+                at += ", above the end" if peak.get("above_end") else ", within noise of the end"
+        rows.append({"run": run, "signs": found["signs"], "peak": at})
+    return rows
+
+
+def finding_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each finding of the audits once, with the runs that it is about; signs of hacking come first."""
+    rows: dict[tuple[bool, str], list[str]] = {}
+    for run, found in comparison["audit"].items():
+        for i, finding in enumerate(found["findings"]):
+            rows.setdefault((i < found["signs"], finding), []).append(run)
+    found_in = [{"sign": sign, "finding": finding, "runs": runs} for (sign, finding), runs in rows.items()]
+    return sorted(found_in, key=lambda row: not row["sign"])
 
 
 def _by_value(values: dict[str, Any]) -> list[tuple[str, list[str]]]:
