@@ -77,6 +77,14 @@ def empty():
     return none | lists | more | {"bands": {}, "cost": {}, "audit": {}}
 
 
+def no_lines():
+    """Logs that end before their first line."""
+    comparison = make_comparison(seeds=(42,))
+    for run in comparison["runs"]:
+        run["curves"] = {key: [] for key in run["curves"]}
+    return comparison | {"bands": {}, "frontier": [run | {"training": []} for run in comparison["frontier"]]}
+
+
 CASES = {
     "seeds": make_comparison,
     "one run": lambda: make_comparison(algorithms=("ppo",), seeds=(42,)),
@@ -85,6 +93,7 @@ CASES = {
     "not comparable": unequal,
     "nothing known": lambda: nothing_known(make_comparison()),
     "a stranger's text": lambda: poison(make_comparison()),
+    "no lines": no_lines,
     "empty": empty,
 }
 
@@ -202,6 +211,9 @@ def test_numbers_read_alike():
         "−12.3",
         "+4,321",
     ]
+    assert [number(value, "{:.2f}") for value in (-0.06, -0.001, -0.0, 1e30)] == ["−0.06", "0.00", "0.00", "1e+30"]
+    assert number(-1e-5) == "−1e-05" and number(-0.0) == "0" and number(-0.001, "{:.0%}") == "0%"
+    assert [signed(value) for value in (0.0004, -0.00816, 0.0, -1e300)] == ["+0.0004", "−0.0082", "+0.000", "−1e+300"]
     assert spread({"mean": 1.0, "low": None, "high": None}) == ("1", "")
     assert spread({"mean": 1.0, "low": 0.5, "high": 1.5}) == ("1", "0.5 to 1.5") and spread(None) == ("–", "")
     rows = view_rows(make_comparison())

@@ -165,7 +165,7 @@ function choices() {
 /** Curves of one metric: means with bands and thin lines of the seeds, or every run, or one seed's runs. */
 function curves(metric) {
   const { axis, show, weight, runs } = choices();
-  const title = own(data.titles, metric) ?? metric;
+  const title = own(data.titles, metric) ?? metric ?? "";
   const bands = new Map(Object.entries((show === "mean" && own(data.bands[axis] ?? {}, metric)) || {}));
   const traces = [];
   const said = [];
@@ -180,6 +180,7 @@ function curves(metric) {
     });
     if (!behind) said.push(`${run.name} ends at ${shown(y.findLast((value) => value !== null))}`);
   }
+  const means = []; // above all bands
   for (const [algorithm, band] of bands) {
     const mine = data.runs.filter((run) => run.algorithm === algorithm);
     if (mine.length < 2 || !mine.some((run) => runs.has(run))) continue;
@@ -189,13 +190,14 @@ function curves(metric) {
       traces.push({ ...edge, y: smooth(band.low, weight) });
       traces.push({ ...edge, y: smooth(band.high, weight), fill: "tonexty", fillcolor: faint(colour(mine[0].slot), 0.18) });
     }
-    traces.push({
+    means.push({
       type: "scatter", mode: "lines", name: plain(`${algorithm}, mean of ${band.seeds}`), x: band.x, y: mean, line: line(mine[0].slot, 3), hoverinfo: "x+y+name",
       meta: `${algorithm}, mean of ${band.seeds}`,
     });
     said.push(`${algorithm} ends at ${shown(mean.findLast((value) => value !== null))}`);
   }
-  const over = data.axes[axis] ?? axis;
+  traces.push(...means);
+  const over = data.axes[axis] ?? ""; // runs without a line have no axis
   return { traces, layout: layout(over, title), heads: [over, title], label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
 }
 
