@@ -173,7 +173,9 @@ def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     for run, found in comparison["audit"].items():
         peak, at = found["peak"], ABSENT
         if peak is not None:
-            place = f"at {peak['checkpoint']}" if peak["by"] == "checkpoints" else f"about step {peak['step']}"
+            place = (
+                f"at {peak['checkpoint']}" if peak["by"] == "checkpoints" else f"about step {peak['step']} of the log"
+            )
             at = f"{place} ({number(peak['held_out'], '{:.2f}')})"
             if peak["checkpoint"] != "final":
                 at += ", above the end" if peak.get("above_end") else ", within noise of the end"

@@ -198,7 +198,7 @@ function curves(metric) {
   }
   traces.push(...means);
   const over = data.axes[axis] ?? ""; // runs without a line have no axis
-  return { traces, layout: layout(over, title), heads: [over, title], label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
+  return { traces, layout: layout(over, title), heads: [over, weight ? `${title}, smoothed` : title], label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
 }
 
 plots["plot-curves"] = () => curves(choices().metric);
