@@ -327,7 +327,7 @@ def test_light_and_dark(opened, report):
 def test_on_paper(opened, report):
     page = opened(report, width=700, color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
-    page.wait_for_timeout(200)
+    page.locator("details:not([open]):not(.plot-data)").first.wait_for(state="detached")
     shown = "selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()).length"
     for hidden in ("header", "form", "button", ".plot-data"):
         assert page.evaluate(shown, hidden) == 0, hidden
@@ -338,7 +338,7 @@ def test_on_paper(opened, report):
     width = page.evaluate("document.querySelector('#plot-curves .main-svg').getBoundingClientRect().width")
     assert width == page.evaluate("document.querySelector('main').clientWidth")
     page.emulate_media(media="screen")
-    page.wait_for_timeout(200)
+    page.locator("details:not([open]):not(.plot-data)").first.wait_for()
     assert page.evaluate(shown, "form") == 2
 
 
