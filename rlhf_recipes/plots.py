@@ -19,7 +19,7 @@ OTHER_DASHES = ((0, (9, 3, 2, 3)), (0, (12, 3)), (0, (4, 2, 1, 2)), (0, (1, 2)))
 
 
 def slots(algorithms: list[str]) -> dict[str, str]:
-    """Which look an algorithm, or a model of none, has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
+    """Which look an algorithm or a model of none has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
     others = [name for name in algorithms if name not in ("ppo", "rloo")]
     found = {name: f"other-{i % len(OTHER_COLORS)}" for i, name in enumerate(others)}
     return {name: found.get(name, name) for name in algorithms}
