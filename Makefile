@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 # Tests of the report drive a Chromium, which Debian has as a package; where none can be had they are skipped.
 CHROMIUM_OR_SKIP = test -n "$$(which chromium chromium-browser google-chrome $$CHROMIUM 2> /dev/null)" \
-	|| { test "$$(id -u)" = 0 && apt-get install -y --no-install-recommends chromium; } \
+	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends chromium; } \
 	|| echo "No Chromium: tests of the report in a browser will be skipped."
 
 .PHONY: quickstart test test-fast clean

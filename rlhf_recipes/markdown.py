@@ -6,16 +6,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from rlhf_recipes.report_tables import (
+    audit_rows,
     clean,
     cost_rows,
     difference_rows,
+    finding_rows,
     held_out_rows,
     number,
     view_rows,
 )
 
 ESCAPES = str.maketrans(
-    {character: f"\\{character}" for character in "\\`*[]|#"}
+    {character: f"\\{character}" for character in "\\`*[]|#~$"}
     | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
     | dict.fromkeys("\n\t\u2028\u2029", " ")
 )
@@ -39,6 +41,8 @@ def write_markdown(comparison: dict[str, Any], file: Path) -> None:
         held_out_columns=columns,
         held_out=[row for row in held_out if row["main"]],
         cost=cost_rows(comparison),
+        audits=audit_rows(comparison),
+        findings=finding_rows(comparison),
         differences=difference_rows(comparison),
         number=number,
     )

@@ -19,10 +19,16 @@ OTHER_DASHES = ((0, (9, 3, 2, 3)), (0, (12, 3)), (0, (4, 2, 1, 2)), (0, (1, 2)))
 
 
 def slots(algorithms: list[str]) -> dict[str, str]:
-    """Which colour and dash an algorithm has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
+    """Which look an algorithm or a model of none has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
     others = [name for name in algorithms if name not in ("ppo", "rloo")]
     found = {name: f"other-{i % len(OTHER_COLORS)}" for i, name in enumerate(others)}
     return {name: found.get(name, name) for name in algorithms}
+
+
+def algorithm_of(model: str, algorithms: list[str]) -> str | None:
+    """Whose run a model of the evaluation is: `ppo` and `ppo-seed_42` are ppo's."""
+    found = [name for name in algorithms if model == name or model.startswith((f"{name}-", f"{name} "))]
+    return max(found, key=len, default=None)
 
 
 def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
@@ -105,7 +111,8 @@ def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
             x, y = zip(*points, strict=True)
             axis.plot(_smooth(x), _smooth(y), linewidth=1.2, alpha=0.7, **look, **label)
         if run["held_out"]:
-            axis.plot(*run["held_out"], marker="o", markersize=9, markeredgecolor="white", color=look["color"])
+            mark = "D" if run["algorithm"] == "rloo" else "o"  # on grey paper, too, they are two
+            axis.plot(*run["held_out"], marker=mark, markersize=9, markeredgecolor="white", color=look["color"])
     axis.set_title("lines: training, smoothed; marks: held-out prompts", fontsize=10)
     axis.set_xlabel(CURVES["kl"], fontsize=9)
     axis.set_ylabel("score", fontsize=9)
@@ -130,7 +137,7 @@ def _draw_lengths(histograms: dict[str, Any], algorithms: list[str], file: Path)
     )
     for axis, (name, heights) in zip(axes.flat, counts.items(), strict=False):
         shares = [height / max(sum(heights), 1) for height in heights]
-        algorithm = next((known for known in algorithms if name.startswith(known)), None)
+        algorithm = algorithm_of(name, algorithms)
         axis.stairs(shares, edges, fill=True, color=looks[algorithm]["color"] if algorithm else COLORS["sft"])
         axis.set_title(name, fontsize=10, loc="left")
         axis.yaxis.set_major_formatter("{x:.0%}")

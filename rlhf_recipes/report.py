@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from rlhf_recipes.plots import CURVES, slots
+from rlhf_recipes.plots import CURVES, algorithm_of, slots
 from rlhf_recipes.report_tables import (
-    algorithm_of,
+    audit_rows,
     clean,
     cost_rows,
     difference_rows,
+    finding_rows,
     held_out_rows,
     number,
     setting_rows,
@@ -80,7 +81,10 @@ def _context(comparison: dict[str, Any]) -> dict[str, Any]:
         "held_out_columns": columns,
         "held_out": held_out,
         "model_rows": measured["models"] if measured else {},
+        "lengths": _length_groups(measured, algorithms),
         "cost": cost_rows(comparison),
+        "audits": audit_rows(comparison),
+        "findings": finding_rows(comparison),
         "models": models,
         "differences": difference_rows(comparison),
         "settings": setting_rows(comparison),
@@ -93,9 +97,16 @@ def _context(comparison: dict[str, Any]) -> dict[str, Any]:
 def _slots(comparison: dict[str, Any], models: list[str]) -> dict[str, str]:
     """Name of an algorithm, run or model -> the class that colours it."""
     algorithms = comparison["algorithms"]
-    of_algorithm = slots(algorithms)
-    of_model = {name: of_algorithm.get(algorithm_of(name, algorithms) or "", "sft") for name in models}
+    others = [name for name in models if algorithm_of(name, algorithms) is None and name != "sft"]
+    of_algorithm = slots([*algorithms, *others])
+    of_model = {name: of_algorithm.get(algorithm_of(name, algorithms) or name, "sft") for name in models}
     return of_model | {run["name"]: of_algorithm[run["algorithm"]] for run in comparison["runs"]} | of_algorithm
+
+
+def _length_groups(measured: dict[str, Any] | None, algorithms: list[str]) -> list[str]:
+    """Whose lengths are drawn: an algorithm's models together, every other model alone."""
+    counts = ((measured or {}).get("length_histograms") or {}).get("counts", {})
+    return list(dict.fromkeys(algorithm_of(name, algorithms) or name for name in counts))
 
 
 def _forest(views: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_recipes.plots import algorithm_of
 from rlhf_recipes.tables import COLUMNS
 
 ABSENT = "–"
@@ -27,6 +28,11 @@ VIEWS = {
     "step": "at equal steps",
 }
 
+LONG, SMALL = 1e12, 0.01
+"""Beyond these a number is read by its exponent, or by its first digits: a run may diverge, and a scale be small."""
+
+NEGATIVE_ZERO = re.compile(r"^-(?=[0.]+%?$)")
+
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, marks that turn the direction of all that follows, halves of surrogate pairs."""
 
@@ -47,18 +53,25 @@ def number(value: float | None, form: str | None = None) -> str:
     """Three digits, thousands apart; `form` where the metric has one."""
     if value is None:
         return ABSENT
-    if form is not None:
-        return form.format(value)
-    if float(value).is_integer() or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    if abs(value) >= LONG:
+        text = f"{value:.3g}"
+    elif form is not None:
+        text = form.format(value)
+    elif float(value).is_integer() or abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}"
+    text = NEGATIVE_ZERO.sub("", text)
+    return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 def signed(value: float | None) -> str:
     """A difference: always with its sign."""
     if value is None:
         return ABSENT
-    text = f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+    size = abs(value)
+    form = "+.3g" if size >= LONG else "+,.0f" if size >= 1000 else "+.1f" if size >= 10 else "+.3f"
+    text = format(value, form if size >= SMALL or not value else "+.2g")
     return text.replace("-", "−")
 
 
@@ -88,13 +101,17 @@ def view_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
             view
             | {
                 "heading": f"{metric} {VIEWS.get(view['view'], view['view'])}{at}",
-                "cells": [number(view["means"].get(name), "{:.3f}") for name in comparison["algorithms"]],
+                "cells": [_mean(view["means"].get(name)) for name in comparison["algorithms"]],
                 "signed": signed(view["difference"]),
                 "range": "" if low is None else f"{signed(low)} to {signed(high)}",
                 "drawn": "" if not view["bootstrap"] else " to ".join(map(signed, view["bootstrap"])),
             }
         )
     return rows
+
+
+def _mean(value: float | None) -> str:
+    return number(value, None if value is not None and abs(value) < SMALL else "{:.3f}")
 
 
 def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -150,10 +167,30 @@ def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def algorithm_of(model: str, algorithms: list[str]) -> str | None:
-    """Whose run a model of the evaluation is: `ppo` and `ppo-seed_42` are ppo's."""
-    found = [name for name in algorithms if model == name or model.startswith((f"{name}-", f"{name} "))]
-    return max(found, key=len, default=None)
+def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a run: how many signs of reward hacking, and where its held-out score is highest."""
+    rows = []
+    for run, found in comparison["audit"].items():
+        peak, at = found["peak"], ABSENT
+        if peak is not None:
+            place = (
+                f"at {peak['checkpoint']}" if peak["by"] == "checkpoints" else f"about step {peak['step']} of the log"
+            )
+            at = f"{place} ({number(peak['held_out'], '{:.2f}')})"
+            if peak["checkpoint"] != "final":
+                at += ", above the end" if peak.get("above_end") else ", within noise of the end"
+        rows.append({"run": run, "signs": found["signs"], "peak": at})
+    return rows
+
+
+def finding_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each finding of the audits once, with the runs that it is about; signs of hacking come first."""
+    rows: dict[tuple[bool, str], list[str]] = {}
+    for run, found in comparison["audit"].items():
+        for i, finding in enumerate(found["findings"]):
+            rows.setdefault((i < found["signs"], finding), []).append(run)
+    found_in = [{"sign": sign, "finding": finding, "runs": runs} for (sign, finding), runs in rows.items()]
+    return sorted(found_in, key=lambda row: not row["sign"])
 
 
 def _by_value(values: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -255,6 +255,7 @@ def _audited(run: dict[str, Any]) -> dict[str, Any]:
         "held_out_name": "judge",
         "bins": bins,
         "checkpoints": [{"name": "final", "step": 60, "score_mean": 0.6, "judge_mean": 0.9, "kl": 5.0}],
-        "peak": {"step": 30, "checkpoint": None, "held_out": 0.25, "by": "completions"},
+        "peak": {"step": 30, "checkpoint": None, "held_out": 0.25, "by": "completions", "above_end": False},
+        "signs": 1,
         "findings": ["the trained score rose by 0.3 while the held-out score fell by 0.1 after step 30"],
     }

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 
 import pytest
@@ -175,6 +176,32 @@ def test_nothing_that_a_stranger_wrote_runs(opened, tmp_path):
     assert page.locator("svg a").count() == 0
 
 
+NAMES = ("constructor", "__proto__", "toString", "<a href='https://a.example'>b</a>")
+"""What every JavaScript object has, and what Plotly would take for a link."""
+
+
+def test_names_are_only_names(opened, tmp_path):
+    comparison = make_comparison()
+    evaluation, samples = comparison["evaluation"], comparison["samples"]
+    for name in NAMES:
+        for i, run in enumerate(comparison["runs"]):
+            run["curves"] |= {name: [1e-6 * (i + 1)] * 60} if i else {}  # one run does not have it
+        evaluation["models"][name] = evaluation["models"]["sft"]
+        evaluation["length_histograms"]["counts"][name] = [1] * 19
+        samples[0]["models"][name] = samples[0]["models"]["sft"]
+    write_page(tmp_path / "report.html", comparison)
+    page = opened(tmp_path / "report.html")
+    assert {name for name, _, _ in traces(page, "plot-lengths")} == {"sft", "ppo", "rloo", *NAMES}
+    assert set(page.locator(".sample").first.locator("h3").all_text_contents()) >= set(NAMES)
+    for name in NAMES:
+        page.locator("[name=metric]").select_option(name)
+        assert len(traces(page)) == 5 and page.locator("svg a").count() == 0
+        label = page.locator("#plot-curves").get_attribute("aria-label")
+        assert label.startswith(f"{name} over episodes: ppo seed 43 ends at 2.00e-6")
+        assert page.locator("#plot-curves .g-ytitle").text_content() == name
+        assert "μ" not in "".join(page.locator("#plot-curves .ytick").all_text_contents())
+
+
 def test_were_it_markup_the_policy_would_not_run_it(browser, report):
     page = browser.new_page()
     page.goto(report.as_uri())
@@ -253,7 +280,7 @@ def test_by_keyboard_alone(opened, report):
             assert len(traces(page)) == 7
         if name == "Numbers as a table" and reached.count(name) == 1:
             page.keyboard.press("Enter")
-            assert page.locator("details[data-of=plot-curves] tbody tr").count() > 10
+            page.locator("details[data-of=plot-curves] tbody tr").nth(10).wait_for()
         if name == "query":
             page.keyboard.type("awful")
             assert page.locator("mark").count() > 0
@@ -286,7 +313,7 @@ def test_light_and_dark(opened, report):
         page = opened(report, color_scheme=scheme)
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         inks.add(page.evaluate("document.querySelector('#plot-curves .xtick text').style.fill"))
-        for selector in (".sentence", ".hint", "small", ".sides .ppo", ".sides .rloo", ".completion.sft h4", ".cut"):
+        for selector in (".sentence", ".hint", "small", ".sides .ppo", ".sides .rloo", ".completion.sft h3", ".cut"):
             assert contrast(page, selector) >= 4.5, (scheme, selector)
     assert len(backgrounds) == len(inks) == 2
     page.get_by_role("button", name="Dark").click()  # shown dark, so that this turns on the light
@@ -300,7 +327,7 @@ def test_light_and_dark(opened, report):
 def test_on_paper(opened, report):
     page = opened(report, width=700, color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
-    page.wait_for_timeout(200)
+    page.locator("details:not([open]):not(.plot-data)").first.wait_for(state="detached")
     shown = "selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()).length"
     for hidden in ("header", "form", "button", ".plot-data"):
         assert page.evaluate(shown, hidden) == 0, hidden
@@ -311,8 +338,36 @@ def test_on_paper(opened, report):
     width = page.evaluate("document.querySelector('#plot-curves .main-svg').getBoundingClientRect().width")
     assert width == page.evaluate("document.querySelector('main').clientWidth")
     page.emulate_media(media="screen")
-    page.wait_for_timeout(200)
+    page.locator("details:not([open]):not(.plot-data)").first.wait_for()
     assert page.evaluate(shown, "form") == 2
+
+
+def test_every_table_and_region_has_a_name(opened, report):
+    page = opened(report)
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    page.locator("details[data-of=plot-audit-held_out] tbody tr").nth(10).wait_for()
+    assert page.locator("th").filter(has_text=re.compile(r"^\s*$")).count() == 0
+    names = page.evaluate("[...document.querySelectorAll('[role=region]')].map(region => region.ariaLabel)")
+    names += page.locator("h2").all_text_contents()
+    assert len(names) > 15 and len(names) == len(set(names))
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    assert all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
+
+
+def test_with_colours_forced_intervals_and_choices_show(opened, report):
+    page = opened(report, forced_colors="active")
+    background = "selector => getComputedStyle(document.querySelector(selector)).backgroundColor"
+    behind = page.evaluate(background, "body")
+    for selector in (".interval", ".dot", ".bar", ".stacked .ppo", ".segments input:checked + span"):
+        assert page.evaluate(background, selector) != behind, selector
+
+
+def test_an_old_browser_says_so(browser, report):
+    page = browser.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(report.as_uri())
+    assert "this browser is too old" in page.locator("#failure").text_content()
+    page.close()
 
 
 def test_without_javascript_the_numbers_are_there(opened, report):
@@ -321,6 +376,16 @@ def test_without_javascript_the_numbers_are_there(opened, report):
     for wanted in ("PPO better", "+0.050", "need JavaScript", "distinct-1", "peak memory", "rloo.baseline"):
         assert wanted in text
     assert "Search" not in text and not page.locator("#plot-curves").is_visible()
+    # No heading, and no link to one, stands over nothing.
+    assert page.locator("h2:visible").all_text_contents() == [
+        "Held-out prompts",
+        "Cost",
+        "Judge",
+        "Reward hacking",
+        "Settings",
+        "Words",
+    ]
+    assert page.locator("nav a:visible").count() == 6
 
 
 def test_a_picture_of_it(opened, report, tmp_path):

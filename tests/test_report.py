@@ -14,7 +14,7 @@ from report_fixture import make_comparison
 from rlhf_recipes.markdown import write_markdown
 from rlhf_recipes.plots import draw_comparison, slots
 from rlhf_recipes.report import POINTS, _thin, write_page
-from rlhf_recipes.report_tables import clean, number, signed, spread, view_rows
+from rlhf_recipes.report_tables import audit_rows, clean, finding_rows, number, signed, spread, view_rows
 
 EVIL = (
     "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><a href='https://a.example'>b</a>"
@@ -77,6 +77,14 @@ def empty():
     return none | lists | more | {"bands": {}, "cost": {}, "audit": {}}
 
 
+def no_lines():
+    """Logs that end before their first line."""
+    comparison = make_comparison(seeds=(42,))
+    for run in comparison["runs"]:
+        run["curves"] = {key: [] for key in run["curves"]}
+    return comparison | {"bands": {}, "frontier": [run | {"training": []} for run in comparison["frontier"]]}
+
+
 CASES = {
     "seeds": make_comparison,
     "one run": lambda: make_comparison(algorithms=("ppo",), seeds=(42,)),
@@ -85,6 +93,7 @@ CASES = {
     "not comparable": unequal,
     "nothing known": lambda: nothing_known(make_comparison()),
     "a stranger's text": lambda: poison(make_comparison()),
+    "no lines": no_lines,
     "empty": empty,
 }
 
@@ -202,6 +211,9 @@ def test_numbers_read_alike():
         "−12.3",
         "+4,321",
     ]
+    assert [number(value, "{:.2f}") for value in (-0.06, -0.001, -0.0, 1e30)] == ["−0.06", "0.00", "0.00", "1e+30"]
+    assert number(-1e-5) == "−1e-05" and number(-0.0) == "0" and number(-0.001, "{:.0%}") == "0%"
+    assert [signed(value) for value in (0.0004, -0.00816, 0.0, -1e300)] == ["+0.0004", "−0.0082", "+0.000", "−1e+300"]
     assert spread({"mean": 1.0, "low": None, "high": None}) == ("1", "")
     assert spread({"mean": 1.0, "low": 0.5, "high": 1.5}) == ("1", "0.5 to 1.5") and spread(None) == ("–", "")
     rows = view_rows(make_comparison())
@@ -217,6 +229,10 @@ def test_the_interval_stands_where_its_numbers_are(tmp_path):
 
 def test_markdown_tables_hold_together(tmp_path):
     """Every table's rows have as many cells as its head, whatever the names hold."""
+    named = make_comparison()
+    named["notes"] = ["costs $1$ and ~~more~~"]
+    write_markdown(named, tmp_path / "report.md")
+    assert "\n- costs \\$1\\$ and \\~\\~more\\~\\~\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
     for comparison in (make_comparison(), poison(make_comparison()), unequal()):
         write_markdown(comparison, tmp_path / "report.md")
         text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -230,6 +246,66 @@ def test_markdown_tables_hold_together(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| score on held-out prompts | 0.640 | 0.590 | +0.050 | +0.020 to +0.080 |" in text
     assert all(f"]({name}.png)" in text for name in ("curves", "frontier", "lengths"))
+
+
+def test_an_audit_of_many_runs_says_each_thing_once(tmp_path):
+    comparison = make_comparison()
+    audits = list(comparison["audit"].values())
+    for found in audits[1:]:
+        found |= {"signs": 0, "findings": ["nothing found"], "peak": None}
+    audits[2]["peak"] = {"step": 60, "checkpoint": "final", "held_out": 0.3, "by": "checkpoints", "above_end": False}
+    assert [(row["sign"], len(row["runs"])) for row in finding_rows(comparison)] == [(True, 1), (False, 5)]
+    assert [row["signs"] for row in audit_rows(comparison)] == [1, 0, 0, 0, 0, 0]
+    assert [row["peak"] for row in audit_rows(comparison)][:3] == [
+        "about step 30 of the log (0.25), within noise of the end",
+        "–",
+        "at final (0.30)",
+    ]
+    assert page_of(comparison, tmp_path).count("nothing found") == 1
+    write_markdown(comparison, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "nothing found" not in text and "| ppo seed 42 | 1 | about step 30 of the log (0.25)" in text
+    assert text.count("- the trained score rose") == 1
+
+
+def test_a_judge_s_disagreeing_orders_are_counted(tmp_path):
+    """55 won, 35 lost, 8 tied and 2 not read would be all of 100: with 30 inconsistent, the bar must hold them."""
+    comparison = make_comparison()
+    judged = comparison["judge"][0]
+    judged |= {"wins": 40, "losses": 20, "ties": 8, "inconsistent": 30, "unparsable": 2}
+    judged |= {"length_controlled": dict.fromkeys(("win_rate", "interval", "slope", "extrapolated"))}
+    judged |= {"judge_agreement": {"with": "judge", "share": 0.8, "pairs": 50, "interval": None}}
+    judged["by_length"][0]["prompts"] = 12.5
+    page = page_of(comparison, tmp_path)
+    assert 'class="ppo" style="width:40.82%"' in page and 'class="ties" style="width:38.78%"' in page
+    assert "ppo won 40, rloo won 20, neither 38" in page and "<td>12.5</td>" in page
+    assert "the score of training on 70%" in page and "the judge of eval on 80%" in page
+    assert "At equal length" not in page
+    write_markdown(comparison, tmp_path / "report.md")
+    assert "| 40 | 8 | 30 | 20 | 2 | 100 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    comparison["judge"][0] |= {"win_rate": None, "interval": None, "agreement": None, "unparsable": 100}
+    comparison["judge"][0] |= dict.fromkeys(("wins", "losses", "ties", "inconsistent"), 0) | {"by_length": []}
+    assert "no answer" in page_of(comparison, tmp_path)
+
+
+def test_models_of_no_algorithm_are_told_apart(tmp_path):
+    comparison = make_comparison()
+    evaluation = comparison["evaluation"]
+    evaluation["models"]["base"] = evaluation["models"]["sft"]
+    evaluation["length_histograms"]["counts"]["base"] = [1] * 19
+    data = json.loads(unpacked(page_of(comparison, tmp_path), "data"))
+    assert [data["slots"][name] for name in ("ppo", "ppo-seed_42", "sft", "base")] == ["ppo", "ppo", "sft", "other-0"]
+
+
+def test_what_voids_a_comparison_stands_out(tmp_path):
+    found = Elements(page_of(unequal(), tmp_path)).found
+    assert [attributes for tag, attributes in found if tag == "tr" and attributes] == [{"class": "refuses"}]
+
+
+def test_the_label_is_said_once(tmp_path):
+    comparison = make_comparison()
+    comparison["verdict"] = {"winner": None, "label": "inconclusive", "sentence": "inconclusive: it holds 0."}
+    assert page_of(comparison, tmp_path).count("inconclusive: ") == 0
 
 
 def test_pictures_show_something(tmp_path):

@@ -22,13 +22,18 @@ function fail(error) {
 }
 
 async function unpack(id) {
+  if (!window.DecompressionStream) throw new Error("this browser is too old for them. The tables below and the PNG files beside this one are whole.");
   const bytes = Uint8Array.from(atob(byId(id).textContent), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
 }
 
 const shown = (value, digits = 3) =>
-  value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 6 });
+  value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(digits - 1)
+    : Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 6 });
+
+/** What an object has under a stranger's name: `constructor` is one that every object would answer to. */
+const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
 
 // ---------------------------------------------------------------- light and dark
 
@@ -89,21 +94,22 @@ const plots = {};
 let data = null;
 
 /** Plotly reads a few tags and entities in names: these are names only. */
-const plain = (text) => [...text].slice(0, 60).join("").replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+const plain = (text) => [...text].slice(0, 80).join("").replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
 const line = (slot, width, alpha = 1) => ({ color: faint(colour(slot), alpha), width, dash: DASHES[slot] });
 
-function layout(x, y, more = {}) {
+function layout(x, y) {
   const ink = colour("", "--soft");
   const axis = (title) => ({
-    title: { text: title, standoff: 8 }, type: "linear", color: ink, gridcolor: colour("", "--line"), zeroline: false, automargin: true, ticks: "",
+    title: { text: plain(title), standoff: 8 }, type: "linear", color: ink, gridcolor: colour("", "--line"), zeroline: false, automargin: true, ticks: "",
   });
+  const small = { exponentformat: "e", minexponent: 4 }; // a learning rate is 1e-6 and not 1μ
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
     hoverlabel: { bgcolor: colour("", "--card"), bordercolor: colour("", "--edge"), font: { color: colour("", "--ink") }, namelength: -1 },
     margin: { l: 8, r: 8, t: 8, b: 8 }, dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    xaxis: axis(x), yaxis: axis(y), ...more,
+    xaxis: axis(x), yaxis: { ...axis(y), ...small },
   };
 }
 
@@ -122,8 +128,8 @@ const drawAll = () => Object.keys(plots).forEach(draw);
 
 /** The numbers of a plot, at most a dozen points of each line. */
 function tabulate(details) {
-  const { traces, layout: arranged } = plots[details.dataset.of]();
-  const head = make("tr", {}, ...["line", arranged.xaxis.title.text, arranged.yaxis.title.text].map((text) => make("th", { scope: "col" }, text)));
+  const { traces, heads } = plots[details.dataset.of]();
+  const head = make("tr", {}, ...["line", ...heads].map((text) => make("th", { scope: "col" }, text)));
   const body = make("tbody");
   for (const trace of traces.filter((one) => one.meta)) {
     const every = Math.max(1, Math.ceil((trace.x.length - 1) / 11));
@@ -159,15 +165,14 @@ function choices() {
 /** Curves of one metric: means with bands and thin lines of the seeds, or every run, or one seed's runs. */
 function curves(metric) {
   const { axis, show, weight, runs } = choices();
-  const title = data.titles[metric] ?? metric;
-  const bands = show === "mean" ? (data.bands[axis]?.[metric] ?? {}) : {};
+  const title = own(data.titles, metric) ?? metric ?? "";
+  const bands = new Map(Object.entries((show === "mean" && own(data.bands[axis] ?? {}, metric)) || {}));
   const traces = [];
   const said = [];
   for (const run of data.runs) {
-    const values = run.curves[metric];
+    const values = own(run.curves, metric);
     if (!runs.has(run) || !values || !run.curves[axis] || (show.startsWith("seed") && show !== `seed ${run.seed}`)) continue;
-    const behind = Boolean(bands[run.algorithm]) && data.runs.filter((other) => other.algorithm === run.algorithm).length > 1;
-    if (behind && bands[run.algorithm].mean === null) continue;
+    const behind = bands.has(run.algorithm) && data.runs.filter((other) => other.algorithm === run.algorithm).length > 1;
     const y = smooth(values, weight);
     traces.push({
       type: "scatter", mode: "lines", name: plain(run.name), x: run.curves[axis], y, line: { ...line(run.slot, behind ? 1 : 2, behind ? 0.35 : 1), dash: behind ? "solid" : DASHES[run.slot] },
@@ -175,7 +180,8 @@ function curves(metric) {
     });
     if (!behind) said.push(`${run.name} ends at ${shown(y.findLast((value) => value !== null))}`);
   }
-  for (const [algorithm, band] of Object.entries(bands)) {
+  const means = []; // above all bands
+  for (const [algorithm, band] of bands) {
     const mine = data.runs.filter((run) => run.algorithm === algorithm);
     if (mine.length < 2 || !mine.some((run) => runs.has(run))) continue;
     const mean = smooth(band.mean, weight);
@@ -184,14 +190,15 @@ function curves(metric) {
       traces.push({ ...edge, y: smooth(band.low, weight) });
       traces.push({ ...edge, y: smooth(band.high, weight), fill: "tonexty", fillcolor: faint(colour(mine[0].slot), 0.18) });
     }
-    traces.push({
+    means.push({
       type: "scatter", mode: "lines", name: plain(`${algorithm}, mean of ${band.seeds}`), x: band.x, y: mean, line: line(mine[0].slot, 3), hoverinfo: "x+y+name",
       meta: `${algorithm}, mean of ${band.seeds}`,
     });
     said.push(`${algorithm} ends at ${shown(mean.findLast((value) => value !== null))}`);
   }
-  const over = data.axes[axis] ?? axis;
-  return { traces, layout: layout(over, title), label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
+  traces.push(...means);
+  const over = data.axes[axis] ?? ""; // runs without a line have no axis
+  return { traces, layout: layout(over, title), heads: [over, weight ? `${title}, smoothed` : title], label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
 }
 
 plots["plot-curves"] = () => curves(choices().metric);
@@ -218,17 +225,17 @@ plots["plot-frontier"] = () => {
     });
     said.push(`${run.run} scores ${shown(run.held_out[1])} at KL ${shown(run.held_out[0])}`);
   }
-  return { traces, layout: layout(data.titles.kl, "score"), label: `Score over KL: ${said.join("; ") || "training only"}.` };
+  return { traces, layout: layout(data.titles.kl, "score"), heads: [data.titles.kl, "score"], label: `Score over KL: ${said.join("; ") || "training only"}.` };
 };
 
 plots["plot-lengths"] = () => {
   const { edges, counts } = data.lengths;
-  const groups = {}; // an algorithm's models are one line: each has as many completions
+  const groups = new Map(); // an algorithm's models are one line: each has as many completions
   for (const [model, heights] of Object.entries(counts)) {
     const name = data.algorithms.includes(data.owners[model]) ? data.owners[model] : model;
-    groups[name] = heights.map((height, i) => height + (groups[name]?.[i] ?? 0));
+    groups.set(name, heights.map((height, i) => height + (groups.get(name)?.[i] ?? 0)));
   }
-  const traces = Object.entries(groups).map(([name, heights]) => {
+  const traces = [...groups].map(([name, heights]) => {
     const all = Math.max(1, heights.reduce((sum, height) => sum + height, 0));
     const shares = heights.map((height) => height / all);
     return {
@@ -238,7 +245,7 @@ plots["plot-lengths"] = () => {
   });
   const arranged = layout("tokens", "");
   arranged.yaxis.tickformat = ".0%";
-  return { traces, layout: arranged, label: `Share of completions by length of ${Object.keys(groups).join(", ")}; the table has the numbers.` };
+  return { traces, layout: arranged, heads: ["tokens", "share"], label: `Share of completions by length of ${[...groups.keys()].join(", ")}; the table has the numbers.` };
 };
 
 for (const key of ["score", "held_out"]) plots[`plot-audit-${key}`] = () => {
@@ -248,7 +255,8 @@ for (const key of ["score", "held_out"]) plots[`plot-audit-${key}`] = () => {
     type: "scatter", mode: "lines+markers", name: plain(name), x: audit.bins.map((bin) => bin[over]), y: audit.bins.map((bin) => bin[key]),
     line: line(data.slots[name] ?? "sft", 2), marker: { size: 6 }, hoverinfo: "x+y+name", meta: name,
   }));
-  return { traces, layout: layout(over, ""), label: `${key === "score" ? "Trained" : "Held-out"} score over training, one line a run.` };
+  const title = key === "score" ? "trained score" : "held-out score";
+  return { traces, layout: layout(over, ""), heads: [over, title], label: `${title} over training, one line a run.` };
 };
 
 // ---------------------------------------------------------------- samples
@@ -340,7 +348,7 @@ function completionCard(name, found, pattern) {
   if (typeof found.judge === "number") facts.push(`judge\u00a0${signed(found.judge)}`);
   if (typeof found.tokens === "number") facts.push(`${found.tokens}\u00a0tokens`);
   return make("div", { class: `completion ${data.slots[name] ?? "sft"}` },
-    make("h4", {}, make("bdi", {}, name)),
+    make("h3", {}, make("bdi", {}, name)),
     folding("p", {}, found.completion.replace(/^ /, ""), pattern), // most tokenizers begin a word with its blank
     make("small", {}, facts.join(" · "), found.finished === false ? make("span", { class: "cut" }, `${facts.length ? " · " : ""}cut off`) : null));
 }
@@ -356,7 +364,7 @@ function showSamples() {
       folding("div", { class: "prompt" }, sample.prompt, pattern),
       make("div", { class: "completions" },
         ...Object.entries(sample.models).filter(([name]) => names.includes(name)).map(([name, found]) => completionCard(name, found, pattern)),
-        sample.reference === undefined ? null : make("div", { class: "completion" }, make("h4", {}, "the data's own"), folding("p", {}, sample.reference, pattern))))));
+        sample.reference === undefined ? null : make("div", { class: "completion" }, make("h3", {}, "the data's own"), folding("p", {}, sample.reference, pattern))))));
   byId("found").textContent = `${samples.length} of ${data.samples.length} prompts, page ${page + 1} of ${pages}`;
   for (const button of document.querySelectorAll("[data-turn]")) button.disabled = button.dataset.turn === "1" ? page >= pages - 1 : page <= 0;
 }
