@@ -31,6 +31,13 @@ POINTS = 1000
 """Most points of one line: as many as a wide screen has columns for it."""
 
 
+LARGEST = 5_000_000
+"""Bytes that a page may have, so that it can be sent about; samples that go beyond are left out, and it says so."""
+
+FOR_TABLES = 400_000
+"""Of them, for what is not packed: text, tables, style and script."""
+
+
 def write_page(file: Path, comparison: dict[str, Any]) -> None:
     """Write the page.
 
@@ -44,6 +51,8 @@ def write_page(file: Path, comparison: dict[str, Any]) -> None:
     comparison = clean(comparison)
     context = _context(comparison)
     script, plotly = _template_text("report.js"), get_plotlyjs()
+    packed_plotly = _pack(plotly)
+    data, shown = _fitting(_data(comparison, context["slots"]), LARGEST - FOR_TABLES - len(packed_plotly))
     page = (
         Environment(loader=PackageLoader("rlhf_recipes"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .get_template("report.html")
@@ -53,8 +62,9 @@ def write_page(file: Path, comparison: dict[str, Any]) -> None:
             "img-src data: blob:; base-uri 'none'; form-action 'none'",
             style=Markup(_template_text("report.css")),
             script=Markup(script),
-            plotly=_pack(plotly),
-            data=_pack(json.dumps(_data(comparison, context["slots"]), separators=(",", ":"))),
+            plotly=packed_plotly,
+            data=data,
+            shown=shown,
         )
     )
     # The policy's hashes are of these very characters: no system may write other line ends.
@@ -142,6 +152,17 @@ def _metrics(comparison: dict[str, Any]) -> list[str]:
 
 def _any_number(values: list[float | None] | None) -> bool:
     return values is not None and any(value is not None for value in values)
+
+
+def _fitting(data: dict[str, Any], room: int) -> tuple[str, int]:
+    """What the script draws, packed, with as many samples as there is room for; and their number."""
+    number = len(data["samples"])
+    while True:
+        kept = data | {"samples": data["samples"][:number]}
+        packed = _pack(json.dumps(kept, separators=(",", ":")))
+        if len(packed) <= room or number == 0:
+            return packed, number
+        number = min(number - 1, int(number * room / len(packed)))
 
 
 def _data(comparison: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:

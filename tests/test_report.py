@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from html.parser import HTMLParser
+from random import Random
 
 import pytest
 from matplotlib import image
@@ -181,7 +182,21 @@ def test_eight_long_runs_fit_into_five_megabytes(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     data = json.loads(unpacked(page, "data"))
     assert len(data["runs"]) == 8 and len(data["samples"]) == 500 and len(data["samples"][0]["models"]) == 9
-    assert "Of 2,000 points a run" in page
+    assert "Of 2,000 points a run" in page and "too large" not in page
+
+
+@pytest.mark.slow
+def test_samples_that_make_the_page_too_large_are_left_out_and_it_says_so(tmp_path):
+    random = Random(0)
+    comparison = make_comparison(prompts=200)
+    for line in comparison["samples"]:
+        for found in line["models"].values():
+            found["completion"] = random.randbytes(4000).hex()
+    page = page_of(comparison, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    shown = json.loads(unpacked(page, "data"))["samples"]
+    assert 20 < len(shown) < 200 and f"The first {len(shown)} of 200 prompts" in page
+    assert shown[0]["models"]["sft"]["completion"] == comparison["samples"][0]["models"]["sft"]["completion"]
 
 
 def test_thinning_keeps_every_peak():
