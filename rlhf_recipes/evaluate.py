@@ -67,8 +67,8 @@ def main(run: Run) -> str:
                     write_whole(file, json.dumps(part, ensure_ascii=False))
             parts[name] = json.loads(file.read_text(encoding="utf-8"))
     _write(run, rows, parts, new_tokens)
+    log_eval(recipe, run.path, run.manifest["id"])  # may wait for a server: who stops it there measures nothing again
     shutil.rmtree(folder)
-    log_eval(recipe, run.path, run.manifest["id"])
     run.results = {name: part["metrics"] for name, part in parts.items()}
     return ", ".join(f"{name}: score {metrics['score_mean']:.2f}" for name, metrics in run.results.items())
 

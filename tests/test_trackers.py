@@ -264,11 +264,18 @@ def test_a_server_that_does_not_answer_is_waited_for_a_little(small, tmp_path, m
 
 
 @pytest.mark.slow
-def test_an_environment_that_wandb_does_not_understand(tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"WANDB_MODE": "of"}, "mode"),
+        ({"WANDB_MODE": "offline", "WANDB_PROJECT": "films/ppo"}, "Invalid project name 'films/ppo'"),
+    ],
+)
+def test_an_environment_that_wandb_does_not_understand(environment, expected, tmp_path):
     program = "from rlhf_recipes.trackers import chosen_trackers; chosen_trackers('ppo', None)"
-    done = run_python("-c", program, cwd=tmp_path, WANDB_MODE="of")
+    done = run_python("-c", program, cwd=tmp_path, **environment)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("rlhf_recipes.config.RecipeError: W&B does not take a value") and "mode" in last
+    assert last.startswith("rlhf_recipes.config.RecipeError: W&B does not take a value") and expected in last
 
 
 @pytest.mark.parametrize(
@@ -281,6 +288,7 @@ def test_an_environment_that_wandb_does_not_understand(tmp_path):
         ("wandb", ["tensorboard", "wandb"]),
         (["tensorboard", "trackio"], ["tensorboard", "trackio"]),
         (["wandb", "trackio"], ["tensorboard", "wandb", "trackio"]),
+        (["wandb", "none", "wandb"], ["tensorboard", "wandb"]),  # twice the name would be twice the lines
     ],
 )
 def test_what_the_recipe_asks_for(given, expected, monkeypatch):
@@ -289,13 +297,17 @@ def test_what_the_recipe_asks_for(given, expected, monkeypatch):
 
 
 def test_what_the_recipe_asks_for_and_cannot_have(monkeypatch):
+    from transformers.integrations import integration_utils
+
     monkeypatch.setattr(trackers, "wandb_mode", lambda: (None, "nobody is logged in"))
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
     for given, expected in (
         ("wandb", "rloo.trainer.report_to: W&B cannot be used: nobody is logged in."),
-        (["trackio"], "rloo.trainer.report_to: trackio is not installed; pip install trackio."),
+        (["trackio"], "rloo.trainer.report_to: trackio is not installed; pip install its package, or take it out."),
         ("all", "rloo.trainer.report_to: all is whatever is installed"),
+        ("wandb,trackio", "rloo.trainer.report_to: no tracker is called 'wandb,trackio'; there are: none, azure_ml, "),
+        ("", "rloo.trainer.report_to: no tracker is called ''; "),
     ):
         with pytest.raises(RecipeError, match=f"^{expected}"):
             trackers.chosen_trackers("rloo", given)
