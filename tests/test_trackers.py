@@ -428,14 +428,14 @@ from pathlib import Path
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.trackers import log_comparison, log_eval
 log_eval(load_recipe("imdb_tiny"), Path("eval"), "one")
-log_comparison(load_recipe("imdb_tiny"), "duel", Path("duel"))
+log_comparison(load_recipe("imdb_tiny"), "duel", Path("my duel"))
 """
 
 
 @pytest.mark.slow
 def test_results_of_eval_and_of_a_comparison(tmp_path):
     (tmp_path / "eval").mkdir()
-    (tmp_path / "duel").mkdir()
+    (tmp_path / "my duel").mkdir()
     models = {"sft": {"score_mean": 0.1, "kl": 0.0}, "ppo": {"score_mean": 0.7, "kl": None}}
     (tmp_path / "eval" / "eval.json").write_text(json.dumps({"models": models}))
     said = {"sft": {"completion": " bad", "score": -1.0}, "ppo": {"completion": " good", "score": 0.5, "judge": None}}
@@ -444,9 +444,10 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     view |= {"means": {"ppo": 0.7, "rloo": 0.5}, "label": "PPO better", "sentence": "PPO is better.", "paired": True}
     verdict = {"winner": "ppo", "label": "PPO better", "sentence": "PPO is better."}
     comparison = {"verdict": verdict, "views": [view, view | {"view": "tokens", "interval": None}]}
-    (tmp_path / "duel" / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "my duel" / "comparison.json").write_text(json.dumps(comparison))
     done = run_python("-c", RESULTS, cwd=tmp_path, **clean(tmp_path / "home", WANDB_MODE="offline"))
     assert done.returncode == 0, done.stderr
+    assert "wandb sync 'my duel/wandb/offline-run-" in done.stdout
     found = records(tmp_path / "eval")
     run, summary = of_kind("run", found)[0], {}
     for record in of_kind("summary", found):
@@ -458,13 +459,13 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     (table,) = tables(tmp_path / "eval", "completions")
     assert table["columns"] == ["prompt", "reference", "sft", "sft score", "ppo", "ppo score", "ppo judge"]
     assert table["data"] == [["it was", " so", " bad", -1.0, " good", 0.5, None]]
-    found = records(tmp_path / "duel")
+    found = records(tmp_path / "my duel")
     summary = {}
     for record in of_kind("summary", found):
         summary |= record["update"]
     assert of_kind("run", found)[0]["job_type"] == "duel"
     assert summary["verdict/label"] == "PPO better" and summary["held_out/score_mean/difference"] == 0.2
-    (table,) = tables(tmp_path / "duel", "views")
+    (table,) = tables(tmp_path / "my duel", "views")
     held_out, tokens = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     assert (held_out["low"], held_out["high"], tokens["low"]) == (0.1, 0.3, None)
 
