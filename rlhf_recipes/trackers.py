@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from importlib.util import find_spec
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ def chosen_trackers(stage: str, given: Any) -> list[str]:
     if given is None:
         return ["tensorboard"] + (["wandb"] if wandb_mode()[0] else [])
     names = [given] if isinstance(given, str) else list(given)
-    others = [name for name in names if name not in ("tensorboard", "none")]
+    others = list(dict.fromkeys(name for name in names if name not in ("tensorboard", "none")))
     if "all" in others:
         raise RecipeError(f"{key}: all is whatever is installed; name what you want, such as [wandb, trackio].")
-    if "trackio" in others and find_spec("trackio") is None:
-        raise RecipeError(f"{key}: trackio is not installed; pip install trackio.")
+    _check_known(key, others)
     if "wandb" in others:
         mode, why_not = wandb_mode()
         if mode is None and os.environ.get("WANDB_MODE") == "disabled":
@@ -48,6 +47,18 @@ def chosen_trackers(stage: str, given: Any) -> list[str]:
         elif mode is None:
             raise RecipeError(f"{key}: W&B cannot be used: {why_not}.")
     return ["tensorboard", *others]
+
+
+def _check_known(key: str, names: list[str]) -> None:
+    """Refuse trackers that transformers does not know, or that are not installed, before models are loaded."""
+    from transformers.integrations import get_available_reporting_integrations, integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    if unknown := [name for name in names if name not in known]:
+        raise RecipeError(f"{key}: no tracker is called {unknown[0]!r}; there are: none, {', '.join(sorted(known))}.")
+    # transformers does not list Flyte among those that it can find.
+    if missing := set(names) - set(get_available_reporting_integrations()) - {"flyte"}:
+        raise RecipeError(f"{key}: {min(missing)} is not installed; pip install its package, or take it out.")
 
 
 def wandb_mode() -> tuple[str | None, str]:
@@ -75,7 +86,7 @@ def _hushed() -> Any:
 
     try:
         settings = wandb.setup(wandb.Settings(silent=True)).settings
-    except ValueError as error:  # pydantic's
+    except (ValueError, wandb.Error) as error:  # pydantic's; W&B's own, of names that it does not take
         raise RecipeError(
             f"W&B does not take a value of your environment or of its settings file: {' '.join(str(error).split())}"
         ) from error
@@ -132,7 +143,8 @@ def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) ->
         wandb.teardown()  # or the run's id would still be in use
         _hushed()
         mode, started = "offline", wandb.init(**arguments, mode="offline")
-    where = started.url if mode == "online" else f"offline, upload it with: wandb sync {Path(started.dir).parent}"
+    command = f"wandb sync {shlex.quote(str(Path(started.dir).parent))}"
+    where = started.url if mode == "online" else f"offline, upload it with: {command}"
     say(f"{stage:<8} W&B: {where}")
     return started
 

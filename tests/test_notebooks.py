@@ -3,11 +3,13 @@
 All of them together are to take at most 4 minutes on 2 CPU cores.
 """
 
+import json
 import os
 from pathlib import Path
 
 import nbformat
 import pytest
+from report_fixture import make_comparison
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -31,21 +33,39 @@ def test_outputs_are_stripped(path):
     assert text == nbformat.writes(notebook) + "\n"  # what an editor would write: no diffs by form
 
 
+def execute(path: Path, folder: Path, monkeypatch) -> list:
+    """Outputs of all cells, run by a kernel that begins in a folder."""
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parent.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": folder}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    return [output for cell in code for output in cell.outputs]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, monkeypatch):
-    from nbclient import NotebookClient
-
-    # The kernel is a process of its own, which begins in an empty folder.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parent.parent), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    notebook = nbformat.read(path, as_version=4)
-    (tmp_path / "work").mkdir()
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path / "work"}}
-    ).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
+    outputs = execute(path, tmp_path, monkeypatch)
     assert any("image/png" in output.get("data", {}) for output in outputs), "no picture was drawn"
-    assert not [output for output in outputs if output.get("name") == "stderr"], "a newcomer reads warnings first"
+    said = [(output.name, output.text) for output in outputs if output.output_type == "stream"]
+    assert not [text for name, text in said if name == "stderr" or "WARNING" in text], "a newcomer reads warnings first"
+
+
+@pytest.mark.slow
+def test_a_duel_of_which_a_run_failed_is_read(tmp_path, monkeypatch):
+    duel = make_comparison()
+    scores = duel["held_out"]["metrics"]["score_mean"]
+    (failed,) = [i for i, run in enumerate(duel["runs"]) if run["name"] == "rloo seed 43"]
+    del duel["runs"][failed], duel["frontier"][failed], scores["rloo"]["values"][1]
+    folder = tmp_path / "runs" / "imdb_tiny" / "duel"
+    folder.mkdir(parents=True)
+    (folder / "comparison.json").write_text(json.dumps(duel), encoding="utf-8")
+    (path,) = [path for path in NOTEBOOKS if path.stem == "ppo_vs_rloo"]
+    said = "".join(output.get("text", "") for output in execute(path, tmp_path, monkeypatch))
+    ppo, rloo = scores["ppo"]["values"], scores["rloo"]["values"]
+    assert f"differences: [{round(ppo[0] - rloo[0], 3)}, {round(ppo[2] - rloo[1], 3)}]" in said  # seeds 42 and 44

@@ -1,6 +1,7 @@
 """What trackers get: read back from their own files, or from a server on loopback that stands in for W&B's."""
 
 import json
+import multiprocessing
 import os
 import sqlite3
 import subprocess
@@ -8,10 +9,12 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import HELD_OUT_REVIEWS, REVIEWS, causal_lm, cli, run_python, word_tokenizer, write_jsonl
+from conftest import HELD_OUT_REVIEWS, REVIEWS, TRAINERS, causal_lm, cli, run_python, word_tokenizer, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainers import ALGORITHMS, PROMPTS, length, make
 
@@ -85,12 +88,44 @@ def small(bpe_policy_folder, tmp_path_factory) -> list[str]:
     ]
 
 
+def start(stage: str, *arguments: str, cwd: Path, **environment: str) -> multiprocessing.Process:
+    """Start a stage of imdb_positive as `python -m rlhf_recipes.<stage>` does, in a fork that has imported all of it."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(TRAINERS)
+    process = processes.Process(target=forked, args=(stage, arguments, cwd, os.environ | environment))
+    process.start()
+    return process
+
+
+def forked(stage: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()  # the server's, which began when it did
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{stage}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
+    try:
+        import_module("rlhf_recipes.entry").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
+    finally:
+        import wandb
+
+        wandb.finish()  # which W&B does itself where a process ends as any other, not as a fork
+
+
+def run_stage(stage: str, *arguments: str, cwd: Path, **environment: str) -> SimpleNamespace:
+    """Run it to its end; what it said."""
+    process = start(stage, *arguments, cwd=cwd, **environment)
+    process.join(300)
+    said = {name: (cwd / f"{stage}.{name}").read_text() for name in ("stdout", "stderr")}
+    return SimpleNamespace(returncode=process.exitcode, **said)
+
+
 @pytest.fixture(scope="module")
 def offline(small, tmp_path_factory):
     """The folder in which ppo and rloo have run with W&B offline, and what they said."""
     folder, said = tmp_path_factory.mktemp("offline"), {}
     for stage in ("ppo", "rloo"):
-        done = cli(stage, "imdb_positive", *small, cwd=folder, **clean(folder / "home", WANDB_MODE="offline"))
+        done = run_stage(stage, *small, cwd=folder, **clean(folder / "home", WANDB_MODE="offline"))
         assert done.returncode == 0, done.stderr
         said[stage] = done
     return folder, said
@@ -176,18 +211,14 @@ def test_the_terminal_has_one_line_of_wandb(stage, offline):
 @pytest.mark.slow
 def test_a_killed_run_can_be_read(small, tmp_path):
     path = tmp_path / "runs" / "imdb_positive" / "ppo"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_recipes.ppo", "--recipe", "imdb_positive", *small, "episodes=8000"],
-        cwd=tmp_path,
-        env=os.environ | clean(tmp_path / "home", WANDB_MODE="offline"),
-        stdout=subprocess.DEVNULL,
-    )
+    environment = clean(tmp_path / "home", WANDB_MODE="offline")
+    process = start("ppo", *small, "episodes=8000", cwd=tmp_path, **environment)
     metrics = path / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 40):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.2)
     process.kill()
-    process.wait()
+    process.join()
     time.sleep(2)  # W&B's own process writes what it has got, and ends
     found = rows(records(path))
     assert 20 < len(found) <= len(lines(metrics)) + 1
@@ -243,7 +274,7 @@ def test_nobody_is_asked_for_a_login(case, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_without_a_login_training_does_without_wandb(small, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
-    done = cli("rloo", "imdb_positive", *small, "episodes=8", cwd=tmp_path, **clean(tmp_path / "home"))
+    done = run_stage("rloo", *small, "episodes=8", cwd=tmp_path, **clean(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "imdb_positive" / "rloo"
     assert not (path / "wandb").exists() and "W&B" not in done.stdout + done.stderr
@@ -255,7 +286,7 @@ def test_a_server_that_does_not_answer_is_waited_for_a_little(small, tmp_path, m
     monkeypatch.delenv("WANDB_MODE")
     home = clean(tmp_path / "home", WANDB_API_KEY=KEY, WANDB_BASE_URL=NOWHERE, WANDB_INIT_TIMEOUT="1")
     began = time.monotonic()
-    done = cli("rloo", "imdb_positive", *small, "episodes=8", cwd=tmp_path, timeout=120, **home)
+    done = run_stage("rloo", *small, "episodes=8", cwd=tmp_path, **home)
     assert done.returncode == 0 and time.monotonic() - began < 90, done.stderr
     (warning,) = [line for line in done.stderr.splitlines() if "W&B" in line]
     assert warning.startswith("WARNING: W&B: ") and warning.endswith("; this run is written offline.")
@@ -264,11 +295,18 @@ def test_a_server_that_does_not_answer_is_waited_for_a_little(small, tmp_path, m
 
 
 @pytest.mark.slow
-def test_an_environment_that_wandb_does_not_understand(tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"WANDB_MODE": "of"}, "mode"),
+        ({"WANDB_MODE": "offline", "WANDB_PROJECT": "films/ppo"}, "Invalid project name 'films/ppo'"),
+    ],
+)
+def test_an_environment_that_wandb_does_not_understand(environment, expected, tmp_path):
     program = "from rlhf_recipes.trackers import chosen_trackers; chosen_trackers('ppo', None)"
-    done = run_python("-c", program, cwd=tmp_path, WANDB_MODE="of")
+    done = run_python("-c", program, cwd=tmp_path, **environment)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("rlhf_recipes.config.RecipeError: W&B does not take a value") and "mode" in last
+    assert last.startswith("rlhf_recipes.config.RecipeError: W&B does not take a value") and expected in last
 
 
 @pytest.mark.parametrize(
@@ -281,6 +319,7 @@ def test_an_environment_that_wandb_does_not_understand(tmp_path):
         ("wandb", ["tensorboard", "wandb"]),
         (["tensorboard", "trackio"], ["tensorboard", "trackio"]),
         (["wandb", "trackio"], ["tensorboard", "wandb", "trackio"]),
+        (["wandb", "none", "wandb"], ["tensorboard", "wandb"]),  # twice the name would be twice the lines
     ],
 )
 def test_what_the_recipe_asks_for(given, expected, monkeypatch):
@@ -289,13 +328,17 @@ def test_what_the_recipe_asks_for(given, expected, monkeypatch):
 
 
 def test_what_the_recipe_asks_for_and_cannot_have(monkeypatch):
+    from transformers.integrations import integration_utils
+
     monkeypatch.setattr(trackers, "wandb_mode", lambda: (None, "nobody is logged in"))
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
     for given, expected in (
         ("wandb", "rloo.trainer.report_to: W&B cannot be used: nobody is logged in."),
-        (["trackio"], "rloo.trainer.report_to: trackio is not installed; pip install trackio."),
+        (["trackio"], "rloo.trainer.report_to: trackio is not installed; pip install its package, or take it out."),
         ("all", "rloo.trainer.report_to: all is whatever is installed"),
+        ("wandb,trackio", "rloo.trainer.report_to: no tracker is called 'wandb,trackio'; there are: none, azure_ml, "),
+        ("", "rloo.trainer.report_to: no tracker is called ''; "),
     ):
         with pytest.raises(RecipeError, match=f"^{expected}"):
             trackers.chosen_trackers("rloo", given)
@@ -308,6 +351,7 @@ def test_trackio_when_asked_for(small, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     folder = tmp_path / "trackio"
     home = clean(tmp_path / "home", TRACKIO_DIR=str(folder))
+    # A process of its own: Trackio takes its folder from the environment when it is imported.
     done = cli("rloo", "imdb_positive", *small, "rloo.trainer.report_to=trackio", cwd=tmp_path, **home)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "imdb_positive" / "rloo"
@@ -384,14 +428,14 @@ from pathlib import Path
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.trackers import log_comparison, log_eval
 log_eval(load_recipe("imdb_tiny"), Path("eval"), "one")
-log_comparison(load_recipe("imdb_tiny"), "duel", Path("duel"))
+log_comparison(load_recipe("imdb_tiny"), "duel", Path("my duel"))
 """
 
 
 @pytest.mark.slow
 def test_results_of_eval_and_of_a_comparison(tmp_path):
     (tmp_path / "eval").mkdir()
-    (tmp_path / "duel").mkdir()
+    (tmp_path / "my duel").mkdir()
     models = {"sft": {"score_mean": 0.1, "kl": 0.0}, "ppo": {"score_mean": 0.7, "kl": None}}
     (tmp_path / "eval" / "eval.json").write_text(json.dumps({"models": models}))
     said = {"sft": {"completion": " bad", "score": -1.0}, "ppo": {"completion": " good", "score": 0.5, "judge": None}}
@@ -400,9 +444,10 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     view |= {"means": {"ppo": 0.7, "rloo": 0.5}, "label": "PPO better", "sentence": "PPO is better.", "paired": True}
     verdict = {"winner": "ppo", "label": "PPO better", "sentence": "PPO is better."}
     comparison = {"verdict": verdict, "views": [view, view | {"view": "tokens", "interval": None}]}
-    (tmp_path / "duel" / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "my duel" / "comparison.json").write_text(json.dumps(comparison))
     done = run_python("-c", RESULTS, cwd=tmp_path, **clean(tmp_path / "home", WANDB_MODE="offline"))
     assert done.returncode == 0, done.stderr
+    assert "wandb sync 'my duel/wandb/offline-run-" in done.stdout
     found = records(tmp_path / "eval")
     run, summary = of_kind("run", found)[0], {}
     for record in of_kind("summary", found):
@@ -414,13 +459,13 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     (table,) = tables(tmp_path / "eval", "completions")
     assert table["columns"] == ["prompt", "reference", "sft", "sft score", "ppo", "ppo score", "ppo judge"]
     assert table["data"] == [["it was", " so", " bad", -1.0, " good", 0.5, None]]
-    found = records(tmp_path / "duel")
+    found = records(tmp_path / "my duel")
     summary = {}
     for record in of_kind("summary", found):
         summary |= record["update"]
     assert of_kind("run", found)[0]["job_type"] == "duel"
     assert summary["verdict/label"] == "PPO better" and summary["held_out/score_mean/difference"] == 0.2
-    (table,) = tables(tmp_path / "duel", "views")
+    (table,) = tables(tmp_path / "my duel", "views")
     held_out, tokens = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     assert (held_out["low"], held_out["high"], tokens["low"]) == (0.1, 0.3, None)
 
