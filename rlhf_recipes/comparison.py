@@ -29,7 +29,7 @@ FRONTIER = 100
 BANDED = ("score_mean", "kl", "kl_per_token", "entropy", "length_mean", "eos_rate", "reward_mean", "clip_fraction")
 """Metrics that get a band, and those of single reward functions."""
 
-UNKNOWN = "plain Trainer runs do not store their settings, so that models, data, rewards and budgets may differ"
+UNKNOWN = "Plain Trainer runs do not store their settings, so models, data, rewards and budgets may differ."
 
 
 def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
     machines = [d["key"] for d in differences if d["kind"] == "machine"]
     views = _views(runs, labels, measured, machines) if len(labels) == 2 else []
     if refusing:
-        views = [void(view, "the runs differ in more than the algorithm.") for view in views]
+        views = [void(view, "The runs differ in more than the algorithm.") for view in views]
     verdict = decide(views, labels, refusing, unknown, _kl(runs, labels, measured))
     comparison = {
         "title": title,
@@ -99,7 +99,7 @@ def _views(
         at = min(reached)
         view = side_by_side(axis, "score_mean", {run.name: value_at(run, axis, at, "score_mean") for run in runs}, at)
         if axis == "seconds" and machines:
-            view = void(view, f"the runs were not made on the same machine in the same setup ({', '.join(machines)}).")
+            view = void(view, f"The runs were not made on the same machine in the same setup ({', '.join(machines)}).")
         views.append(view)
     return views
 

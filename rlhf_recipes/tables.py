@@ -166,6 +166,11 @@ def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -
     return form.format(numbers["mean"]) + deviation + fewer_or_more
 
 
+def verdict_line(comparison: dict[str, Any]) -> str:
+    """The verdict where only one line is shown."""
+    return f"{comparison['verdict']['label']}: {comparison['verdict']['sentence']}"
+
+
 def print_comparison(comparison: dict[str, Any], page: Path) -> None:
     """Print what refuses a comparison, its views, what was noted, and last the verdict and where the page is."""
     console = Console()
@@ -190,5 +195,5 @@ def print_comparison(comparison: dict[str, Any], page: Path) -> None:
         console.print(table)
     for note in comparison["notes"]:
         console.print(note, style="dim", soft_wrap=True)
-    console.print(f"\n{comparison['verdict']['sentence']}", soft_wrap=True)
+    console.print(f"\n{verdict_line(comparison)}", soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)

@@ -459,7 +459,7 @@ def test_compare_as_a_user_runs_it(tmp_path):
     done = cli("compare", *map(str, runs), "--out", "both", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *_, verdict, report = done.stdout.splitlines()
-    assert verdict.startswith("PPO better on held-out prompts: score PPO 0.600 against RLOO 0.507")
+    assert verdict.startswith("PPO better: On held-out prompts the mean score is 0.600 with PPO and 0.507 with RLOO")
     assert report == "report: both/report.html" and "held out score mean" in done.stdout
     other = trained(tmp_path / "x", "rloo", overrides=["rloo.trainer.beta=0.5"])
     refused = cli("compare", str(runs[0]), str(other), cwd=tmp_path)

@@ -152,7 +152,7 @@ def test_a_duel_ends_with_a_verdict_and_goes_on_where_it_was(tmp_path, launched,
     assert run_duel(plan(tmp_path)) == 0
     *_, verdict, report = capsys.readouterr().out.splitlines()
     duel = plan(tmp_path)
-    assert verdict.startswith("PPO better on held-out prompts") and report == f"report: {duel.folder / 'report.html'}"
+    assert verdict.startswith("PPO better: On held-out prompts") and report == f"report: {duel.folder / 'report.html'}"
     found = comparison_of(duel)
     assert found["verdict"]["winner"] == "ppo" and found["views"][0]["paired"]
     assert [run["name"] for run in found["runs"]] == [f"{s} seed {n}" for n in (42, 43, 44) for s in ("ppo", "rloo")]
