@@ -317,7 +317,10 @@ def test_a_long_run_has_a_short_band_of_means(tmp_path):
 
 
 def test_missing_and_broken_numbers_are_no_numbers():
-    rows = [{"step": 1, "a": math.nan, "b": True, "c": "x"}, {"step": 2, "a": 1.5, "d": None, "score_mean": math.inf}]
+    rows = [
+        {"step": 1, "a": math.nan, "b": True, "c": "x"},
+        {"step": 2, "a": 1.5, "d": None, "score_mean": math.inf, "e": 10**400},
+    ]
     assert columns(rows) == {
         **{axis: [None, None] for axis in ("episodes", "tokens", "seconds")},
         "step": [1, 2],
@@ -387,11 +390,15 @@ def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
         read_runs([str(plain(tmp_path / "a", RLOO_LOG))])
     with pytest.raises(RecipeError, match="no reward in its log"):
         read_runs([f"ppo={plain(tmp_path / 'b', [{'step': 1, 'loss': 2.0}])}"])
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/manifest.json").write_text("{}")  # not one of ours
-    (tmp_path / "c/trainer_state.json").write_text("{")
-    with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
-        read_runs([f"ppo={tmp_path / 'c'}"])
+    for i, broken in enumerate(
+        (b"", b"{", b"[]", b"null", b'{"log_history": null}', b'{"log_history": ["a", 1]}', b"\xff")
+    ):
+        folder = tmp_path / f"c{i}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"stage": "of something else"}')
+        (folder / "trainer_state.json").write_bytes(broken)
+        with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
+            read_runs([f"ppo={folder}"])
 
 
 def test_a_comparison_is_written_as_a_whole(tmp_path):
