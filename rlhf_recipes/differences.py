@@ -15,6 +15,8 @@ REFUSING = ("model", "data", "reward", "budget", "objective")
 """Kinds of differences that are none of the algorithm's."""
 
 TRAINER_KINDS = {
+    "data": ("shuffle_dataset", "data_seed", "train_sampling_strategy"),
+    "reward": ("reward_clip_range",),
     "budget": (
         "max_completion_length",
         "temperature",
@@ -24,8 +26,10 @@ TRAINER_KINDS = {
         "repetition_penalty",
         "generation_kwargs",
     )
-    + ("allow_truncated_sampling", "chat_template_kwargs", "mask_truncated_completions"),
-    "objective": ("beta", "kl_estimator", "kl_target", "kl_horizon", "normalize_scores", "disable_dropout"),
+    + ("allow_truncated_sampling", "chat_template_kwargs", "mask_truncated_completions")
+    + ("vllm_structured_outputs_regex",),
+    "objective": ("beta", "kl_estimator", "kl_target", "kl_horizon", "normalize_scores", "disable_dropout")
+    + ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "machine": ("gradient_checkpointing", "activation_checkpointing", "bf16", "fp16", "tf32", "use_cpu", "use_vllm")
     + ("use_liger_kernel", "torch_compile", "sampling_batch_size", "deepspeed", "fsdp", "torch_empty_cache_steps"),
 }
@@ -33,7 +37,7 @@ TRAINER_KINDS = {
 
 NO_MATTER = ("logging_", "save_", "log_", "report_to", "hub_", "push_to_hub", "run_name", "output_dir", "disable_tqdm")
 NO_MATTER += ("eval_", "dataloader_", "trackio_", "project", "ddp_", "vllm_", "per_device_eval_", "reward_timeout")
-"""Beginnings of keys of `trainer` that change nothing of what is learned."""
+"""Beginnings of keys of `trainer` that change nothing of what is learned, but for those of `TRAINER_KINDS`."""
 
 DURATION = ("max_steps", "num_train_epochs")
 """Keys of `trainer` that are compared by the episodes they led to."""
@@ -92,7 +96,9 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     plain |= {
         f"trainer.{key}": trainer.get(key, defaults.get(key))
         for key in written
-        if key in fields and not key.startswith(NO_MATTER) and key not in DURATION
+        if key in fields
+        and key not in DURATION
+        and not (key.startswith(NO_MATTER) and _kind(f"trainer.{key}") == "algorithm")
     }
     episodes = manifest.get("results", {}).get("episodes")
     plain["episodes"] = episodes if episodes is not None else settings.get("episodes")

@@ -53,6 +53,10 @@ OTHER_DATA = {"data.path": {"reference": "a.csv", "revision": None, "path": "a.c
         (["rloo.trainer.beta=0.1"], {}, "trainer.beta", "objective"),
         (["rloo.trainer.kl_estimator=k3"], {}, "trainer.kl_estimator", "objective"),
         (["rloo.trainer.kl_target=6.0"], {}, "trainer.kl_target", "objective"),
+        (["rloo.trainer.sync_ref_model=true"], {}, "trainer.sync_ref_model", "objective"),
+        (["rloo.trainer.reward_clip_range=[-1.0,1.0]"], {}, "trainer.reward_clip_range", "reward"),
+        (["rloo.trainer.shuffle_dataset=false"], {}, "trainer.shuffle_dataset", "data"),
+        (["rloo.trainer.vllm_structured_outputs_regex=a+"], {}, "trainer.vllm_structured_outputs_regex", "budget"),
     ],
 )
 def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manifest, key, kind):
