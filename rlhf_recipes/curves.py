@@ -72,7 +72,7 @@ def read_runs(arguments: list[str]) -> list[TrainedRun]:
             runs.append(_read(argument))
         except RecipeError as error:
             findings.append(str(error))
-    places = [run.path.resolve() for run in runs]
+    places = [(run.path if run.manifest else _trainer_state(run.path)).resolve() for run in runs]
     findings += [f"the same run twice: {path}." for path in dict.fromkeys(places) if places.count(path) > 1]
     if findings:
         raise RecipeError("\n".join(findings))

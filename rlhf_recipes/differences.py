@@ -177,7 +177,7 @@ def _refuses(key: str, kind: str, runs: list[TrainedRun], values: dict[str, Any]
         by_label[run.label].add(_hashable(values[run.name]))
         by_seed[run.seed].add(_hashable(values[run.name]))
         of_seed[run.seed].add(run.label)
-    if key in _sources(runs):
+    if key in _models(runs):
         made_for_each_seed = all(len(of_one) == 1 for of_one in by_seed.values())
         if made_for_each_seed and any(labels == set(by_label) for labels in of_seed.values()):
             return False
@@ -186,8 +186,10 @@ def _refuses(key: str, kind: str, runs: list[TrainedRun], values: dict[str, Any]
     return True
 
 
-def _sources(runs: list[TrainedRun]) -> set[str]:
-    return {key.removeprefix(f"{r.manifest['stage']}.") for r in runs for key in r.manifest.get("sources", {})}
+def _models(runs: list[TrainedRun]) -> set[str]:
+    """Keys of the models that runs were built on: sources that are neither data nor code of the user's own."""
+    keys = {key.removeprefix(f"{r.manifest['stage']}.") for r in runs for key in r.manifest.get("sources", {})}
+    return {key for key in keys if not key.startswith("data.") and not key.endswith(".name")}
 
 
 def _hashable(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and one clear error for a disk that takes no more. Nothing here imports torch."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +35,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:

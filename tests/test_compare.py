@@ -105,6 +105,24 @@ def test_a_reward_function_of_ones_own_is_known_by_its_content(tmp_path):
     assert refusing(compared(one, other)) == {"reward_funcs.0.name": "reward"}
 
 
+@pytest.mark.parametrize("key", ["reward_funcs.0.name", "data.path"])
+def test_a_function_or_data_that_changed_between_seeds_refuses(tmp_path, key):
+    """Unlike a model that each seed trained for itself."""
+    func = ["reward_funcs=[{name: 'own.py:score'}]"]
+    runs = [
+        trained(
+            tmp_path / f"{stage}{seed}",
+            stage,
+            seed,
+            overrides=func,
+            sources={key: {"reference": "x", "revision": None, "path": "x", "sha256": f"{seed}"}},
+        )
+        for seed in (42, 43)
+        for stage in ("ppo", "rloo")
+    ]
+    assert list(refusing(compared(*runs))) == [key]
+
+
 def test_another_model_behind_the_same_reference_is_another_reward(tmp_path):
     func = ["reward_funcs=[{name: reward_model, args: {model: stage:reward}}]"]
     key = "reward_funcs.0.args.model"
@@ -366,6 +384,8 @@ def test_plain_trainers_runs_are_read_under_our_names(tmp_path):
         "episodes": [None, None],
     }
     assert wanted.items() <= rloo.curves.items() and "kl" not in rloo.curves
+    with pytest.raises(RecipeError, match="the same run twice"):
+        read_runs([f"x={tmp_path / 'rloo'}", f"y={tmp_path / 'rloo/checkpoint-10'}"])
     (same,) = read_runs([f"x={tmp_path / 'rloo/checkpoint-10/trainer_state.json'}"])
     assert same.curves == rloo.curves and same.seed is None
 
