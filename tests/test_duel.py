@@ -68,7 +68,10 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["rloo.trainer.beta=0.1"], ["trainer.beta (objective): ppo 0.05, rloo 0.1"]),
+        (
+            ["rloo.trainer.beta=0.1"],
+            ["trainer.beta (objective): ppo 0.05, rloo 0.1", "ppo.trainer.beta=0.05 rloo.trainer.beta=0.05"],
+        ),
         (
             ["ppo.trainer.max_completion_length=20", "rloo.trainer.temperature=0.7"],
             ["max_completion_length", "temperature (budget)"],
@@ -78,7 +81,7 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
         (["episodes=null"], ["add --episodes N"]),
         (["rloo=null"], ["no stage rloo"]),
         (["rloo.trainer.bata=0.1"], ["bata"]),
-        (["rloo.peft={}"], ["peft (model)"]),
+        (["rloo.peft={}"], ["peft (model)", "ppo.peft=null rloo.peft=null"]),
         (
             ["episodes=100", "rloo.trainer.per_device_train_batch_size=96"],
             ["128 of ppo (rollouts of 64)", "192 of rloo (of 96)", "--episodes 192"],
