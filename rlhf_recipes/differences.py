@@ -102,6 +102,7 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     }
     episodes = manifest.get("results", {}).get("episodes")
     plain["episodes"] = episodes if episodes is not None else settings.get("episodes")
+    plain["global_batch_size"] = _batch_size(manifest, section, defaults | trainer)
     plain = {key: value for key, value in plain.items() if value is not None}
     found = {key: (value, value) for key, value in plain.items()}
     for key, source in manifest.get("sources", {}).items():
@@ -115,6 +116,13 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     versions = manifest.get("versions", {}) | {"git_commit": manifest.get("git_commit")}
     found |= {f"versions.{key}": (value, value) for key, value in versions.items() if value is not None}
     return found
+
+
+def _batch_size(manifest: dict[str, Any], section: dict[str, Any], trainer: dict[str, Any]) -> int:
+    """Completions of one optimizer step: with more processes it is another one, unless the recipe fixes it."""
+    processes = manifest.get("setup", {}).get("num_processes", 1)
+    of_one = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    return section.get("global_batch_size") or of_one * processes
 
 
 def describe_hardware(manifest: dict[str, Any]) -> str:

@@ -184,7 +184,7 @@ def print_comparison(comparison: dict[str, Any], page: Path) -> None:
     for heading in ("", "at", *labels, "difference", "95 % interval", "seeds", ""):
         table.add_column(heading, justify="right" if heading else "left")
     for view in comparison["views"]:
-        at = "" if view["at"] is None else f"{view['at']:,.0f}"
+        at = "" if view["at"] is None else f"{view['at']:,.0f}" if view["at"] >= 100 else f"{view['at']:.3g}"
         means = ["" if view["means"][label] is None else f"{view['means'][label]:.3f}" for label in labels]
         difference = "" if view["difference"] is None else f"{view['difference']:+.3f}"
         interval = "" if view["interval"] is None else " to ".join(f"{end:+.3f}" for end in view["interval"])

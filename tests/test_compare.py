@@ -80,7 +80,11 @@ def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manif
         ([], {"results": {"episodes": 4128}}, "episodes"),  # a rollout more
         ([], {"versions": {"trl": "1.17.0"}}, "versions.trl"),
         ([], {"hardware": {"machine": "x86_64", "cores": 8, "memory_gib": 64.0, "gpus": []}}, "hardware"),
-        ([], {"setup": {"num_processes": 2, "mixed_precision": "no"}}, "setup.num_processes"),
+        (
+            ["rloo.global_batch_size=64"],
+            {"setup": {"num_processes": 2, "mixed_precision": "no"}},
+            "setup.num_processes",
+        ),
         ([], {"sources": {"rloo.policy": {"reference": "./copy", "revision": "5f7", "path": "copy"}}}, None),
     ],
 )
@@ -156,6 +160,17 @@ def test_runs_of_one_algorithm_with_other_settings_are_not_its_seeds(tmp_path):
     assert refusing(compared(low, high, trained(tmp_path / "c", "rloo"))) == {"trainer.learning_rate": "algorithm"}
     named = compared(f"slow={low}", f"fast={high}")  # two settings of one algorithm, named apart
     assert named["comparable"] and named["algorithms"] == ["slow", "fast"]
+
+
+def test_more_processes_are_a_larger_batch_unless_the_recipe_fixes_it(tmp_path):
+    def runs(folder, overrides=()):
+        for seed in (42, 43):
+            for stage in ("ppo", "rloo"):
+                setup = {"num_processes": seed - 41, "mixed_precision": "no"}
+                yield trained(tmp_path / folder / f"{stage}{seed}", stage, seed, overrides=overrides, setup=setup)
+
+    assert refusing(compared(*runs("grows"))) == {"global_batch_size": "algorithm"}
+    assert compared(*runs("fixed", ["ppo.global_batch_size=64", "rloo.global_batch_size=64"]))["comparable"]
 
 
 def test_one_algorithm_alone_is_nothing_to_compare(tmp_path):
