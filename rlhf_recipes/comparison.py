@@ -3,13 +3,13 @@
 `docs/comparison.md` says what is compared and how the verdict is made. Files and pages are made of this dictionary alone.
 """
 
-import json
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.curves import TrainedRun, points
 from rlhf_recipes.differences import describe_hardware, effective_settings, find_differences
+from rlhf_recipes.disk import read_json
 from rlhf_recipes.held_out import Measured, find_held_out, read_samples
 from rlhf_recipes.intervals import bootstrap_band, bootstrap_interval
 from rlhf_recipes.verdict import decide, view_of, void
@@ -268,7 +268,7 @@ def _evaluation(measured: dict[str, Measured]) -> dict[str, Any] | None:
 
 def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     folders = dict.fromkeys(found.folder.parent / "judge" for found in measured.values())
-    return [json.loads(f.read_text(encoding="utf-8")) for folder in folders for f in sorted(folder.glob("*-vs-*.json"))]
+    return [read_json(file) for folder in folders for file in sorted(folder.glob("*-vs-*.json"))]
 
 
 def _audit(run: TrainedRun) -> dict[str, Any] | None:
@@ -276,7 +276,7 @@ def _audit(run: TrainedRun) -> dict[str, Any] | None:
     file = run.path.resolve().parent / "audit" / f"{run.path.resolve().name}.json"
     if run.manifest is None or not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     return found if found["id"] == run.manifest["id"] else None
 
 

@@ -96,7 +96,10 @@ def _read(argument: str) -> TrainedRun:
             raise RecipeError(
                 f"{path}: not a finished run (stage {stage}, {status}); first: rlhf-recipes {stage} {manifest['recipe']}"
             )
-        return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
+        try:
+            return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: its metrics.jsonl cannot be read ({error}); run the stage again.") from error
     state = _trainer_state(path)
     if state is None:
         raise RecipeError(

@@ -41,6 +41,18 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """What a finished stage has written.
+
+    Raises:
+        RecipeError: The file is not there any more, or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); delete {path.parent} and make it again.") from error
+
+
 def append_lines(path: Path, lines: list[dict]) -> None:
     """Append to a jsonl file, all lines in one write."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -257,6 +257,19 @@ def test_an_eval_of_an_earlier_run_is_not_used(tmp_path):
     )
 
 
+@pytest.mark.parametrize("file", ["ppo-seed_42/ppo/metrics.jsonl", "eval/eval.json", "judge/ppo-vs-rloo.json"])
+def test_what_a_finished_run_lacks_is_a_sentence(tmp_path, file):
+    paths = duel(tmp_path, [0.5, 0.6], [0.4, 0.5])
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"torn')
+    with pytest.raises(RecipeError, match="cannot be read"):
+        compared(*paths)
+    (tmp_path / file).unlink()
+    if "judge" not in file:
+        with pytest.raises(RecipeError, match="cannot be read"):
+            compared(*paths)
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "usable"),
     [
