@@ -18,7 +18,7 @@ from rlhf_recipes.markdown import write_markdown
 from rlhf_recipes.plots import draw_comparison
 from rlhf_recipes.report import write_page
 from rlhf_recipes.run import Run, read_manifest, require_stage, run_path
-from rlhf_recipes.tables import print_comparison
+from rlhf_recipes.tables import print_comparison, verdict_line
 from rlhf_recipes.trackers import log_comparison
 from rlhf_recipes.verdict import name_of
 
@@ -32,7 +32,7 @@ def main(run: Run) -> str:
     comparison = build_comparison(read_runs(paths), title, notes)
     write_comparison(run.path, comparison)
     log_comparison(recipe, "compare", run.path)
-    return comparison["verdict"]["sentence"]
+    return verdict_line(comparison)
 
 
 def compare_runs(arguments: list[str], folder: Path) -> bool:

@@ -3,13 +3,13 @@
 `docs/comparison.md` says what is compared and how the verdict is made. Files and pages are made of this dictionary alone.
 """
 
-import json
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.curves import TrainedRun, points
 from rlhf_recipes.differences import describe_hardware, effective_settings, find_differences
+from rlhf_recipes.disk import read_json
 from rlhf_recipes.held_out import Measured, find_held_out, read_samples
 from rlhf_recipes.intervals import bootstrap_band, bootstrap_interval
 from rlhf_recipes.verdict import decide, view_of, void
@@ -29,7 +29,7 @@ FRONTIER = 100
 BANDED = ("score_mean", "kl", "kl_per_token", "entropy", "length_mean", "eos_rate", "reward_mean", "clip_fraction")
 """Metrics that get a band, and those of single reward functions."""
 
-UNKNOWN = "plain Trainer runs do not store their settings, so that models, data, rewards and budgets may differ"
+UNKNOWN = "Plain Trainer runs do not store their settings, so models, data, rewards and budgets may differ."
 
 
 def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
     machines = [d["key"] for d in differences if d["kind"] == "machine"]
     views = _views(runs, labels, measured, machines) if len(labels) == 2 else []
     if refusing:
-        views = [void(view, "the runs differ in more than the algorithm.") for view in views]
+        views = [void(view, "The runs differ in more than the algorithm.") for view in views]
     verdict = decide(views, labels, refusing, unknown, _kl(runs, labels, measured))
     comparison = {
         "title": title,
@@ -99,7 +99,7 @@ def _views(
         at = min(reached)
         view = side_by_side(axis, "score_mean", {run.name: value_at(run, axis, at, "score_mean") for run in runs}, at)
         if axis == "seconds" and machines:
-            view = void(view, f"the runs were not made on the same machine in the same setup ({', '.join(machines)}).")
+            view = void(view, f"The runs were not made on the same machine in the same setup ({', '.join(machines)}).")
         views.append(view)
     return views
 
@@ -271,7 +271,7 @@ def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     found = []
     for folder, manifest in {measure.folder: measure.manifest for measure in measured.values()}.items():
         for file in sorted((folder.parent / "judge").glob("*-vs-*.json")):
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             found += [content] if content.get("eval") == manifest["id"] else []
     return found
 
@@ -281,7 +281,7 @@ def _audit(run: TrainedRun) -> dict[str, Any] | None:
     file = run.path.resolve().parent / "audit" / f"{run.path.resolve().name}.json"
     if run.manifest is None or not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     return found if found["id"] == run.manifest["id"] else None
 
 

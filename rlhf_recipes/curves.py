@@ -1,8 +1,8 @@
 """What trained runs have logged, ours and plain TRL's, as columns of equal length under our names of metrics."""
 
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def read_runs(arguments: list[str]) -> list[TrainedRun]:
             runs.append(_read(argument))
         except RecipeError as error:
             findings.append(str(error))
-    places = [run.path.resolve() for run in runs]
+    places = [(run.path if run.manifest else _trainer_state(run.path)).resolve() for run in runs]
     findings += [f"the same run twice: {path}." for path in dict.fromkeys(places) if places.count(path) > 1]
     if findings:
         raise RecipeError("\n".join(findings))
@@ -88,7 +88,7 @@ def _read(argument: str) -> TrainedRun:
     if not path.exists():
         raise RecipeError(f"{path}: no such run (looked from {Path.cwd()}).")
     manifest = read_manifest(path)
-    if manifest is not None and "stage" in manifest:
+    if isinstance(manifest, dict) and manifest.keys() >= {"stage", "status", "settings"}:  # one of ours
         stage, status = manifest["stage"], manifest["status"]
         if stage not in ("ppo", "rloo"):
             raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
@@ -96,7 +96,10 @@ def _read(argument: str) -> TrainedRun:
             raise RecipeError(
                 f"{path}: not a finished run (stage {stage}, {status}); first: rlhf-recipes {stage} {manifest['recipe']}"
             )
-        return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
+        try:
+            return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: its metrics.jsonl cannot be read ({error}); run the stage again.") from error
     state = _trainer_state(path)
     if state is None:
         raise RecipeError(
@@ -107,9 +110,9 @@ def _read(argument: str) -> TrainedRun:
         raise RecipeError(f"{path}: a plain Trainer's run does not say what it is; write ppo={path}, or what it was.")
     try:
         log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    except (json.JSONDecodeError, KeyError) as error:
+        curves = columns(_our_names(log))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or of another form
         raise RecipeError(f"{state}: no {TRAINER_STATE} of a Trainer's ({error!r:.100}); name another run.") from error
-    curves = columns(_our_names(log))
     if not any(value is not None for value in curves.get("score_mean", [])):
         raise RecipeError(f"{state}: no reward in its log, so it is no run of PPO, RLOO or GRPO of TRL's.")
     return TrainedRun(label, path, None, curves)
@@ -159,8 +162,8 @@ def columns(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def points(run: TrainedRun, axis: str, metric: str) -> list[tuple[float, float]]:

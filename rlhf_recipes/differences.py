@@ -15,6 +15,8 @@ REFUSING = ("model", "data", "reward", "budget", "objective")
 """Kinds of differences that are none of the algorithm's."""
 
 TRAINER_KINDS = {
+    "data": ("shuffle_dataset", "data_seed", "train_sampling_strategy"),
+    "reward": ("reward_clip_range",),
     "budget": (
         "max_completion_length",
         "temperature",
@@ -24,8 +26,10 @@ TRAINER_KINDS = {
         "repetition_penalty",
         "generation_kwargs",
     )
-    + ("allow_truncated_sampling", "chat_template_kwargs", "mask_truncated_completions"),
-    "objective": ("beta", "kl_estimator", "kl_target", "kl_horizon", "normalize_scores", "disable_dropout"),
+    + ("allow_truncated_sampling", "chat_template_kwargs", "mask_truncated_completions")
+    + ("vllm_structured_outputs_regex",),
+    "objective": ("beta", "kl_estimator", "kl_target", "kl_horizon", "normalize_scores", "disable_dropout")
+    + ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "machine": ("gradient_checkpointing", "activation_checkpointing", "bf16", "fp16", "tf32", "use_cpu", "use_vllm")
     + ("use_liger_kernel", "torch_compile", "sampling_batch_size", "deepspeed", "fsdp", "torch_empty_cache_steps"),
 }
@@ -33,7 +37,7 @@ TRAINER_KINDS = {
 
 NO_MATTER = ("logging_", "save_", "log_", "report_to", "hub_", "push_to_hub", "run_name", "output_dir", "disable_tqdm")
 NO_MATTER += ("eval_", "dataloader_", "trackio_", "project", "ddp_", "vllm_", "per_device_eval_", "reward_timeout")
-"""Beginnings of keys of `trainer` that change nothing of what is learned."""
+"""Beginnings of keys of `trainer` that change nothing of what is learned, but for those of `TRAINER_KINDS`."""
 
 DURATION = ("max_steps", "num_train_epochs")
 """Keys of `trainer` that are compared by the episodes they led to."""
@@ -92,10 +96,13 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     plain |= {
         f"trainer.{key}": trainer.get(key, defaults.get(key))
         for key in written
-        if key in fields and not key.startswith(NO_MATTER) and key not in DURATION
+        if key in fields
+        and key not in DURATION
+        and not (key.startswith(NO_MATTER) and _kind(f"trainer.{key}") == "algorithm")
     }
     episodes = manifest.get("results", {}).get("episodes")
     plain["episodes"] = episodes if episodes is not None else settings.get("episodes")
+    plain["global_batch_size"] = _batch_size(manifest, section, defaults | trainer)
     plain = {key: value for key, value in plain.items() if value is not None}
     found = {key: (value, value) for key, value in plain.items()}
     for key, source in manifest.get("sources", {}).items():
@@ -109,6 +116,13 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     versions = manifest.get("versions", {}) | {"git_commit": manifest.get("git_commit")}
     found |= {f"versions.{key}": (value, value) for key, value in versions.items() if value is not None}
     return found
+
+
+def _batch_size(manifest: dict[str, Any], section: dict[str, Any], trainer: dict[str, Any]) -> int:
+    """Completions of one optimizer step: with more processes it is another one, unless the recipe fixes it."""
+    processes = manifest.get("setup", {}).get("num_processes", 1)
+    of_one = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    return section.get("global_batch_size") or of_one * processes
 
 
 def describe_hardware(manifest: dict[str, Any]) -> str:
@@ -171,7 +185,7 @@ def _refuses(key: str, kind: str, runs: list[TrainedRun], values: dict[str, Any]
         by_label[run.label].add(_hashable(values[run.name]))
         by_seed[run.seed].add(_hashable(values[run.name]))
         of_seed[run.seed].add(run.label)
-    if key in _sources(runs):
+    if key in _models(runs):
         made_for_each_seed = all(len(of_one) == 1 for of_one in by_seed.values())
         if made_for_each_seed and any(labels == set(by_label) for labels in of_seed.values()):
             return False
@@ -180,8 +194,10 @@ def _refuses(key: str, kind: str, runs: list[TrainedRun], values: dict[str, Any]
     return True
 
 
-def _sources(runs: list[TrainedRun]) -> set[str]:
-    return {key.removeprefix(f"{r.manifest['stage']}.") for r in runs for key in r.manifest.get("sources", {})}
+def _models(runs: list[TrainedRun]) -> set[str]:
+    """Keys of the models that runs were built on: sources that are neither data nor code of the user's own."""
+    keys = {key.removeprefix(f"{r.manifest['stage']}.") for r in runs for key in r.manifest.get("sources", {})}
+    return {key for key in keys if not key.startswith("data.") and not key.endswith(".name")}
 
 
 def _hashable(value: Any) -> str:

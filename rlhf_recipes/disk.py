@@ -1,6 +1,7 @@
 """Files that are whole or not there, and one clear error for a disk that takes no more. Nothing here imports torch."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +35,22 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What a finished stage has written.
+
+    Raises:
+        RecipeError: The file is not there any more, or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); delete {path.parent} and make it again.") from error
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:

@@ -159,15 +159,16 @@ def _refuse_unequal(duel: Duel) -> None:
         run = TrainedRun(job.stage, job.path, {"stage": job.stage, "seed": job.recipe.seed, "settings": settings}, {})
         run.name = name
         planned.append(run)
-    lines = []
+    lines, same = [], ""
     for difference in find_differences(planned):
         if difference["refuses"]:
-            ppo, rloo = difference["values"].values()
-            lines.append(f"  {difference['key']} ({difference['kind']}): ppo {ppo!r}, rloo {rloo!r}")
+            key, (ppo, rloo) = difference["key"], difference["values"].values()
+            lines.append(f"  {key} ({difference['kind']}): ppo {ppo!r}, rloo {rloo!r}")
+            same = same or " ".join(f"{stage}.{key}={json.dumps(ppo)}" for stage in STAGES)
     if lines:
         raise RecipeError(
             "\n".join([f"{duel.recipe.name}: ppo and rloo would differ in more than the algorithm:", *lines])
-            + "\nGive both the same, such as ppo.trainer.beta=0.05 rloo.trainer.beta=0.05."
+            + f"\nGive both the same, such as {same}."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_recipes.curves import TrainedRun
 from rlhf_recipes.differences import identity
+from rlhf_recipes.disk import read_json
 from rlhf_recipes.run import is_finished, read_manifest
 
 MOST_SAMPLES = 500
@@ -77,7 +78,7 @@ def _find(run: TrainedRun) -> tuple[Measured | None, str]:
         if not is_finished(folder):
             continue
         manifest = read_manifest(folder)
-        content = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "eval.json")
         for name, reference in manifest["settings"]["models"].items():
             if name in content["models"] and _is_of(reference, folder, run.path.resolve()):
                 if manifest["inputs"].get(reference.removeprefix("stage:")) in (None, run.manifest["id"]):

@@ -1,6 +1,5 @@
 """What a stage refers to, data and models: checked before anything heavy is imported, with or without the Hub."""
 
-import hashlib
 import os
 import re
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 from rlhf_recipes.config import Data, Recipe, RecipeError
 from rlhf_recipes.data import hub_arguments
+from rlhf_recipes.disk import sha256_of
 from rlhf_recipes.references import hub_cache, is_hub_model, is_local, is_offline, locate_data, resolve_model
 from rlhf_recipes.run import eval_models, read_manifest
 
@@ -172,7 +172,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
     for key, name in _own_code(recipe, stage).items():
         path = Path(name.rpartition(":")[0]).expanduser().resolve()
         if path.is_file():  # or the stage says so, when it looks for the function
-            checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+            checksum = sha256_of(path)
             found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": checksum}
     return found
 
@@ -203,7 +203,7 @@ def _data_source(key: str, data: Data) -> dict[str, Any]:
     if path.is_file():
         size = path.stat().st_size
         if size <= HASHED_BYTES:
-            source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            source["sha256"] = sha256_of(path)
         else:
             source |= {"bytes": size, "modified": path.stat().st_mtime}
     return source

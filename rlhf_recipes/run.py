@@ -21,7 +21,7 @@ from uuid import uuid4
 import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import checkpoints, last_complete, step_of, write_whole, writing
+from rlhf_recipes.disk import checkpoints, last_complete, sha256_of, step_of, write_whole, writing
 from rlhf_recipes.distributed import Setup, launched, require_setup
 from rlhf_recipes.recipe import to_yaml
 
@@ -130,6 +130,8 @@ class Run:
                 raise RecipeError(f"{self.path} holds files of something else. Set another runs_dir or name.")
             return False
         differences = self._differences_to(manifest)
+        if manifest["status"] == "finished":  # one that goes on warns of it, see record_sources
+            differences += _changed_files(manifest)
         if differences and not overwrite and manifest["status"] != "failed":  # a failed attempt is nothing to keep
             raise RecipeError(
                 f"{self.path} holds a run with other settings:\n  "
@@ -413,6 +415,17 @@ def _differences(found: Any, wanted: Any, key: str = "") -> list[str]:
     if key.startswith("inputs."):
         return [f"stage {key.removeprefix('inputs.')} has run anew since"]
     return [f"{key.removeprefix('settings.')}: {found!r} -> {wanted!r}"]
+
+
+def _changed_files(manifest: dict[str, Any]) -> list[str]:
+    """Files of data and of own functions that are there, but not as the run last found them."""
+    sources = [part["sources"] for part in (manifest, *manifest.get("resumed", [])) if "sources" in part]
+    lines = []
+    for key, source in sources[-1].items() if sources else ():
+        path = Path(source["path"])
+        if "sha256" in source and path.is_file() and sha256_of(path) != source["sha256"]:
+            lines.append(f"{key}: {path} has changed since")
+    return lines
 
 
 def _now() -> str:

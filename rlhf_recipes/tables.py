@@ -166,6 +166,11 @@ def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -
     return form.format(numbers["mean"]) + deviation + fewer_or_more
 
 
+def verdict_line(comparison: dict[str, Any]) -> str:
+    """The verdict where only one line is shown."""
+    return f"{comparison['verdict']['label']}: {comparison['verdict']['sentence']}"
+
+
 def print_comparison(comparison: dict[str, Any], page: Path) -> None:
     """Print what refuses a comparison, its views, what was noted, and last the verdict and where the page is."""
     console = Console()
@@ -179,7 +184,7 @@ def print_comparison(comparison: dict[str, Any], page: Path) -> None:
     for heading in ("", "at", *labels, "difference", "95 % interval", "seeds", ""):
         table.add_column(heading, justify="right" if heading else "left")
     for view in comparison["views"]:
-        at = "" if view["at"] is None else f"{view['at']:,.0f}"
+        at = "" if view["at"] is None else f"{view['at']:,.0f}" if view["at"] >= 100 else f"{view['at']:.3g}"
         means = ["" if view["means"][label] is None else f"{view['means'][label]:.3f}" for label in labels]
         difference = "" if view["difference"] is None else f"{view['difference']:+.3f}"
         interval = "" if view["interval"] is None else " to ".join(f"{end:+.3f}" for end in view["interval"])
@@ -190,5 +195,5 @@ def print_comparison(comparison: dict[str, Any], page: Path) -> None:
         console.print(table)
     for note in comparison["notes"]:
         console.print(note, style="dim", soft_wrap=True)
-    console.print(f"\n{comparison['verdict']['sentence']}", soft_wrap=True)
+    console.print(f"\n{verdict_line(comparison)}", soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)

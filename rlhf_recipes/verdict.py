@@ -15,15 +15,15 @@ Values = list[tuple[int | None, float | None]]
 """(seed, value) of every run of one algorithm; without a seed each run counts as one, without a value as none."""
 
 WHERE = {
-    "held_out": "on held-out prompts",
-    "step": "in training, at equal steps",
-    "episodes": "in training, at equal episodes",
-    "tokens": "in training, at equal tokens",
-    "seconds": "in training, at equal seconds",
+    "held_out": "On held-out prompts",
+    "step": "In training, after {} steps each,",
+    "episodes": "In training, after {} episodes each,",
+    "tokens": "In training, after {} tokens each,",
+    "seconds": "In training, after {} seconds each,",
 }
-"""View -> how a sentence says where the numbers come from."""
+"""View -> how a sentence says where the numbers come from; the budget goes into the braces."""
 
-METRICS = {"score_mean": "score", "judge_mean": "judge", "kl": "KL"}
+METRICS = {"score_mean": "mean score", "judge_mean": "judge's mean score"}
 """Metric -> how a sentence calls it."""
 
 MUCH_KL = 1.5
@@ -68,21 +68,17 @@ def view_of(
         found["interval"], found["bootstrap"] = student_interval(differences), bootstrap_interval(differences)
     elif len(x) > 1 and len(y) > 1:
         found["interval"], found["bootstrap"] = welch_interval(x, y), bootstrap_difference(x, y)
-    winner, why_none = _winner(found)
+    winner, why = _winner(found)
     return found | {
         "winner": winner,
         "label": f"{name_of(winner)} better" if winner else "inconclusive",
-        "sentence": _sentence(found, winner, why_none),
+        "sentence": f"{_numbers(found)} {why}".strip(),
     }
 
 
 def void(view: dict[str, Any], why: str) -> dict[str, Any]:
-    """A view whose numbers stand, but say nothing about the algorithms."""
-    return view | {
-        "winner": None,
-        "label": "not comparable",
-        "sentence": f"not comparable {WHERE[view['view']]}: {why}",
-    }
+    """A view whose numbers stand, but say nothing about the algorithms; why, as a sentence."""
+    return view | {"winner": None, "label": "not comparable", "sentence": why}
 
 
 def name_of(label: str) -> str:
@@ -96,7 +92,7 @@ def decide(
     unknown: str = "",
     kl: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The verdict: `winner`, `label` and `sentence`.
+    """The verdict: `winner`, `label` and `sentence`, which is to be read after the label.
 
     The first view decides; the others only add what has to be said about a win.
 
@@ -104,24 +100,24 @@ def decide(
         views: The one that decides comes first.
         labels: Of the algorithms.
         refusing: Keys whose difference forbids a verdict.
-        unknown: Why it is not known whether the runs can be compared.
+        unknown: Why it is not known whether the runs can be compared, as a sentence.
         kl: How far each algorithm went from the reference, where that is known of both.
     """
+    if len(labels) == 1:
+        found = f"all runs are of {name_of(labels[0])}; name two, such as a=PATH b=PATH"
+    else:
+        found = f"there are {len(labels)}: {', '.join(map(name_of, labels))}"
     if len(labels) != 2:
-        found = f"all runs are of {name_of(labels[0])}" if len(labels) == 1 else f"there are {len(labels)}"
-        hint = "; name two, such as a=PATH b=PATH" if len(labels) == 1 else ": " + ", ".join(map(name_of, labels))
-        return _verdict(
-            None, "nothing to compare", f"nothing to compare: a verdict is on two algorithms, and {found}{hint}."
-        )
+        return _verdict(None, "nothing to compare", f"A verdict is on two algorithms, and {found}.")
     if refusing:
         keys = f"{', '.join(refusing[:6])}{' and more' if len(refusing) > 6 else ''}"
-        return _verdict(None, "not comparable", f"not comparable: the runs differ in more than the algorithm: {keys}.")
+        return _verdict(None, "not comparable", f"The runs differ in more than the algorithm: {keys}.")
     if not views:
-        return _verdict(None, "nothing to compare", "nothing to compare: not all runs have a score.")
+        return _verdict(None, "nothing to compare", "Not all runs have a score.")
     decisive = views[0]
     if unknown:
-        seen = f"As far as can be seen: {decisive['sentence']}"
-        return _verdict(None, "not comparable", f"not comparable, as far as can be checked: {unknown}. {seen}")
+        seen = f"The numbers alone would say: {decisive['label']}. {decisive['sentence']}"
+        return _verdict(None, "not comparable", f"{unknown} {seen}")
     return _verdict(decisive["winner"], decisive["label"], decisive["sentence"] + _price(views, kl))
 
 
@@ -141,34 +137,39 @@ def _by_seed(values: Values) -> dict[Any, float]:
 
 
 def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
-    """The label of the better one, or None and the reason."""
-    first, second = view["seeds"]
+    """The label of the better one, or None; and why, as a sentence."""
     if view["difference"] is None:
-        return None, f"{name_of(first if view['means'][first] is None else second)} has no value"
+        return None, ""
     if view["interval"] is None:
         single = [name_of(label) for label, seeds in view["seeds"].items() if seeds == 1]
-        return None, "one seed each" if len(single) == 2 else f"{single[0]} has one seed"
+        which = "one seed each" if len(single) == 2 else f"one seed of {single[0]}"
+        return None, f"With {which}, this cannot be told from chance; run more seeds."
     low, high = view["interval"]
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        return None, "the seeds made no difference, so that they show nothing about chance"
-    if low > 0:
-        return first, ""
-    return (second, "") if high < 0 else (None, "the interval holds 0")
+        return None, "The seeds made no difference to it, so they show nothing about chance."
+    n, decimals = list(view["seeds"].values()), _decimals(view)
+    seeds = f"{n[0]} seeds" + (", paired" if view["paired"] else " each" if n[0] == n[1] else f" and {n[1]} seeds")
+    spans = f"{_span(view['interval'], decimals)} over {seeds}; by bootstrap {_span(view['bootstrap'], decimals)}"
+    if low <= 0 <= high:
+        return None, f"Its 95 % interval has 0 in it, so either may be the better one ({spans})."
+    return list(view["means"])[high < 0], f"Its 95 % interval is all on one side of 0 ({spans})."
 
 
-def _sentence(view: dict[str, Any], winner: str | None, why_none: str) -> str:
-    where = WHERE[view["view"]] + (f" ({view['at']:,.0f} {view['unit']})" if view["at"] is not None else "")
-    head = f"{name_of(winner)} better {where}:" if winner else f"inconclusive: {why_none}; {where}"
-    means = [f"{name_of(label)} {_digits(mean)}" for label, mean in view["means"].items() if mean is not None]
-    sentence = f"{head} {METRICS.get(view['metric'], view['metric'])} {' against '.join(means)}" if means else head
+def _numbers(view: dict[str, Any]) -> str:
+    """The means and their difference, as a sentence or two."""
+    at = "" if view["at"] is None else f"{view['at']:,.0f}" if view["at"] >= 100 else f"{view['at']:.3g}"
+    where, metric = WHERE[view["view"]].format(at), METRICS.get(view["metric"], view["metric"])
+    decimals = _decimals(view)
+    means = [
+        f"{_digits(mean, decimals)} with {name_of(label)}" for label, mean in view["means"].items() if mean is not None
+    ]
     if view["difference"] is None:
-        return sentence + "."
-    sentence += f", a difference of {view['difference']:+.3g}"
-    if view["interval"] is not None:
-        n = list(view["seeds"].values())
-        seeds = f"{n[0]} seeds" + (", paired" if view["paired"] else " each" if n[0] == n[1] else f" and {n[1]} seeds")
-        sentence += f" (95 % interval {_span(view['interval'])} over {seeds}; by bootstrap {_span(view['bootstrap'])})"
-    return sentence + "."
+        missing = " and ".join(name_of(label) for label, mean in view["means"].items() if mean is None)
+        found = f" ({means[0]})" if means else ""
+        return f"{where} there is no {metric} of {missing}{found}."
+    first, second = map(name_of, view["means"])
+    difference = _digits(view["difference"], decimals, "+")
+    return f"{where} the {metric} is {' and '.join(means)}: {first} minus {second} is {difference}."
 
 
 def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
@@ -176,28 +177,31 @@ def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
     winner, said = views[0]["winner"], ""
     if winner is None:
         return said
+    loser = next(label for label in views[0]["means"] if label != winner)
     judged = next((view for view in views[1:] if view["metric"] == "judge_mean"), None)
-    if judged is not None and judged["difference"] is not None:
-        loser = next(label for label in judged["means"] if label != winner)
-        theirs, other = judged["means"][winner], judged["means"][loser]
-        if judged["winner"] == loser:
-            said += f" But the judge, which training did not see, prefers {name_of(loser)}"
-        elif theirs < other:
-            said += " The judge, which training did not see, does not confirm it"
-        said += f": {_digits(theirs)} against {_digits(other)}." if theirs < other else ""
-    if kl is not None:
-        theirs = kl[winner]
-        other = next(value for label, value in kl.items() if label != winner)
-        if theirs > MUCH_KL * other and theirs - other > LITTLE_KL:
-            said += (
-                f" It went much farther from the reference for it: KL {_digits(theirs)} against {_digits(other)} nats."
-            )
+    if judged is not None and judged["difference"] is not None and judged["means"][winner] < judged["means"][loser]:
+        of_loser = judged["winner"] == loser
+        said += " But the judge, which training did not see, "
+        said += f"prefers {name_of(loser)}: " if of_loser else "does not confirm it: "
+        theirs, other = (_digits(judged["means"][label], _decimals(judged)) for label in (winner, loser))
+        said += f"{theirs} with {name_of(winner)} and {other} with {name_of(loser)}."
+    if kl is not None and kl[winner] > MUCH_KL * kl[loser] and kl[winner] - kl[loser] > LITTLE_KL:
+        said += f" It went much farther from the reference for it: KL {kl[winner]:.1f} against {kl[loser]:.1f} nats."
     return said
 
 
-def _digits(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def _decimals(view: dict[str, Any]) -> int:
+    """One number of decimals for all numbers of a view: two digits of the largest of its differences, usually three."""
+    largest = max(map(abs, [view["difference"] or 0, *(view["interval"] or ())]))
+    if largest == 0 or 0.01 <= largest < 10:
+        return 3
+    return min(max(1 - math.floor(math.log10(largest)), 1), 6)
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.3g} to {interval[1]:+.3g}"
+def _digits(value: float, decimals: int, sign: str = "") -> str:
+    value = round(value, decimals)
+    return f"{value + 0:{sign if value else ''}.{decimals}f}"  # no sign before a zero
+
+
+def _span(interval: tuple[float, float], decimals: int) -> str:
+    return " to ".join(_digits(end, decimals, "+") for end in interval)

@@ -54,6 +54,10 @@ OTHER_DATA = {"data.path": {"reference": "a.csv", "revision": None, "path": "a.c
         (["rloo.trainer.beta=0.1"], {}, "trainer.beta", "objective"),
         (["rloo.trainer.kl_estimator=k3"], {}, "trainer.kl_estimator", "objective"),
         (["rloo.trainer.kl_target=6.0"], {}, "trainer.kl_target", "objective"),
+        (["rloo.trainer.sync_ref_model=true"], {}, "trainer.sync_ref_model", "objective"),
+        (["rloo.trainer.reward_clip_range=[-1.0,1.0]"], {}, "trainer.reward_clip_range", "reward"),
+        (["rloo.trainer.shuffle_dataset=false"], {}, "trainer.shuffle_dataset", "data"),
+        (["rloo.trainer.vllm_structured_outputs_regex=a+"], {}, "trainer.vllm_structured_outputs_regex", "budget"),
     ],
 )
 def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manifest, key, kind):
@@ -77,7 +81,11 @@ def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manif
         ([], {"results": {"episodes": 4128}}, "episodes"),  # a rollout more
         ([], {"versions": {"trl": "1.17.0"}}, "versions.trl"),
         ([], {"hardware": {"machine": "x86_64", "cores": 8, "memory_gib": 64.0, "gpus": []}}, "hardware"),
-        ([], {"setup": {"num_processes": 2, "mixed_precision": "no"}}, "setup.num_processes"),
+        (
+            ["rloo.global_batch_size=64"],
+            {"setup": {"num_processes": 2, "mixed_precision": "no"}},
+            "setup.num_processes",
+        ),
         ([], {"sources": {"rloo.policy": {"reference": "./copy", "revision": "5f7", "path": "copy"}}}, None),
     ],
 )
@@ -100,6 +108,24 @@ def test_a_reward_function_of_ones_own_is_known_by_its_content(tmp_path):
     other = trained(tmp_path / "c", "rloo", overrides=func, sources=own_function(tmp_path / "a", "02"))
     assert compared(one, same)["comparable"]
     assert refusing(compared(one, other)) == {"reward_funcs.0.name": "reward"}
+
+
+@pytest.mark.parametrize("key", ["reward_funcs.0.name", "data.path"])
+def test_a_function_or_data_that_changed_between_seeds_refuses(tmp_path, key):
+    """Unlike a model that each seed trained for itself."""
+    func = ["reward_funcs=[{name: 'own.py:score'}]"]
+    runs = [
+        trained(
+            tmp_path / f"{stage}{seed}",
+            stage,
+            seed,
+            overrides=func,
+            sources={key: {"reference": "x", "revision": None, "path": "x", "sha256": f"{seed}"}},
+        )
+        for seed in (42, 43)
+        for stage in ("ppo", "rloo")
+    ]
+    assert list(refusing(compared(*runs))) == [key]
 
 
 def test_another_model_behind_the_same_reference_is_another_reward(tmp_path):
@@ -135,6 +161,17 @@ def test_runs_of_one_algorithm_with_other_settings_are_not_its_seeds(tmp_path):
     assert refusing(compared(low, high, trained(tmp_path / "c", "rloo"))) == {"trainer.learning_rate": "algorithm"}
     named = compared(f"slow={low}", f"fast={high}")  # two settings of one algorithm, named apart
     assert named["comparable"] and named["algorithms"] == ["slow", "fast"]
+
+
+def test_more_processes_are_a_larger_batch_unless_the_recipe_fixes_it(tmp_path):
+    def runs(folder, overrides=()):
+        for seed in (42, 43):
+            for stage in ("ppo", "rloo"):
+                setup = {"num_processes": seed - 41, "mixed_precision": "no"}
+                yield trained(tmp_path / folder / f"{stage}{seed}", stage, seed, overrides=overrides, setup=setup)
+
+    assert refusing(compared(*runs("grows"))) == {"global_batch_size": "algorithm"}
+    assert compared(*runs("fixed", ["ppo.global_batch_size=64", "rloo.global_batch_size=64"]))["comparable"]
 
 
 def test_one_algorithm_alone_is_nothing_to_compare(tmp_path):
@@ -219,6 +256,19 @@ def test_an_eval_of_an_earlier_run_is_not_used(tmp_path):
     assert any("an earlier run" in note for note in found["notes"]) and any(
         "has none" in note for note in found["notes"]
     )
+
+
+@pytest.mark.parametrize("file", ["ppo-seed_42/ppo/metrics.jsonl", "eval/eval.json", "judge/ppo-vs-rloo.json"])
+def test_what_a_finished_run_lacks_is_a_sentence(tmp_path, file):
+    paths = duel(tmp_path, [0.5, 0.6], [0.4, 0.5])
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"torn')
+    with pytest.raises(RecipeError, match="cannot be read"):
+        compared(*paths)
+    (tmp_path / file).unlink()
+    if "judge" not in file:
+        with pytest.raises(RecipeError, match="cannot be read"):
+            compared(*paths)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +375,10 @@ def test_a_long_run_has_a_short_band_of_means(tmp_path):
 
 
 def test_missing_and_broken_numbers_are_no_numbers():
-    rows = [{"step": 1, "a": math.nan, "b": True, "c": "x"}, {"step": 2, "a": 1.5, "d": None, "score_mean": math.inf}]
+    rows = [
+        {"step": 1, "a": math.nan, "b": True, "c": "x"},
+        {"step": 2, "a": 1.5, "d": None, "score_mean": math.inf, "e": 10**400},
+    ]
     assert columns(rows) == {
         **{axis: [None, None] for axis in ("episodes", "tokens", "seconds")},
         "step": [1, 2],
@@ -367,6 +420,8 @@ def test_plain_trainers_runs_are_read_under_our_names(tmp_path):
         "episodes": [None, None],
     }
     assert wanted.items() <= rloo.curves.items() and "kl" not in rloo.curves
+    with pytest.raises(RecipeError, match="the same run twice"):
+        read_runs([f"x={tmp_path / 'rloo'}", f"y={tmp_path / 'rloo/checkpoint-10'}"])
     (same,) = read_runs([f"x={tmp_path / 'rloo/checkpoint-10/trainer_state.json'}"])
     assert same.curves == rloo.curves and same.seed is None
 
@@ -395,11 +450,15 @@ def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
         read_runs([str(plain(tmp_path / "a", RLOO_LOG))])
     with pytest.raises(RecipeError, match="no reward in its log"):
         read_runs([f"ppo={plain(tmp_path / 'b', [{'step': 1, 'loss': 2.0}])}"])
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/manifest.json").write_text("{}")  # not one of ours
-    (tmp_path / "c/trainer_state.json").write_text("{")
-    with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
-        read_runs([f"ppo={tmp_path / 'c'}"])
+    for i, broken in enumerate(
+        (b"", b"{", b"[]", b"null", b'{"log_history": null}', b'{"log_history": ["a", 1]}', b"\xff")
+    ):
+        folder = tmp_path / f"c{i}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"stage": "of something else"}')
+        (folder / "trainer_state.json").write_bytes(broken)
+        with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
+            read_runs([f"ppo={folder}"])
 
 
 def test_a_comparison_is_written_as_a_whole(tmp_path):
@@ -469,7 +528,7 @@ def test_compare_as_a_user_runs_it(tmp_path):
     done = cli("compare", *map(str, runs), "--out", "both", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *_, verdict, report = done.stdout.splitlines()
-    assert verdict.startswith("PPO better on held-out prompts: score PPO 0.600 against RLOO 0.507")
+    assert verdict.startswith("PPO better: On held-out prompts the mean score is 0.600 with PPO and 0.507 with RLOO")
     assert report == "report: both/report.html" and "held out score mean" in done.stdout
     other = trained(tmp_path / "x", "rloo", overrides=["rloo.trainer.beta=0.5"])
     refused = cli("compare", str(runs[0]), str(other), cwd=tmp_path)

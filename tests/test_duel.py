@@ -68,7 +68,10 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["rloo.trainer.beta=0.1"], ["trainer.beta (objective): ppo 0.05, rloo 0.1"]),
+        (
+            ["rloo.trainer.beta=0.1"],
+            ["trainer.beta (objective): ppo 0.05, rloo 0.1", "ppo.trainer.beta=0.05 rloo.trainer.beta=0.05"],
+        ),
         (
             ["ppo.trainer.max_completion_length=20", "rloo.trainer.temperature=0.7"],
             ["max_completion_length", "temperature (budget)"],
@@ -78,7 +81,7 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
         (["episodes=null"], ["add --episodes N"]),
         (["rloo=null"], ["no stage rloo"]),
         (["rloo.trainer.bata=0.1"], ["bata"]),
-        (["rloo.peft={}"], ["peft (model)"]),
+        (["rloo.peft={}"], ["peft (model)", "ppo.peft=null rloo.peft=null"]),
         (
             ["episodes=100", "rloo.trainer.per_device_train_batch_size=96"],
             ["128 of ppo (rollouts of 64)", "192 of rloo (of 96)", "--episodes 192"],
@@ -152,7 +155,7 @@ def test_a_duel_ends_with_a_verdict_and_goes_on_where_it_was(tmp_path, launched,
     assert run_duel(plan(tmp_path)) == 0
     *_, verdict, report = capsys.readouterr().out.splitlines()
     duel = plan(tmp_path)
-    assert verdict.startswith("PPO better on held-out prompts") and report == f"report: {duel.folder / 'report.html'}"
+    assert verdict.startswith("PPO better: On held-out prompts") and report == f"report: {duel.folder / 'report.html'}"
     found = comparison_of(duel)
     assert found["verdict"]["winner"] == "ppo" and found["views"][0]["paired"]
     assert [run["name"] for run in found["runs"]] == [f"{s} seed {n}" for n in (42, 43, 44) for s in ("ppo", "rloo")]

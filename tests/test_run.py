@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import mark_complete
+from rlhf_recipes.disk import mark_complete, sha256_of
 from rlhf_recipes.distributed import Setup
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
@@ -50,6 +50,22 @@ def test_the_manifest_says_which_files_were_loaded(load):
     other = Run(load("name=other"), "sft", is_main=False)
     other.record_sources({})
     assert not other.path.exists()
+
+
+def test_a_finished_run_is_another_one_when_its_own_function_has_changed(load, tmp_path):
+    """Or the same command would call a result of the old reward finished."""
+    file = tmp_path / "own.py"
+    file.write_text("old")
+    run = Run(load(), "ppo")
+    run.start()
+    source = {"reference": "own.py:score", "revision": None, "path": str(file), "sha256": sha256_of(file)}
+    run.record_sources({"reward_funcs.0.name": source, "data.path": {"path": "gone.csv", "sha256": "00"}})
+    run.finish()
+    assert Run(load(), "ppo").is_done()
+    file.write_text("new")
+    with pytest.raises(RecipeError, match=r"reward_funcs.0.name: .*own.py has changed since[^$]*--overwrite"):
+        Run(load(), "ppo").is_done()
+    assert not Run(load(), "ppo").is_done(overwrite=True)
 
 
 def test_a_run_that_goes_on_with_other_files_says_so(killed, load, caplog):
