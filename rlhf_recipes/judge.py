@@ -37,6 +37,9 @@ OUTCOMES = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
 BYTES_PER_TOKEN = 4
 """Under the tokenizers of most large models, for the estimate of a cost: characters of English, fewer of others."""
 
+REFUSALS = 3
+"""Requests that are refused before any is answered, after which it is not the texts that are refused."""
+
 QUESTION = """Compare two completions of the same prompt.
 
 {criterion}
@@ -118,7 +121,7 @@ def judge(recipe: Recipe, folder: Path | None = None, dry_run: bool = False) -> 
     with writing("the judge's answers", out):
         out.mkdir(parents=True, exist_ok=True)
         log_to(out / "log.txt")
-        _ask(backend, new, answers)
+        _ask(backend, new, answers, answered=len(needed) > len(new))
         found = {"eval": read_manifest(folder).get("id")}  # a later eval in its folder is of other completions
         found |= _found(recipe, names, pairs, [[answers.get(q) for q in two] for two in asked], backend)
         found["cost"] = _cost(recipe, [answers.get(question) for question in needed], len(new))
@@ -299,15 +302,29 @@ def _price(recipe: Recipe, tokens_in: int, tokens_out: int) -> float | None:
     return None if prices is None else (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
 
 
-def _ask(backend: Backend, questions: list[Question], answers: Answers) -> None:
+def _ask(backend: Backend, questions: list[Question], answers: Answers, answered: bool) -> None:
+    """Ask, and keep the answers; `answered`: whether this judge has answered any such question before.
+
+    Raises:
+        RecipeError: What the backend raises, or the first requests are all refused.
+    """
     if not questions:
         return
     from tqdm import tqdm
 
+    refused = []
     with tqdm(total=len(questions), desc="judge  ", unit="answer", disable=None, leave=False) as bar:
         for question, answer in backend.ask(questions):
-            answers.add(question, answer)
+            if "refused" in answer:
+                refused.append((question, answer))
+            else:
+                answered = True
+                answers.add(question, answer)
+            if not answered and len(refused) in (REFUSALS, len(questions)):
+                raise RecipeError(refused[0][1]["refused"])
             bar.update()
+    for question, answer in refused:
+        answers.add(question, answer)
 
 
 def _found(
@@ -319,6 +336,7 @@ def _found(
     outcomes = [OUTCOMES[rows[i]["outcome"]] for i in parsed]
     ratios = [rows[i]["log_length_ratio"] for i in parsed]
     count = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in (*OUTCOMES, "unparsable")}
+    refused = [answer["refused"] for two in answers for answer in two if answer is not None and "refused" in answer]
     firsts = [label == "A" for row in rows for label in row.get("votes", []) if label in ("A", "B")]
     return {
         "a": names[0],
@@ -332,6 +350,7 @@ def _found(
         "losses": count["loss"],
         "ties": count["tie"],
         "unparsable": count["unparsable"],
+        "refused": len(refused),
         "inconsistent": count["inconsistent"],
         **win_rate(outcomes),
         "length_controlled": length_controlled_win_rate(outcomes, ratios),
@@ -340,6 +359,7 @@ def _found(
         "cut": sum(answer is not None and answer.get("cut", False) for two in answers for answer in two),
         "agreement": _agreement("score", outcomes, [pairs[i] for i in parsed]),
         "judge_agreement": _agreement("judge", outcomes, [pairs[i] for i in parsed]),
+        "why_refused": refused[0] if refused else None,
         "pairs": rows,
     }
 
@@ -391,6 +411,8 @@ def _print(found: dict[str, Any]) -> None:
             say(f"agrees with {what}: {_percent(found[key], 'share')} of {found[key]['pairs']} decided prompts")
     if found["first_share"] is not None:
         say(f"prefers what it reads first: {found['first_share']:.1%} of its choices")
+    if found["refused"]:
+        say(f"note: {found['refused']} requests were refused; the first: {found['why_refused']}")
     if found["cut"]:
         say(f"note: {found['cut']} answers were cut off at judge.max_new_tokens; set it higher.")
     if found["cost"]["price"] is not None:

@@ -3,7 +3,8 @@
 A backend has an `identity`, what its answers depend on beside the question, and `ask`, which gives answers as they
 come. To make one asks nothing, and needs neither key nor package. Questions and answers are plain dictionaries:
 `{"text"}` -> `{"text", "cut", "input_tokens", "output_tokens"}`, for a reward model
-`{"prompt", "completion", "finished"}` -> `{"score"}`.
+`{"prompt", "completion", "finished"}` -> `{"score"}`. With `refused`, a sentence, an answer is none: the endpoint takes
+no such request, for all that is asked, or for this text (too long, or filtered).
 
 Keys come from the environment only. They are in no identity, and are taken out of every message.
 """
@@ -213,7 +214,10 @@ class Endpoint:
                 f"{type(cause).__name__}: {self._without_key(cause)}. {KEPT}"
             ) from None
         except library.APIStatusError as error:
-            raise RecipeError(self._refused(error)) from None
+            said = self._refused(error)
+            if error.status_code in (400, 413, 422):
+                return {"text": "", "cut": False, "input_tokens": 0, "output_tokens": 0, "refused": said}
+            raise RecipeError(said) from None
         try:
             body = response.http_response.json()
         except (ValueError, RecursionError):

@@ -473,11 +473,25 @@ def test_lasting_faults_stop_and_the_same_command_goes_on(backend, fault, senten
         (422, "(judge.parameters.temperature=null sends no temperature"),
     ],
 )
-def test_what_no_second_try_mends_stops_at_once(backend, code, sentence, server, recipe, sleeps):
+def test_what_no_second_try_mends_stops_at_once(backend, code, sentence, server, recipe, sleeps, tmp_path):
     server.faults = [status(code)] * 20
     with pytest.raises(RecipeError, match=re.escape(sentence)):
         asked_of(server, recipe, "judge.workers=1", backend=backend)
-    assert len(server.requests) == 1 and sleeps == []
+    assert len(server.requests) == (3 if code in (400, 422) else 1) and sleeps == []  # it may be that text only
+    assert not (tmp_path / "runs/toy/judge/answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_that_an_endpoint_refuses_is_counted_and_not_asked_again(backend, server, recipe, capsys):
+    filtered = status(400, "content_filter: the text is not allowed")
+    server.faults = [filtered, filtered, server.reply, filtered]
+    found = asked_of(server, recipe, "judge.workers=1", backend=backend)
+    assert (found["unparsable"], found["refused"], found["cost"]["asked"]) == (2, 3, 8)
+    assert "content_filter" in found["why_refused"] and found["cost"]["input_tokens"] == 500
+    assert "note: 3 requests were refused; the first: " in capsys.readouterr().out
+    asked = len(server.requests)
+    again = asked_of(server, recipe, "judge.workers=1", backend=backend)
+    assert len(server.requests) == asked and counts(again) == counts(found) and again["refused"] == 3
 
 
 def test_slow_answers_are_given_up(server, recipe, sleeps):
