@@ -26,7 +26,7 @@ from rlhf_recipes.curves import TrainedRun, read_runs
 from rlhf_recipes.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.disk import writing
 from rlhf_recipes.entry import load_checked
-from rlhf_recipes.run import Run, eval_models
+from rlhf_recipes.run import Run, eval_models, read_manifest
 from rlhf_recipes.sweep import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
 from rlhf_recipes.tables import print_comparison
@@ -108,6 +108,7 @@ def plan_duel(
             duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
     duel.evaluation({})  # whose prerequisites become jobs too
     _refuse_unequal(duel)
+    _refuse_other_batches(duel, processes)
     refuse_other_settings(recipe.name, duel.jobs, overwrite)
     return duel
 
@@ -170,6 +171,21 @@ def _refuse_unequal(duel: Duel) -> None:
             "\n".join([f"{duel.recipe.name}: ppo and rloo would differ in more than the algorithm:", *lines])
             + f"\nGive both the same, such as {same}."
         )
+
+
+def _refuse_other_batches(duel: Duel, processes: int) -> None:
+    """Refuse to add seeds whose batch would be another one than that of the seeds that are there."""
+    for job in duel.trained.values():
+        manifest = read_manifest(job.path)
+        if manifest is None or manifest["status"] != "finished" or getattr(job.recipe, job.stage).global_batch_size:
+            continue
+        before = manifest.get("setup", {}).get("num_processes", processes)
+        if before != processes:
+            raise RecipeError(
+                f"{job.path}: {before} {'process' if before == 1 else 'processes'} trained it, and this duel has "
+                f"{processes}, whose batch would be another; launch it as before, or make a new one: add name="
+                f"{duel.recipe.name}-2."
+            )
 
 
 def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) -> int:

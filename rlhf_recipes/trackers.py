@@ -68,6 +68,8 @@ def wandb_mode() -> tuple[str | None, str]:
     mode = _hushed().mode
     if mode == "disabled":
         return None, "WANDB_MODE is disabled"
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # transformers' way until its version 5
+        return None, "WANDB_DISABLED is set"
     if mode in ("offline", "dryrun"):
         return "offline", ""
     try:
@@ -213,4 +215,6 @@ def as_table(rows: list[dict[str, Any]]) -> Any:
 
 def as_cell(message: str | list[dict]) -> str:
     """A prompt or completion as text; of chat messages, each with its role, for a table has no cell for a list."""
-    return message if isinstance(message, str) else "\n".join(f"{part['role']}: {part['content']}" for part in message)
+    if isinstance(message, str):
+        return message
+    return "\n".join(f"{part['role']}: {part.get('content') or ''}" for part in message)  # a tool's call has none

@@ -168,6 +168,22 @@ def test_a_duel_ends_with_a_verdict_and_goes_on_where_it_was(tmp_path, launched,
     assert any(path.name.startswith("eval.") for path in duel.folder.iterdir())
 
 
+def test_seeds_with_another_batch_are_refused_before_they_train(tmp_path, launched):
+    ran, _ = launched
+    duel = plan(tmp_path)
+    assert run_duel(duel) == 0
+    for job in duel.trained.values():
+        manifest = json.loads((job.path / "manifest.json").read_text())
+        (job.path / "manifest.json").write_text(json.dumps(manifest | {"setup": {"num_processes": 1}}))
+    before = len(ran)
+    assert plan(tmp_path, seeds="4", processes=1)
+    with pytest.raises(
+        RecipeError, match="ppo-seed_42/ppo: 1 process trained it, and this duel has 2, .* name=imdb_tiny-2"
+    ):
+        plan(tmp_path, seeds="4", processes=2)
+    assert len(ran) == before
+
+
 def test_a_failed_seed_is_named_and_the_others_are_compared(tmp_path, launched, capsys):
     ran, outcomes = launched
     outcomes |= {("rloo", 43): 1}

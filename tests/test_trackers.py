@@ -22,6 +22,7 @@ from rlhf_recipes import trackers, workspace
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.on_policy import TABLES
 from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.trackers import as_cell
 
 ONLY_PPO = {"value_loss", "value_clip_fraction", "value_mean", "return_mean", "explained_variance"}
 ONLY_RLOO = {"baseline_mean", "no_signal_fraction"}
@@ -239,10 +240,17 @@ def test_of_two_processes_one_logs(small, tmp_path):
     assert done.stdout.count("W&B") == 1
 
 
+def test_a_message_without_content_has_an_empty_cell():
+    assert (
+        as_cell([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": []}]) == "user: a\nassistant: "
+    )
+
+
 CASES = {
     "nothing": ({}, ["tensorboard"]),
     "offline": ({"WANDB_MODE": "offline"}, ["tensorboard", "wandb"]),
     "disabled": ({"WANDB_MODE": "disabled", "WANDB_API_KEY": KEY}, ["tensorboard"]),
+    "disabled as before": ({"WANDB_DISABLED": "true", "WANDB_API_KEY": KEY}, ["tensorboard"]),
     "key": ({"WANDB_API_KEY": KEY}, ["tensorboard", "wandb"]),
     "half a key": ({"WANDB_API_KEY": "0123"}, ["tensorboard"]),
     "logged in": ({"WANDB_BASE_URL": "http://wandb.example"}, ["tensorboard", "wandb"]),
