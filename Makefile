@@ -13,7 +13,7 @@ quickstart: .venv/.installed-offline
 	$(BIN)/rlhf-recipes run imdb_tiny
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

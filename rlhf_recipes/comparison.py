@@ -196,7 +196,7 @@ def _bands(runs: list[TrainedRun], labels: list[str]) -> dict[str, Any]:
         low, high = max(found[0][0] for found in scored), min(found[-1][0] for found in scored)
         if low > high:
             continue
-        grid = numpy.linspace(low, high, min(GRID, *map(len, scored)))
+        grid = numpy.linspace(low, high, 1 if low == high else min(GRID, *map(len, scored)))
         bands[axis] = {}
         for metric in metrics:
             of_metric = {

@@ -50,6 +50,14 @@ TIMES = ("seconds", "runtime", "per_second")
 """In names of metrics that differ from run to run."""
 
 
+LONGEST = ("test_readme.py", "test_pipeline.py", "test_accelerate_configs.py", "test_benchmarks.py", "test_duel.py")
+"""Files that take minutes are begun first, or one process would wait for the other's last file."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def environment():
     """A stage that runs in the tests' own process sets variables for trackers; the next test's processes get none."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_recipes.compare import compare_runs, notes_on, write_comparison
-from rlhf_recipes.comparison import build_comparison, value_at
+from rlhf_recipes.comparison import _bands, build_comparison, value_at
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.curves import columns, read_runs
 from rlhf_recipes.differences import find_differences
@@ -365,6 +365,14 @@ def run_of(curves, seed=None, label="x"):
     run = TrainedRun(label, Path("x"), None, curves)
     run.name = f"{label} {seed}"
     return run
+
+
+def test_runs_that_share_one_budget_only_have_a_band_of_one_point(tmp_path):
+    """The first logged more often and stopped where the second begins."""
+    one = run_of({"episodes": [8, 16], "score_mean": [0.0, 1.0]}, label="a")
+    other = run_of({"episodes": [16, 32], "score_mean": [3.0, 5.0]}, label="b")
+    bands = _bands([one, other], ["a", "b"])["episodes"]["score_mean"]
+    assert (bands["a"]["x"], bands["a"]["mean"], bands["b"]["mean"]) == ([16], [1.0], [3.0])
 
 
 def test_a_long_run_has_a_short_band_of_means(tmp_path):

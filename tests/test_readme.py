@@ -79,7 +79,10 @@ def test_every_command_works(tmp_path):
 
 def test_makefile_targets():
     makefile = (ROOT / "Makefile").read_text()
-    assert "rlhf-recipes run imdb_tiny" in makefile and "-m pytest -n 2 --dist loadfile\n" in makefile
+    assert (
+        "rlhf-recipes run imdb_tiny" in makefile
+        and "-m pytest -n 2 --dist loadfile --no-loadscope-reorder\n" in makefile
+    )
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
 
 

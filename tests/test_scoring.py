@@ -250,7 +250,8 @@ def test_the_log_says_which_contract_is_followed(trained, caplog):
         reward_model(str(folder))
         (folder / FILE).unlink()
         reward_model(str(folder))
-    with_file, without = (record.getMessage() for record in caplog.records)
+    ours = [record for record in caplog.records if record.name == "rlhf_recipes.scoring"]
+    with_file, without = (record.getMessage() for record in ours)
     assert "scoring.json says: plain texts, EOS '<eos>' (1) behind finished ones" in with_file
     assert "padded on the right with '<pad>' (0)" in with_file and "16 tokens at most; minus 0.25." in with_file
     assert "no scoring.json, so read as TRL's RewardTrainer trains" in without and "64 tokens at most." in without
