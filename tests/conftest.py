@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def log():
+    """What runs in the tests' own process sends all logging to places of ours; the next test's goes where it went."""
+    loggers = [logging.getLogger(name) for name in (None, "transformers", "datasets")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    show = warnings.showwarning
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
+    warnings.showwarning = show
 
 
 @pytest.fixture(scope="session")
