@@ -89,7 +89,7 @@ def parse_grid(overrides: list[str]) -> tuple[list[Axis], list[str]]:
 def parse_seeds(text: str, first: int) -> list[int]:
     """`3`: three seeds from the recipe's on; `42,43,44`: these."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d+", part) for part in parts) or len(set(map(int, parts))) < len(parts):
+    if not all(re.fullmatch(r"[0-9]+", part) for part in parts) or len(set(map(int, parts))) < len(parts):
         raise RecipeError(f"--seeds {text}: write how many (3), or which (42,43,44), each once.")
     seeds = [int(part) for part in parts]
     if seeds == [0]:
@@ -117,7 +117,7 @@ def path_parts(settings: dict[str, str]) -> list[str]:
 
 def in_path(text: str) -> str:
     """A text as a part of a file's name: as it is, where it can stand there; otherwise shortened, with a hash."""
-    if re.fullmatch(r"[A-Za-z0-9._]{1,40}|-?[\d.]+(e-?\d+)?", text):
+    if re.fullmatch(r"[A-Za-z0-9._]{1,40}|-?[0-9.]+(e-?[0-9]+)?", text):
         return text
     short = re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")[:24]
     return f"{short}.{short_hash(text)}"

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 import pytest
 from conftest import cli
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rlhf_recipes.sweep
@@ -72,6 +72,7 @@ def test_seeds():
 
 
 @given(st.text(min_size=1))
+@example("߀")
 def test_values_make_parts_of_paths(text):
     part = in_path(text)
     assert len(part) <= 40 and all(c.isascii() and (c.isalnum() or c in "._-") for c in part)
