@@ -160,8 +160,8 @@ def recipe(folder: Path, case: str) -> tuple[str, list[str]]:
 
 
 def predicted(file: str, overrides: list[str], stage: str, config: str | None, device: str) -> float:
-    from rlhf_recipes.stage_plan import launch_of, machine_of, plan_stage
     from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.stage_plan import launch_of, machine_of, plan_stage
 
     gpu = f"{2 if config else 1}x{device if device == 'cpu' else 'GPU'}-64"
     machine = machine_of(gpu)

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Reference numbers for PPO: what TRL 1.12.0's `trl.experimental.ppo` makes of fixed completions and scores.
 
     python benchmarks/reference_trl_1_12.py

@@ -201,7 +201,7 @@ def work(folder: Path, size: str, accumulation: int) -> None:
     trainer._generate_single_turn = given
 
     class Clock(TrainerCallback):
-        marks: list = []  # noqa: RUF012
+        marks: list = []
         held = 0
 
         def on_step_end(self, *args, **kwargs):

@@ -25,7 +25,7 @@ from rlhf_recipes.hacking import mean_of_known
 from rlhf_recipes.hub import go_offline, hub_references
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.reward_calls import RewardError, as_text
-from rlhf_recipes.run import read_manifest, run_path
+from rlhf_recipes.run import audit_file, read_audit, read_manifest, run_path
 from rlhf_recipes.terminal import hush_libraries, log_to, say
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ class Audited:
 
     def new_tokens(self) -> int:
         """Longest completion in training."""
-        from trl import RLOOConfig
+        from rlhf_recipes.evaluate import longest_in_training
 
-        return self.settings.trainer.get("max_completion_length", RLOOConfig.max_completion_length)
+        return longest_in_training(self.recipe, (self.stage,))
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The run's own; of one that has not finished, that of the policy, from which it would go on."""
@@ -135,7 +135,7 @@ def audit_runs(paths: list[Path], prompts: int) -> dict[Path, dict[str, Any]]:
     found = {}
     for path, run in runs.items():
         found[path] = _audit(run, prompts)
-        file = _file(run.path)
+        file = audit_file(run.path)
         with writing("the audit", file):
             file.parent.mkdir(exist_ok=True)
             write_whole(file, json.dumps(found[path], indent=2, ensure_ascii=False))
@@ -144,13 +144,7 @@ def audit_runs(paths: list[Path], prompts: int) -> dict[Path, dict[str, Any]]:
 
 def is_audited(path: Path) -> bool:
     """Whether the run that is in a folder now has been audited."""
-    file = _file(path)
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["id"] == _open(path).manifest["id"]
-
-
-def _file(path: Path) -> Path:
-    path = path.resolve()
-    return path.parent / "audit" / f"{path.name}.json"
+    return read_audit(path) is not None
 
 
 def print_audit(found: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The command line, `rlhf-recipes`. Nothing here imports torch before a stage has to run."""
 
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.disk import read_json
 from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
 from rlhf_recipes.headers import recipe_table
 from rlhf_recipes.launch import TRAINED, launch_stage
@@ -139,7 +139,7 @@ def run(
 
 
 def _show_measured(recipe: Recipe) -> None:
-    measured = json.loads((run_path(recipe, "eval") / "eval.json").read_text(encoding="utf-8"))
+    measured = read_json(run_path(recipe, "eval") / "eval.json")
     say()
     print_table(measured["models"], measured["notes"])
 

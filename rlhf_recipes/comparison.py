@@ -8,10 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.curves import TrainedRun, points
-from rlhf_recipes.differences import describe_hardware, effective_settings, find_differences
+from rlhf_recipes.differences import describe_hardware, effective_settings, find_differences, written
 from rlhf_recipes.disk import read_json
 from rlhf_recipes.held_out import Measured, find_held_out, read_samples
 from rlhf_recipes.intervals import bootstrap_band, bootstrap_interval
+from rlhf_recipes.run import read_audit
 from rlhf_recipes.verdict import decide, view_of, void
 
 UNITS = {"episodes": "episodes", "step": "steps", "tokens": "tokens", "seconds": "seconds"}
@@ -69,7 +70,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
         "evaluation": _evaluation(measured),
         "samples": read_samples(measured),
         "judge": _judge_files(measured),
-        "audit": {run.name: content for run in runs if (content := _audit(run)) is not None},
+        "audit": {run.name: found for run in runs if (found := read_audit(run.path)) is not None},
         "notes": [*notes, *found_notes, *_score_note(runs, measured), *_machine_note(machines)],
     }
     return _plain(comparison)
@@ -93,7 +94,7 @@ def _views(
             break  # without its score, the judge alone does not decide
         views.append(side_by_side("held_out", metric, scores))
     for axis in UNITS:
-        reached = [max((x for x, _ in points(run, axis, "score_mean")), default=None) for run in runs]
+        reached = [max((x for x, _ in points(run.curves, axis, "score_mean")), default=None) for run in runs]
         if None in reached or (axis == "step" and any(view["view"] == "episodes" for view in views)):
             continue
         at = min(reached)
@@ -106,7 +107,7 @@ def _views(
 
 def value_at(run: TrainedRun, axis: str, budget: float, metric: str) -> float | None:
     """Mean of what was logged in the last tenth of a budget; of the last line before it where that tenth has none."""
-    before = [(x, y) for x, y in points(run, axis, metric) if x <= budget]
+    before = [(x, y) for x, y in points(run.curves, axis, metric) if x <= budget]
     last = [y for x, y in before if x > (1 - SMOOTHED) * budget] or [y for _, y in before[-1:]]
     return fmean(last) if last else None
 
@@ -127,7 +128,7 @@ def _kl(runs: list[TrainedRun], labels: list[str], measured: dict[str, Measured]
 
 def _run_entry(run: TrainedRun) -> dict[str, Any]:
     manifest = run.manifest or {}
-    settings = effective_settings(manifest, set(_trainer(manifest))) if manifest else {}
+    settings = effective_settings(manifest, written([run])) if manifest else {}
     return {
         "name": run.name,
         "algorithm": run.label,
@@ -147,10 +148,6 @@ def _run_entry(run: TrainedRun) -> dict[str, Any]:
         "versions": manifest.get("versions", {}),
         "curves": run.curves,
     }
-
-
-def _trainer(manifest: dict[str, Any]) -> dict[str, Any]:
-    return manifest["settings"][manifest["stage"]]["trainer"]
 
 
 def _last(run: TrainedRun, metric: str) -> float | None:
@@ -188,7 +185,10 @@ def _bands(runs: list[TrainedRun], labels: list[str]) -> dict[str, Any]:
     bands: dict[str, Any] = {}
     for axis in UNITS:
         lines = {
-            (run.name, metric): found for run in runs for metric in metrics if (found := points(run, axis, metric))
+            (run.name, metric): found
+            for run in runs
+            for metric in metrics
+            if (found := points(run.curves, axis, metric))
         }
         scored = [lines.get((run.name, "score_mean")) for run in runs]
         if not all(scored) or (axis == "step" and "episodes" in bands):
@@ -235,7 +235,7 @@ def _on_grid(line: list[tuple[float, float]], grid: Any) -> Any:
 
 def _frontier(run: TrainedRun, measured: Measured | None) -> dict[str, Any]:
     """How much score for how much KL: means of consecutive logged steps, and on held-out prompts."""
-    way = points(run, "kl", "score_mean")
+    way = points(run.curves, "kl", "score_mean")
     size = -(-len(way) // FRONTIER)
     chunks = [way[i : i + size] for i in range(0, len(way), size)] if way else []
     at_end = [measured.metrics.get("kl"), measured.metrics.get("score_mean")] if measured else [None]
@@ -274,15 +274,6 @@ def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
             content = read_json(file)
             found += [content] if content.get("eval") == manifest["id"] else []
     return found
-
-
-def _audit(run: TrainedRun) -> dict[str, Any] | None:
-    """The audit of a run of ours; None where there is none, or only one of an earlier run in its folder."""
-    file = run.path.resolve().parent / "audit" / f"{run.path.resolve().name}.json"
-    if run.manifest is None or not file.is_file():
-        return None
-    found = read_json(file)
-    return found if found["id"] == run.manifest["id"] else None
 
 
 def _score_note(runs: list[TrainedRun], measured: dict[str, Measured]) -> list[str]:

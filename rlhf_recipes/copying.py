@@ -44,12 +44,12 @@ def copies_title(title: Sequence[str], completion: Sequence[str]) -> bool | None
     return longest_common_run(title, completion) >= TITLE_SHARE * len(title)
 
 
-def repeated_share(completion: Sequence[str], n: int = 2) -> float:
-    """Share of a completion's n-grams of words that stood in it before, 0..1; 0 where it has none.
+def repeated_share(completion: Sequence, n: int = 2) -> float:
+    """Share of a completion's n-grams, of words or tokens, that stood in it before, 0..1; 0 where it has none.
 
-    Pairs, for they repeat in texts of ten words, too, where longer n-grams hardly can.
+    Pairs of words, for they repeat in texts of ten words, too, where longer n-grams hardly can.
 
-    Source: seq-rep-n of Welleck et al. 2020 (1908.04319), equation 5.
+    Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
     """
     ngrams = [tuple(completion[i : i + n]) for i in range(len(completion) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -166,7 +166,7 @@ def _number(value: Any) -> float | None:
     return value if is_number and abs(value) <= sys.float_info.max else None
 
 
-def points(run: TrainedRun, axis: str, metric: str) -> list[tuple[float, float]]:
+def points(curves: dict[str, list[float | None]], axis: str, metric: str) -> list[tuple[float, float]]:
     """(x, y) of the logged steps at which both are known."""
-    pairs = zip(run.curves.get(axis, []), run.curves.get(metric, []), strict=False)
+    pairs = zip(curves.get(axis, []), curves.get(metric, []), strict=False)
     return [(x, y) for x, y in pairs if x is not None and y is not None]

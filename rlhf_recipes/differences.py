@@ -61,7 +61,8 @@ def find_differences(runs: list[TrainedRun]) -> list[dict[str, Any]]:
     runs = [run for run in runs if run.manifest is not None]
     if len(runs) < 2:
         return []
-    found = {run.name: effective_settings(run.manifest, _written(runs)) for run in runs}
+    keys = written(runs)
+    found = {run.name: effective_settings(run.manifest, keys) for run in runs}
     differences = []
     for key in sorted({key for settings in found.values() for key in settings}):
         values = {run.name: found[run.name].get(key, (NOT_THERE, NOT_THERE)) for run in runs}
@@ -151,7 +152,8 @@ def _shown(source: dict[str, Any]) -> str:
     return source["reference"] + (f" ({known[:8]})" if known else "")
 
 
-def _written(runs: list[TrainedRun]) -> set[str]:
+def written(runs: list[TrainedRun]) -> set[str]:
+    """Keys that stand under `trainer` in the recipe of any of these runs."""
     return {key for run in runs for key in run.manifest["settings"][run.manifest["stage"]]["trainer"]}
 
 

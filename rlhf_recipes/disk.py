@@ -10,6 +10,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read ({error}); delete {path.parent} and make it again.") from error
+
+
+def read_lines(path: Path, most: int | None = None) -> list[Any]:
+    """What the lines of a jsonl file hold, or the first so many; a line ends with a line break, and not at U+2028."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, most)]
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:

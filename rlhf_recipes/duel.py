@@ -26,6 +26,7 @@ from rlhf_recipes.curves import TrainedRun, read_runs
 from rlhf_recipes.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.disk import writing
 from rlhf_recipes.entry import load_checked
+from rlhf_recipes.recipe import load_recipe, rollout_size
 from rlhf_recipes.run import Run, eval_models, read_manifest
 from rlhf_recipes.sweep import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.sweep_grid import parse_seeds, short_hash
@@ -96,8 +97,9 @@ def plan_duel(
     _check(recipe, processes)
     numbers = parse_seeds(seeds, recipe.seed)
     root = Path(recipe.runs_dir) / recipe.name
-    changed = _settings(recipe) != _settings(load_checked(name, []))
-    folder = root / (f"duel-{short_hash(_settings(recipe))}" if changed else "duel")
+    settings = _settings(recipe)
+    as_it_stands = settings == _settings(load_recipe(name))
+    folder = root / ("duel" if as_it_stands else f"duel-{short_hash(settings)}")
     duel = Duel(recipe, folder, Planner(root / "sweep-shared"), {})
     for seed in numbers:
         for stage in STAGES:
@@ -139,12 +141,9 @@ def _check(recipe: Recipe, processes: int) -> None:
 
 
 def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
-    """Completions that a stage samples at once."""
+    """Completions that all processes of a stage sample at once."""
     given = trainer_defaults(stage) | getattr(recipe, stage).trainer | recipe.batches(stage, processes)
-    if given["generation_batch_size"] is not None:
-        return given["generation_batch_size"]
-    steps = given["steps_per_generation"] or given["gradient_accumulation_steps"]
-    return given["per_device_train_batch_size"] * steps * processes
+    return rollout_size(stage, given, processes) * processes
 
 
 def _settings(recipe: Recipe) -> str:

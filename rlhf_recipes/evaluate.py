@@ -51,7 +51,7 @@ def main(run: Run) -> str:
     recipe, models = run.recipe, eval_models(run.recipe)
     tokenizers = {name: load_tokenizer(recipe, f"eval.models.{name}", models[name]) for name in models}
     rows = held_out_prompts(recipe, tokenizers[eval_reference(recipe)])
-    new_tokens = recipe.eval.max_new_tokens or training_length(recipe) or _default_length()
+    new_tokens = recipe.eval.max_new_tokens or longest_in_training(recipe)
     _check_models(recipe, tokenizers, rows, new_tokens)
     evaluator = Evaluator(recipe, tokenizers, rows, new_tokens)
     folder, parts = run.path / PARTS, {}
@@ -191,6 +191,16 @@ class Evaluator:
         return [f"{name}: the {what}; its training may have diverged."]
 
 
+def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int:
+    """Longest completion of the first of some stages that sets it; TRL's default where none does."""
+    length = training_length(recipe, stages)
+    if length is None:
+        from trl import RLOOConfig
+
+        length = RLOOConfig.max_completion_length
+    return length
+
+
 def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
     """The prompts, which are texts, or messages: the same for all models, whatever the tokenizer that cuts them."""
     from rlhf_recipes.data import load_rows
@@ -256,12 +266,6 @@ def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
     ]
     text = json.dumps([name, run.settings, run.inputs, rows["prompt"][:], weights], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _default_length() -> int:
-    from trl import RLOOConfig
-
-    return RLOOConfig.max_completion_length
 
 
 def _texts(*columns: list) -> list[list[str]]:

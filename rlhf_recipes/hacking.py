@@ -280,6 +280,4 @@ def _not_followed(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 def _paired(first: dict[str, Any], last: dict[str, Any], name: str) -> Change | None:
     both = [(a, b) for a, b in zip(first[name], last[name], strict=True) if a is not None and b is not None]
-    differences = [b - a for a, b in both]
-    interval = student_interval(differences)
-    return interval and Change(fmean(a for a, _ in both), fmean(b for _, b in both), fmean(differences), *interval)
+    return change([a for a, _ in both], [b for _, b in both])

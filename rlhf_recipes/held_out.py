@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.curves import TrainedRun
 from rlhf_recipes.differences import identity
-from rlhf_recipes.disk import read_json
+from rlhf_recipes.disk import read_json, read_lines
 from rlhf_recipes.run import is_finished, read_manifest
 
 MOST_SAMPLES = 500
@@ -35,8 +35,7 @@ class Measured:
     @property
     def prompts(self) -> str:
         """A checksum: evals with the same one asked for completions of the same prompts."""
-        with open(self.folder / "completions.jsonl", encoding="utf-8") as lines:  # splitlines() parts at U+2028, too
-            prompts = [json.dumps(json.loads(line)["prompt"]) for line in lines]
+        prompts = [json.dumps(line["prompt"]) for line in read_lines(self.folder / "completions.jsonl")]
         return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
@@ -65,8 +64,7 @@ def read_samples(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """The first lines of the first eval's completions."""
     if not measured:
         return []
-    with open(next(iter(measured.values())).folder / "completions.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line, _ in zip(file, range(MOST_SAMPLES), strict=False)]
+    lines = read_lines(next(iter(measured.values())).folder / "completions.jsonl", MOST_SAMPLES)
     return [line for line in lines if "models" in line]  # earlier versions wrote them in another form
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import write_whole, writing
+from rlhf_recipes.disk import read_lines, write_whole, writing
 from rlhf_recipes.judge_backends import Answer, Backend, Question, backend_of
 from rlhf_recipes.reward_calls import as_text
 from rlhf_recipes.run import is_finished, read_manifest, require_stage
@@ -220,8 +220,7 @@ def _eval_folder(recipe: Recipe, folder: Path | None) -> Path:
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "completions.jsonl"
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:  # splitlines() would part texts at U+2028
-            lines = [json.loads(line) for line in file]
+        lines = read_lines(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}; run eval again.") from error
     if not lines or not all(isinstance(line, dict) and line.get("models") for line in lines):

@@ -168,7 +168,7 @@ class Endpoint:
         limit = RateLimit(self.settings.requests_per_minute)
         try:
             http_client = library.DefaultHttpxClient(event_hooks={"request": [lambda request: limit.wait()]})
-        except Exception as error:  # noqa: BLE001  # what is wrong with the environment has many types
+        except Exception as error:  # what is wrong with the environment has many types
             # Its message, and with `from error` the traceback, may hold a proxy's password; of a package it names which.
             why = f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else type(error).__name__
             raise RecipeError(
@@ -305,7 +305,19 @@ class Anthropic(Endpoint):
         }
 
 
-class Local:
+class OnThisMachine:
+    """A model that is loaded here, known by its weights: its name may stand for others tomorrow."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.settings = recipe, recipe.judge
+        self.identity = {
+            "backend": self.settings.backend,
+            "model": self.settings.model,
+            "weights": _weights(recipe, self.settings.model),
+        }
+
+
+class Local(OnThisMachine):
     """A causal language model, of which only the next token is read: A or B, whichever is likelier.
 
     Small and base models seldom answer in the form that they are asked for; which of two answers they lean to they
@@ -314,14 +326,6 @@ class Local:
     """
 
     labels = ("A", "B")
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.settings = recipe, recipe.judge
-        self.identity = {
-            "backend": "local",
-            "model": self.settings.model,
-            "weights": _weights(recipe, self.settings.model),
-        }
 
     def ask(self, questions: list[Question]) -> Iterator[tuple[Question, Answer]]:
         import torch
@@ -355,18 +359,10 @@ class Local:
                 yield question, {"text": "tie" if a == b else "A" if a > b else "B", "cut": False}
 
 
-class RewardModel:
+class RewardModel(OnThisMachine):
     """A reward model: it scores every completion alone, as it was trained to, so there is no order to swap."""
 
     labels = ()
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.settings = recipe, recipe.judge
-        self.identity = {
-            "backend": "reward_model",
-            "model": self.settings.model,
-            "weights": _weights(recipe, self.settings.model),
-        }
 
     def ask(self, questions: list[Question]) -> Iterator[tuple[Question, Answer]]:
         from rlhf_recipes.reward_calls import call_all, checked
@@ -412,7 +408,7 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -
                 return
             try:
                 done.put((item, work(item), None))
-            except BaseException as error:  # noqa: BLE001  # whoever waits raises it
+            except BaseException as error:  # whoever waits raises it
                 stopped.set()  # here: what would fail as well is not asked any more
                 done.put((item, None, error))
 

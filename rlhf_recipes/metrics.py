@@ -6,6 +6,8 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any
 
+from rlhf_recipes.copying import repeated_share
+
 
 def distinct_n(rows: Sequence[Sequence], n: int) -> float:
     """Different n-grams over all n-grams of a set of completions, 0..1; 0 without any.
@@ -33,10 +35,9 @@ def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
     Four tokens in the same order hardly ever come again in human text, however long it is: unlike `unique_token_ratio`
     this tells loops from common words. Completions with fewer than n tokens repeat nothing.
 
-    Source: Welleck et al. 2020 (1908.04319), seq-rep-n of section 6.
+    Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
     """
-    ngrams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
-    return fmean(1 - len(set(found)) / len(found) if found else 0.0 for found in ngrams)
+    return fmean(repeated_share(row, n) for row in rows)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

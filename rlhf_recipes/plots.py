@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rlhf_recipes.curves import points
+
 CURVES = {
     "score_mean": "score (mean of a rollout)",
     "kl": "KL to the reference, nats per completion",
@@ -56,9 +58,9 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
     figure, axes = _pyplot().subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
         for run in runs:
-            points = _points(run["curves"], axis_name, metric)
-            if points:
-                x, y = zip(*points, strict=True)
+            known = points(run["curves"], axis_name, metric)
+            if known:
+                x, y = zip(*known, strict=True)
                 alone = sum(other["algorithm"] == run["algorithm"] for other in runs) == 1
                 look = looks[run["algorithm"]] | ({"label": run["algorithm"]} if alone else {"linestyle": "-"})
                 axis.plot(x, _smooth(y), linewidth=2 if alone else 0.8, alpha=1 if alone else 0.35, **look)
@@ -76,11 +78,6 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
 
 def _x_of(runs: list[dict[str, Any]]) -> str:
     return "episodes" if all(any(x is not None for x in run["curves"].get("episodes", ())) for run in runs) else "step"
-
-
-def _points(curves: dict[str, list[float | None]], x: str, y: str) -> list[tuple[float, float]]:
-    pairs = zip(curves.get(x, ()), curves.get(y, ()), strict=False)
-    return [(at, value) for at, value in pairs if at is not None and value is not None]
 
 
 def _band(axis: Any, band: dict[str, Any], look: dict[str, Any], label: str) -> None:
@@ -106,9 +103,9 @@ def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
         look = looks[run["algorithm"]]
         label = {} if run["algorithm"] in named else {"label": run["algorithm"]}
         named.add(run["algorithm"])
-        points = [point for point in run["training"] if None not in point]
-        if points:
-            x, y = zip(*points, strict=True)
+        known = [point for point in run["training"] if None not in point]
+        if known:
+            x, y = zip(*known, strict=True)
             axis.plot(_smooth(x), _smooth(y), linewidth=1.2, alpha=0.7, **look, **label)
         if run["held_out"]:
             mark = "D" if run["algorithm"] == "rloo" else "o"  # on grey paper, too, they are two

@@ -21,7 +21,16 @@ from uuid import uuid4
 import psutil
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import checkpoints, last_complete, sha256_of, step_of, write_whole, writing
+from rlhf_recipes.disk import (
+    checkpoints,
+    last_complete,
+    read_json,
+    read_lines,
+    sha256_of,
+    step_of,
+    write_whole,
+    writing,
+)
 from rlhf_recipes.distributed import Setup, launched, require_setup
 from rlhf_recipes.recipe import to_yaml
 
@@ -67,8 +76,22 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """What the run in a folder has logged, a line for each time."""
-    with open(path / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_lines(path / "metrics.jsonl")
+
+
+def audit_file(path: Path) -> Path:
+    """Where the audit of the run in a folder stands."""
+    path = path.resolve()
+    return path.parent / "audit" / f"{path.name}.json"
+
+
+def read_audit(path: Path) -> dict[str, Any] | None:
+    """The audit of the run in a folder; None where there is none, or only one of an earlier run in the folder."""
+    file = audit_file(path)
+    if not file.is_file():
+        return None
+    manifest, found = read_manifest(path) or {}, read_json(file)
+    return found if found["id"] == manifest.get("id") else None
 
 
 def is_finished(path: Path) -> bool:
@@ -353,9 +376,9 @@ def eval_reference(recipe: Recipe) -> str:
     return given or ("sft" if "sft" in models else next(iter(models)))
 
 
-def training_length(recipe: Recipe) -> int | None:
-    """Longest completion in training, where `eval` has none of its own; None: TRL's default."""
-    trainers = [getattr(recipe, stage).trainer for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int | None:
+    """Longest completion in training, of the first of some stages that sets it; None: TRL's default."""
+    trainers = [getattr(recipe, stage).trainer for stage in stages if getattr(recipe, stage) is not None]
     return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
 
 

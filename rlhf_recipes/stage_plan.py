@@ -25,6 +25,7 @@ from rlhf_recipes.launch_configs import find_config, kind, offloads, read_config
 from rlhf_recipes.memory import GIB, Batch, Estimate, Launch, model_of, moments
 from rlhf_recipes.models import adapter_of, load_config
 from rlhf_recipes.on_policy_config import OnPolicyConfig
+from rlhf_recipes.recipe import rollout_size
 from rlhf_recipes.references import is_hub_model, is_offline, loading, locate_in_package
 
 PLANNED = ("sft", "reward", "ppo", "rloo")
@@ -451,35 +452,11 @@ def _batch(
             "included; set it to less."
         )
     prompt = _prompt_tokens(recipe, stage, context, completion, notes)
-    rollout = _rollout(stage, settings, processes)
+    rollout = rollout_size(stage, settings, processes)
     if settings["use_vllm"]:
         notes.append(f"{stage}: what vLLM keeps on the same GPUs is not counted; sampling is planned as without it.")
     sampled = min(settings["sampling_batch_size"] or rollout, rollout)
     return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, sampled=sampled, **common)
-
-
-def _rollout(stage: str, settings: dict[str, Any], processes: int) -> int:
-    """Completions that a process samples between two rollouts.
-
-    Raises:
-        RecipeError: TRL would refuse their number.
-    """
-    key, rows = f"{stage}.trainer", settings["per_device_train_batch_size"]
-    whole, steps = settings["generation_batch_size"], settings["steps_per_generation"]
-    if whole is not None and steps is not None:
-        raise RecipeError(f"{key}: set one of generation_batch_size and steps_per_generation; the other follows.")
-    if whole is not None and whole % (rows * processes):
-        raise RecipeError(
-            f"{key}.generation_batch_size: {whole} must be a multiple of per_device_train_batch_size ({rows}) x processes "
-            f"({processes}); change one of them."
-        )
-    rollout = rows * (steps or settings["gradient_accumulation_steps"]) if whole is None else whole // processes
-    if rollout * processes % settings["num_generations"]:
-        raise RecipeError(
-            f"{key}.num_generations: the {rollout * processes} completions of a rollout are not divisible by "
-            f"{settings['num_generations']}; change it, or the batch size."
-        )
-    return rollout
 
 
 def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, notes: list[str]) -> int:

@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import write_whole, writing
+from rlhf_recipes.disk import read_json, write_whole, writing
 from rlhf_recipes.entry import INTERRUPTED, STOPPED, load_checked
 from rlhf_recipes.launch import TRAINED, launch_stage
 from rlhf_recipes.plots import draw_sweep
@@ -355,7 +355,7 @@ def _numbers(cell: Cell, failed: dict[Job, str]) -> dict[str, float]:
         manifest = read_manifest(cell.training.path)
         found |= manifest["results"] | {"wall_seconds": manifest["wall_seconds"]}
     if cell.evaluation is not None and cell.evaluation not in failed:
-        measured = json.loads((cell.evaluation.path / "eval.json").read_text(encoding="utf-8"))
+        measured = read_json(cell.evaluation.path / "eval.json")
         found |= {f"eval/{key}": value for key, value in measured["models"][cell.training.stage].items()}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 

@@ -1,6 +1,5 @@
 """Trackers beside the run's own files: TensorBoard always, W&B when it need not ask for a login, others by name."""
 
-import json
 import logging
 import os
 import shlex
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.config import Recipe, RecipeError
+from rlhf_recipes.disk import read_json, read_lines
 from rlhf_recipes.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,8 @@ def log_eval(recipe: Recipe, folder: Path, run_id: str) -> None:
     tracked = start_wandb(recipe, "eval", folder, run_id)
     if tracked is None:
         return
-    measured = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["models"]
-    with open(folder / "completions.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line, _ in zip(file, range(TABLE_ROWS), strict=False)]
+    measured = read_json(folder / "eval.json")["models"]
+    lines = read_lines(folder / "completions.jsonl", TABLE_ROWS)
     tracked.summary.update({f"{name}/{key}": value for name, of in measured.items() for key, value in of.items()})
     tracked.log(
         {
@@ -192,7 +191,7 @@ def log_comparison(recipe: Recipe, stage: str, folder: Path) -> None:
     tracked = start_wandb(recipe, stage, folder, None)
     if tracked is None:
         return
-    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    comparison = read_json(folder / "comparison.json")
     tracked.summary.update({f"verdict/{key}": value for key, value in comparison["verdict"].items()})
     rows = []
     for view in comparison["views"]:

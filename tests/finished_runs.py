@@ -1,11 +1,13 @@
 """Run folders as stages leave them, made in no time: manifests are made of real recipes, numbers are given."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conftest import write_jsonl
 
+import rlhf_recipes.sweep
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run
 
@@ -72,6 +74,39 @@ def trained(
         ],
     )
     return path
+
+
+def stand_in(monkeypatch, entry: Callable, outcome_of: Callable, leave: Callable) -> list[tuple]:
+    """Put something that only writes what a stage leaves in the place of the processes of sweeps and duels.
+
+    Args:
+        monkeypatch: pytest's.
+        entry: Of a stage and its recipe: how it is noted down.
+        outcome_of: Of an entry: an exit code (an int; 1 fails with an error), or what the stage comes to.
+        leave: Writes the files of a run that finishes; called with run, recipe and outcome.
+
+    Returns:
+        Entries of what ran, so far.
+    """
+    ran = []
+
+    def launch(stage, file, overrides, overwrite, config):
+        recipe = load_recipe(file)
+        run = Run(recipe, stage)
+        assert not run.is_done(overwrite)
+        ran.append(entry(stage, recipe))
+        run.start()
+        outcome = outcome_of(ran[-1])
+        if isinstance(outcome, int):
+            if outcome == 1:
+                run.fail(RuntimeError("no luck\nat all"))
+            return outcome
+        leave(run, recipe, outcome)
+        run.finish()
+        return 0
+
+    monkeypatch.setattr(rlhf_recipes.sweep, "launch_stage", launch)
+    return ran
 
 
 def evaluated(folder: Path, runs: dict[str, Path], metrics: dict[str, dict[str, float]], **more: Any) -> Path:

@@ -9,11 +9,10 @@ import time
 
 import pytest
 from conftest import cli, write_jsonl
+from finished_runs import stand_in
 
-import rlhf_recipes.sweep
 from rlhf_recipes.config import RecipeError
 from rlhf_recipes.duel import plan_duel, run_duel
-from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run, eval_models, read_manifest
 
 
@@ -105,38 +104,31 @@ def test_a_budget_on_the_command_line_takes_the_place_of_the_recipes(tmp_path):
 @pytest.fixture
 def launched(monkeypatch):
     """Stages that only write what a stage leaves; of (stage, seed) an exit code may be given, or a score."""
-    ran, outcomes = [], {}
+    outcomes = {}
 
-    def launch(stage, file, overrides, overwrite, config):
-        recipe = load_recipe(file)
-        run = Run(recipe, stage)
-        assert not run.is_done(overwrite)
-        ran.append((stage, recipe.seed))
-        run.start()
-        outcome = outcomes.get((stage, recipe.seed), 0.25 + recipe.seed / 1000)
-        if isinstance(outcome, int):
-            if outcome == 1:
-                run.fail(RuntimeError("no luck"))
-            return outcome
+    def leave(run, recipe, score):
         run.record_sources({})
-        if stage == "sft":
+        if run.stage == "sft":
             run.results = {"eval_perplexity": 20.0}
-        if stage == "reward":
+        if run.stage == "reward":
             run.results = {"eval_accuracy": 0.75, "eval_pairs": 40, "train_pairs": 400}
-        if stage in ("ppo", "rloo"):
-            rows = [{"step": i, "episodes": 32 * i, "score_mean": outcome * i / 2, "kl": 1.0 * i} for i in (1, 2)]
+        if run.stage in ("ppo", "rloo"):
+            rows = [{"step": i, "episodes": 32 * i, "score_mean": score * i / 2, "kl": 1.0 * i} for i in (1, 2)]
             write_jsonl(run.path / "metrics.jsonl", rows)
             run.results = {"episodes": 64}
-        if stage == "eval":
+        if run.stage == "eval":
             models = eval_models(recipe)
             scores = {name: read_metrics_end(models[name]) for name in models if "-seed_" in name}
             content = {"models": {name: {"score_mean": score} for name, score in scores.items()}, "num_prompts": 1}
             (run.path / "eval.json").write_text(json.dumps(content))
             write_jsonl(run.path / "completions.jsonl", [{"prompt": "a", "models": {}}])
-        run.finish()
-        return 0
 
-    monkeypatch.setattr(rlhf_recipes.sweep, "launch_stage", launch)
+    ran = stand_in(
+        monkeypatch,
+        lambda stage, recipe: (stage, recipe.seed),
+        lambda ran: outcomes.get(ran, 0.25 + ran[1] / 1000),
+        leave,
+    )
     return ran, outcomes
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "plots", "tables", "copying"},
-    {"named_files", "verdict", "report_tables", "hacking"},
-    {"report", "markdown"},
+    {"config", "trainer_fields", "terminal", "memory", "intervals", "tables", "copying"},
+    {"named_files", "verdict", "hacking"},
     {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
     | {"launch", "launch_configs", "win_rate"},
     {"distributed"},
     {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine", "trackers"},
     {"references", "curves"},
-    {"data", "tokenizer", "differences"},
-    {"models", "scoring", "shapes", "posts", "samples", "likelihoods", "held_out"},
-    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters", "comparison"},
+    {"data", "tokenizer", "differences", "plots"},
+    {"models", "scoring", "shapes", "posts", "samples", "likelihoods", "held_out", "report_tables"},
+    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters", "comparison"} | {"report", "markdown"},
     {"stage_plan"},
     {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
     | {"judge_backends"},

@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from conftest import cli
+from conftest import cli, write_jsonl
+from finished_runs import stand_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import rlhf_recipes.sweep
 from rlhf_recipes.config import RecipeError
-from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.run import Run, read_manifest
 from rlhf_recipes.sweep import plan_sweep, run_sweep
 from rlhf_recipes.sweep_grid import Axis, in_path, parse_grid, parse_seeds, path_parts, split_values
@@ -174,29 +173,22 @@ def test_what_is_wrong_is_found_before_anything_runs(tmp_path, overrides, stages
 @pytest.fixture
 def launched(monkeypatch):
     """Stages that only write what a stage leaves; a score of (seed, num_generations) that is an int is an exit code."""
-    ran, scores = [], {}
+    scores = {}
 
-    def launch(stage, file, overrides, overwrite, config):
-        recipe = load_recipe(file)
-        run = Run(recipe, stage)
-        assert not run.is_done(overwrite)
-        ran.append((stage, recipe.seed, recipe.rloo and recipe.rloo.trainer["num_generations"]))
-        run.start()
-        score = scores.get(ran[-1][1:], 0.0)
-        if isinstance(score, int):
-            if score == 1:
-                run.fail(RuntimeError("no luck\nat all"))
-            return score
-        if stage == "rloo":
+    def entry(stage, recipe):
+        return stage, recipe.seed, recipe.rloo and recipe.rloo.trainer["num_generations"]
+
+    def leave(run, recipe, score):
+        if run.stage == "rloo":
             run.results = {"score_last": score, "kl_last": 2.0, "episodes": 64}
-            rows = [{"step": i, "episodes": 32 * i, "score_mean": score * i} for i in (1, 2)]
-            (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if stage == "eval":
+            write_jsonl(
+                run.path / "metrics.jsonl",
+                [{"step": i, "episodes": 32 * i, "score_mean": score * i} for i in (1, 2)],
+            )
+        if run.stage == "eval":
             (run.path / "eval.json").write_text(json.dumps({"models": {"rloo": {"score_mean": 10 * score}}}))
-        run.finish()
-        return 0
 
-    monkeypatch.setattr(rlhf_recipes.sweep, "launch_stage", launch)
+    ran = stand_in(monkeypatch, entry, lambda ran: scores.get(ran[1:], 0.0), leave)
     return ran, scores
 
 

@@ -392,7 +392,7 @@ class Session:
         assert not commit  # the metrics of the same line come into the same row
         self.logged.append(values["completions"])
 
-    def Table(self, columns, data):  # noqa: N802
+    def Table(self, columns, data):
         return columns, data
 
 
