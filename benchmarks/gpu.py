@@ -77,9 +77,9 @@ def overrides(stage: str, mode: str, policy: Path, rollouts: int, runs: Path) ->
 
 def measure(stage: str, size: str, mode: str, rollouts: int) -> dict[str, float | None]:
     """Run one case; GB are 2^30 bytes."""
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.run import read_manifest, read_metrics
-    from rlhf_recipes.stage_plan import launch_of, machine_of, plan_stage
+    from rlhf_recipes.planning.stage import launch_of, machine_of, plan_stage
+    from rlhf_recipes.recipe.load import load_recipe
+    from rlhf_recipes.runs.folder import read_manifest, read_metrics
 
     with tempfile.TemporaryDirectory() as name:
         policy, runs = Path(name) / "policy", Path(name) / "runs"

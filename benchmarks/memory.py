@@ -160,8 +160,8 @@ def recipe(folder: Path, case: str) -> tuple[str, list[str]]:
 
 
 def predicted(file: str, overrides: list[str], stage: str, config: str | None, device: str) -> float:
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.stage_plan import launch_of, machine_of, plan_stage
+    from rlhf_recipes.planning.stage import launch_of, machine_of, plan_stage
+    from rlhf_recipes.recipe.load import load_recipe
 
     gpu = f"{2 if config else 1}x{device if device == 'cpu' else 'GPU'}-64"
     machine = machine_of(gpu)
@@ -207,7 +207,7 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
         layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4").to(device)
         layer(torch.ones(1, 64, device=device, requires_grad=True)).sum().backward()
 
-    from rlhf_recipes.entry import run_stage
+    from rlhf_recipes.stage import run_stage
 
     seen = {}
 

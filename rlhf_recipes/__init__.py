@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer
-    from rlhf_recipes.rloo_trainer import RLOOConfig, RLOOTrainer
+    from rlhf_recipes.trainers.ppo import PPOConfig, PPOTrainer
+    from rlhf_recipes.trainers.rloo import RLOOConfig, RLOOTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer", "RLOOConfig", "RLOOTrainer"]
 
@@ -12,9 +12,9 @@ __all__ = ["PPOConfig", "PPOTrainer", "RLOOConfig", "RLOOTrainer"]
 def __getattr__(name: str) -> Any:
     # Not before they are asked for: they import torch and TRL, which takes seconds, and the command line needs neither.
     if name in ("PPOConfig", "PPOTrainer"):
-        from rlhf_recipes import ppo_trainer as module
+        from rlhf_recipes.trainers import ppo as module
     elif name in ("RLOOConfig", "RLOOTrainer"):
-        from rlhf_recipes import rloo_trainer as module
+        from rlhf_recipes.trainers import rloo as module
     else:
         raise AttributeError(f"module 'rlhf_recipes' has no attribute {name!r}")
     return getattr(module, name)

@@ -9,18 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import read_json
-from rlhf_recipes.entry import STOPPED, USER_ERROR, load_checked
-from rlhf_recipes.headers import recipe_table
-from rlhf_recipes.launch import TRAINED, launch_stage
-from rlhf_recipes.launch_configs import config_files, kind, launchable, purpose, read_config
-from rlhf_recipes.recipe import load_recipe, recipe_files, to_yaml
-from rlhf_recipes.reward_funcs import REWARD_FUNCS
-from rlhf_recipes.run import Run, run_path, stages_to_run
-from rlhf_recipes.sweep import plan_sweep, run_sweep
-from rlhf_recipes.tables import print_table
-from rlhf_recipes.terminal import complain, log_to, say
+from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
+from rlhf_recipes.launch.configs import config_files, kind, launchable, purpose, read_config
+from rlhf_recipes.launch.start import TRAINED, launch_stage
+from rlhf_recipes.pages.tables import print_table
+from rlhf_recipes.recipe.headers import recipe_table
+from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.rewards.functions import REWARD_FUNCS
+from rlhf_recipes.runs.folder import Run, run_path, stages_to_run
+from rlhf_recipes.stage import STOPPED, USER_ERROR, load_checked
+from rlhf_recipes.system.files import read_json
+from rlhf_recipes.system.terminal import complain, log_to, say
 
 app = typer.Typer(
     help="PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL.",
@@ -248,7 +248,7 @@ def duel(
     The same command goes on with what was stopped, and skips what has finished. Exit code 1 when a run failed; the
     others are compared all the same.
     """
-    from rlhf_recipes.duel import plan_duel, run_duel
+    from rlhf_recipes.experiments.duel import plan_duel, run_duel
 
     config = accelerate_config and launchable(accelerate_config)
     processes = read_config(config).get("num_processes", 1) if config else 1
@@ -266,7 +266,7 @@ def wandb_view(
 ) -> None:
     """Save a view in W&B in which the recipe's runs of ppo and rloo are overlaid, and print its address."""
     log_to(None)
-    from rlhf_recipes.workspace import save_view
+    from rlhf_recipes.runs.workspace import save_view
 
     say(save_view(load_checked(name, overrides or []), group))
 
@@ -279,7 +279,7 @@ def audit(
     ] = 256,
 ) -> None:
     """Look for reward hacking in runs of ppo and rloo: trained against held-out score, length, copying, repetition."""
-    from rlhf_recipes.audit import audit_runs, print_audit
+    from rlhf_recipes.evaluation.audit.audit import audit_runs, print_audit
 
     for found in audit_runs(runs, prompts).values():
         print_audit(found)
@@ -297,7 +297,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a finished run's model to a folder that travels: weights, tokenizer, model card; no logs, no checkpoints."""
-    from rlhf_recipes.export import export_run
+    from rlhf_recipes.deploy.export import export_run
 
     export_run(run, out, merge, dtype)
 
@@ -318,7 +318,7 @@ def plan(
 ) -> None:
     """Predict memory, steps and time of every stage, and what makes it fit; exit code 1 if one does not."""
     log_to(None)  # what is imported next has things to say
-    from rlhf_recipes.plan import run_plan
+    from rlhf_recipes.planning.plan import run_plan
 
     fits = run_plan(name, overrides or [], gpu, accelerate_config, throughput)
     raise typer.Exit(0 if fits else 1)
@@ -334,7 +334,7 @@ def score(
     ] = None,
 ) -> None:
     """Try a recipe's reward functions on texts, before a GPU is spent on them."""
-    from rlhf_recipes.score import score_texts
+    from rlhf_recipes.rewards.try_out import score_texts
 
     recipe = load_checked(name, overrides or [])
     score_texts(recipe, text or [], file)
@@ -350,7 +350,7 @@ def judge(
     ] = None,
 ) -> None:
     """Ask a judge which of two models' completions are better; settings: judge.backend, judge.model and more."""
-    from rlhf_recipes.judge import judge
+    from rlhf_recipes.evaluation.judge.ask import judge
 
     judge(load_checked(name, overrides or []), folder, dry_run)
 

@@ -10,17 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.comparison import build_comparison
-from rlhf_recipes.curves import read_runs
-from rlhf_recipes.disk import write_whole, writing
-from rlhf_recipes.entry import stage_command
-from rlhf_recipes.markdown import write_markdown
-from rlhf_recipes.plots import draw_comparison
-from rlhf_recipes.report import write_page
-from rlhf_recipes.run import Run, read_manifest, require_stage, run_path
-from rlhf_recipes.tables import print_comparison, verdict_line
-from rlhf_recipes.trackers import log_comparison
-from rlhf_recipes.verdict import name_of
+from rlhf_recipes.comparison.build import build_comparison
+from rlhf_recipes.comparison.runs import read_runs
+from rlhf_recipes.comparison.verdict import name_of
+from rlhf_recipes.pages.html import write_page
+from rlhf_recipes.pages.markdown import write_markdown
+from rlhf_recipes.pages.plots import draw_comparison
+from rlhf_recipes.pages.tables import print_comparison, verdict_line
+from rlhf_recipes.runs.folder import Run, read_manifest, require_stage, run_path
+from rlhf_recipes.runs.trackers import log_comparison
+from rlhf_recipes.stage import stage_command
+from rlhf_recipes.system.files import write_whole, writing
 
 
 def main(run: Run) -> str:

@@ -18,10 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.config import Recipe, RecipeError
-from rlhf_recipes.disk import write_whole, writing
-from rlhf_recipes.entry import stage_command
-from rlhf_recipes.metrics import (
+from rlhf_recipes.evaluation.metrics import (
     distinct_n,
     length_histograms,
     mean_and_std,
@@ -30,21 +27,24 @@ from rlhf_recipes.metrics import (
     rouge,
     unique_token_ratio,
 )
-from rlhf_recipes.reward_calls import as_text
-from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference, training_length
-from rlhf_recipes.tables import markdown_tables
-from rlhf_recipes.trackers import log_eval
+from rlhf_recipes.pages.tables import markdown_tables
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.rewards.calls import as_text
+from rlhf_recipes.runs.folder import PARTS, Run, eval_models, eval_reference, training_length
+from rlhf_recipes.runs.trackers import log_eval
+from rlhf_recipes.stage import stage_command
+from rlhf_recipes.system.files import write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from rlhf_recipes.samples import Samples
+    from rlhf_recipes.models.samples import Samples
 
 
 def main(run: Run) -> str:
     from tqdm import tqdm
 
-    from rlhf_recipes.tokenizer import load_tokenizer
+    from rlhf_recipes.data.tokenizer import load_tokenizer
 
     if not run.is_main:
         return ""  # one process measures
@@ -84,7 +84,7 @@ class Evaluator:
     """
 
     def __init__(self, recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", new_tokens: int):
-        from rlhf_recipes.reward_funcs import build_reward_funcs
+        from rlhf_recipes.rewards.functions import build_reward_funcs
 
         self.recipe, self.tokenizers, self.new_tokens = recipe, tokenizers, new_tokens
         self.prompts = rows["prompt"][:]
@@ -100,7 +100,7 @@ class Evaluator:
     @functools.cached_property
     def other(self) -> tuple[Any, Any]:
         """The model of `perplexity_other`, and its tokenizer."""
-        from rlhf_recipes.tokenizer import load_tokenizer
+        from rlhf_recipes.data.tokenizer import load_tokenizer
 
         key, reference = "eval.perplexity_model", self.recipe.eval.perplexity_model
         tokenizer = load_tokenizer(self.recipe, key, reference)
@@ -122,9 +122,9 @@ class Evaluator:
         """
         from transformers import set_seed
 
-        from rlhf_recipes.likelihoods import sequence_logps, text_logps
-        from rlhf_recipes.reward_funcs import score_all
-        from rlhf_recipes.samples import Samples, sample
+        from rlhf_recipes.models.likelihoods import sequence_logps, text_logps
+        from rlhf_recipes.models.samples import Samples, sample
+        from rlhf_recipes.rewards.functions import score_all
 
         settings, tokenizer = self.recipe.eval, self.tokenizers[name]
         comparable = tokenizer.get_vocab() == self.tokenizers[self.reference_name].get_vocab()
@@ -203,8 +203,8 @@ def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo"
 
 def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
     """The prompts, which are texts, or messages: the same for all models, whatever the tokenizer that cuts them."""
-    from rlhf_recipes.data import load_rows
-    from rlhf_recipes.shapes import prompts
+    from rlhf_recipes.data.rows import load_rows
+    from rlhf_recipes.data.shapes import prompts
 
     rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
     return rows.shuffle(seed=recipe.seed).select(range(min(len(rows), recipe.eval.num_prompts)))
@@ -212,7 +212,7 @@ def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
 
 def _check_models(recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", new_tokens: int) -> None:
     """Refuse what would stop the stage after hours of sampling; every finding."""
-    from rlhf_recipes.models import check_context, config_of
+    from rlhf_recipes.models.load import check_context, config_of
 
     findings = []
     for name, reference in eval_models(recipe).items():
@@ -240,8 +240,8 @@ def _load(recipe: Recipe, key: str, reference: str, tokenizer: Any) -> Any:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, set_seed
 
-    from rlhf_recipes.models import fit_embeddings, load_model
-    from rlhf_recipes.references import resolve_model
+    from rlhf_recipes.models.load import fit_embeddings, load_model
+    from rlhf_recipes.runs.references import resolve_model
 
     folder = resolve_model(recipe, key, reference)
     model = load_model(AutoModelForCausalLM, key, folder, reference in recipe.trust_remote_code, dtype="auto")
@@ -252,7 +252,7 @@ def _load(recipe: Recipe, key: str, reference: str, tokenizer: Any) -> Any:
 
 def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
     """Changes with everything that a model's part depends on: settings, runs that are read, prompts, weights."""
-    from rlhf_recipes.references import WEIGHTS, resolve_model
+    from rlhf_recipes.runs.references import WEIGHTS, resolve_model
 
     recipe = run.recipe
     read = {f"eval.models.{each}": path for each, path in eval_models(recipe).items()}

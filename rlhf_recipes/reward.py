@@ -10,27 +10,27 @@ to `<runs_dir>/<recipe>/reward/`.
 import json
 import random
 
-from rlhf_recipes.entry import stage_command
-from rlhf_recipes.run import Run
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.stage import stage_command
 
 
 def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
     from trl.data_utils import is_conversational
 
-    from rlhf_recipes.adapters import adapter_args, settle, starting_point
-    from rlhf_recipes.callbacks import attach
-    from rlhf_recipes.checkpoints import resumable
-    from rlhf_recipes.data import load_rows
-    from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, scale_head
-    from rlhf_recipes.references import loading, resolve_model
-    from rlhf_recipes.reward_report import REPORT, kept, measure, own_references, scorer
-    from rlhf_recipes.scoring import trained_scoring
-    from rlhf_recipes.shapes import pairs, warn_of_copies
-    from rlhf_recipes.terminal import expected
-    from rlhf_recipes.tokenizer import load_tokenizer
-    from rlhf_recipes.trainer_args import effective_batch, trainer_args
+    from rlhf_recipes.data.rows import load_rows
+    from rlhf_recipes.data.shapes import pairs, warn_of_copies
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.evaluation.reward_quality import REPORT, kept, measure, own_references, scorer
+    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
+    from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, scale_head
+    from rlhf_recipes.rewards.reader import trained_scoring
+    from rlhf_recipes.runs.callbacks import attach
+    from rlhf_recipes.runs.checkpoints import resumable
+    from rlhf_recipes.runs.finish import save_model
+    from rlhf_recipes.runs.references import loading, resolve_model
+    from rlhf_recipes.system.terminal import expected
+    from rlhf_recipes.trainers.args import effective_batch, trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)

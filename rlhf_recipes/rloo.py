@@ -6,22 +6,22 @@ Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `rloo`; writes the t
 `<runs_dir>/<recipe>/rloo/`.
 """
 
-from rlhf_recipes.entry import stage_command
-from rlhf_recipes.run import Run
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.stage import stage_command
 
 
 def main(run: Run) -> str:
-    from rlhf_recipes.adapters import adapter_args, settle, starting_point
-    from rlhf_recipes.callbacks import attach
-    from rlhf_recipes.data import load_rows
-    from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import check_context
-    from rlhf_recipes.references import loading, resolve_model
-    from rlhf_recipes.reward_funcs import build_reward_funcs
-    from rlhf_recipes.rloo_trainer import RLOOConfig, RLOOTrainer
-    from rlhf_recipes.shapes import prompts
-    from rlhf_recipes.tokenizer import load_tokenizer
-    from rlhf_recipes.trainer_args import check_enough_prompts, trainer_args
+    from rlhf_recipes.data.rows import load_rows
+    from rlhf_recipes.data.shapes import prompts
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
+    from rlhf_recipes.models.load import check_context
+    from rlhf_recipes.rewards.functions import build_reward_funcs
+    from rlhf_recipes.runs.callbacks import attach
+    from rlhf_recipes.runs.finish import save_model
+    from rlhf_recipes.runs.references import loading, resolve_model
+    from rlhf_recipes.trainers.args import check_enough_prompts, trainer_args
+    from rlhf_recipes.trainers.rloo import RLOOConfig, RLOOTrainer
 
     recipe, rloo = run.recipe, run.recipe.rloo
     args = trainer_args(run, RLOOConfig)

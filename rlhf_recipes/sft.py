@@ -9,9 +9,9 @@ so the perplexity) is that of the completion's tokens.
 
 import math
 
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.entry import stage_command
-from rlhf_recipes.run import Run
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.stage import stage_command
 
 LARGEST_LOSS = 700.0
 """Nats a token; a vocabulary's logarithm is about 10, and the perplexity would be no number any more."""
@@ -20,17 +20,17 @@ LARGEST_LOSS = 700.0
 def main(run: Run) -> str:
     from trl import SFTConfig, SFTTrainer
 
-    from rlhf_recipes.adapters import adapter_args, settle, starting_point
-    from rlhf_recipes.callbacks import attach
-    from rlhf_recipes.checkpoints import resumable
-    from rlhf_recipes.data import load_rows
-    from rlhf_recipes.finish import save_model
-    from rlhf_recipes.models import config_of, fit_embeddings, fit_length, make_model
-    from rlhf_recipes.references import loading, resolve_model
-    from rlhf_recipes.sft_report import check_rows, measure_completions, rouge_rows, tokens_needed
-    from rlhf_recipes.shapes import corpus, texts, warn_of_copies
-    from rlhf_recipes.tokenizer import load_tokenizer, make_tokenizer
-    from rlhf_recipes.trainer_args import effective_batch, trainer_args
+    from rlhf_recipes.data.rows import load_rows
+    from rlhf_recipes.data.shapes import corpus, texts, warn_of_copies
+    from rlhf_recipes.data.tokenizer import load_tokenizer, make_tokenizer
+    from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
+    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
+    from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, make_model
+    from rlhf_recipes.runs.callbacks import attach
+    from rlhf_recipes.runs.checkpoints import resumable
+    from rlhf_recipes.runs.finish import save_model
+    from rlhf_recipes.runs.references import loading, resolve_model
+    from rlhf_recipes.trainers.args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)

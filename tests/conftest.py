@@ -41,10 +41,10 @@ HELD_OUT_REVIEWS = [row | {"text": row["text"].replace("the film", "a movie")} f
 TRAINERS = [
     "trl.trainer.sft_trainer",
     "trl.trainer.reward_trainer",
-    "rlhf_recipes.rloo_trainer",
-    "rlhf_recipes.ppo_trainer",
-    "rlhf_recipes.callbacks",
-    "rlhf_recipes.checkpoints",
+    "rlhf_recipes.trainers.rloo",
+    "rlhf_recipes.trainers.ppo",
+    "rlhf_recipes.runs.callbacks",
+    "rlhf_recipes.runs.checkpoints",
 ]
 """What takes seconds to import: a server does it once and forks the processes of tests."""
 
@@ -101,8 +101,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def word_tokenizer(**special):
     """A word-level tokenizer: its decoder drops the blank before a completion."""
-    from rlhf_recipes.config import Scratch
-    from rlhf_recipes.tokenizer import make_tokenizer
+    from rlhf_recipes.data.tokenizer import make_tokenizer
+    from rlhf_recipes.recipe.schema import Scratch
 
     tokenizer = make_tokenizer(Scratch(tokenizer="word", vocabulary=200), [" ".join(WORDS)])
     for name, value in special.items():
@@ -112,8 +112,8 @@ def word_tokenizer(**special):
 
 def bpe_tokenizer():
     """A byte-level BPE tokenizer with a pad token of its own."""
-    from rlhf_recipes.config import Scratch
-    from rlhf_recipes.tokenizer import make_tokenizer
+    from rlhf_recipes.data.tokenizer import make_tokenizer
+    from rlhf_recipes.recipe.schema import Scratch
 
     return make_tokenizer(Scratch(tokenizer="bpe", vocabulary=320), [row["text"] for row in REVIEWS])
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from conftest import write_jsonl
 
-import rlhf_recipes.sweep
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run
+import rlhf_recipes.experiments.sweep
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.runs.folder import Run
 
 
 def trained(
@@ -105,7 +105,7 @@ def stand_in(monkeypatch, entry: Callable, outcome_of: Callable, leave: Callable
         run.finish()
         return 0
 
-    monkeypatch.setattr(rlhf_recipes.sweep, "launch_stage", launch)
+    monkeypatch.setattr(rlhf_recipes.experiments.sweep, "launch_stage", launch)
     return ran
 
 

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_recipes.config import Recipe
-from rlhf_recipes.hub import references
+from rlhf_recipes.recipe.schema import Recipe
+from rlhf_recipes.runs.inputs import references
 
 SAMPLES = Path(__file__).parent / "hub_samples"
 

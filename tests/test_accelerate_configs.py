@@ -15,10 +15,10 @@ from conftest import cli, run_python
 from safetensors.torch import load_file
 
 import rlhf_recipes
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import MARKER
-from rlhf_recipes.launch_configs import config_files, find_config, kind, launchable, read_config
-from rlhf_recipes.run import read_manifest, read_metrics
+from rlhf_recipes.launch.configs import config_files, find_config, kind, launchable, read_config
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import read_manifest, read_metrics
+from rlhf_recipes.system.files import MARKER
 
 FOLDER = Path(rlhf_recipes.__file__).parent.parent / "accelerate_configs"
 FILES = sorted(FOLDER.glob("*"))
@@ -180,7 +180,7 @@ def test_several_machines_and_a_missing_deepspeed_are_refused_before_anything_st
     ):
         launchable("zero2_2x8")
     assert launchable("cpu_zero2_2") == FOLDER / "cpu_zero2_2.yaml"
-    monkeypatch.setattr("rlhf_recipes.launch_configs.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_recipes.launch.configs.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"needs DeepSpeed, .*: pip install 'rlhf-recipes\[deepspeed\]'"):
         launchable("cpu_zero2_2")
     assert launchable("cpu_ddp_2")
@@ -326,7 +326,7 @@ def test_an_error_of_all_ranks_is_said_once_and_ends_with_2(tmp_path):
     died = run_python(
         *(
             "-m",
-            "rlhf_recipes.processes",
+            "rlhf_recipes.launch.processes",
             "--config_file",
             str(FOLDER / "cpu_ddp_2.yaml"),
             "-m",

@@ -20,12 +20,14 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from rlhf_recipes import entry, finish, hub
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.models import check_context, load_config, load_model
-from rlhf_recipes.recipe import check, load_recipe
-from rlhf_recipes.reward_funcs import reward_model, sentiment
-from rlhf_recipes.run import Run
+from rlhf_recipes import stage as entry
+from rlhf_recipes.models.load import check_context, load_config, load_model
+from rlhf_recipes.recipe.load import check, load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards.functions import reward_model, sentiment
+from rlhf_recipes.runs import finish
+from rlhf_recipes.runs import inputs as hub
+from rlhf_recipes.runs.folder import Run
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}

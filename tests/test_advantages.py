@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_recipes.advantages import (
+from rlhf_recipes.trainers.advantages import (
     BASELINES,
     RunningMoments,
     gae,

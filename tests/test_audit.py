@@ -10,10 +10,18 @@ import pytest
 from conftest import REVIEWS, causal_lm, cli, save_pair, word_tokenizer, write_jsonl
 from scipy.stats import t as student
 
-from rlhf_recipes import copying, hacking
-from rlhf_recipes.audit import NOTHING, audit_runs, is_audited
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.copying import copied_share, copies_title, longest_common_run, repeated_share, template_fields, words
+from rlhf_recipes.evaluation.audit import copying
+from rlhf_recipes.evaluation.audit import signs as hacking
+from rlhf_recipes.evaluation.audit.audit import NOTHING, audit_runs, is_audited
+from rlhf_recipes.evaluation.audit.copying import (
+    copied_share,
+    copies_title,
+    longest_common_run,
+    repeated_share,
+    template_fields,
+    words,
+)
+from rlhf_recipes.recipe.schema import RecipeError
 
 TEMPLATE = "TITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 

@@ -10,7 +10,7 @@ from matplotlib import image
 from report_fixture import make_comparison
 from test_report import CASES, nothing_known, poison
 
-from rlhf_recipes.report import write_page
+from rlhf_recipes.pages.html import write_page
 
 CHROMIUM = next(
     filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"))),

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_recipes.compare import compare_runs, notes_on, write_comparison
-from rlhf_recipes.comparison import _bands, build_comparison, value_at
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.curves import columns, read_runs
-from rlhf_recipes.differences import find_differences
-from rlhf_recipes.held_out import Measured
-from rlhf_recipes.hub import sources
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.comparison.build import _bands, build_comparison, value_at
+from rlhf_recipes.comparison.differences import find_differences
+from rlhf_recipes.comparison.held_out import Measured
+from rlhf_recipes.comparison.runs import columns, read_runs
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.inputs import sources
 
 
 def compared(*paths):
@@ -360,7 +360,7 @@ def test_bands_stay_within_the_runs_and_end_where_the_first_does(first, second):
 def run_of(curves, seed=None, label="x"):
     from pathlib import Path
 
-    from rlhf_recipes.curves import TrainedRun
+    from rlhf_recipes.comparison.runs import TrainedRun
 
     run = TrainedRun(label, Path("x"), None, curves)
     run.name = f"{label} {seed}"

@@ -6,8 +6,8 @@ import pytest
 from conftest import REVIEWS, write_jsonl
 from datasets import Dataset, DatasetDict, load_dataset
 
-from rlhf_recipes.config import Data, RecipeError, Sentences
-from rlhf_recipes.data import load_rows
+from rlhf_recipes.data.rows import load_rows
+from rlhf_recipes.recipe.schema import Data, RecipeError, Sentences
 
 
 def error(function, *args) -> str:

@@ -18,7 +18,7 @@ from rlhf_recipes import PPOTrainer, RLOOTrainer
 
 pytestmark = pytest.mark.slow
 
-PRELOADED = ["trl.trainer.rloo_trainer", "rlhf_recipes.ppo_trainer", "rlhf_recipes.rloo_trainer", "tiny_trainers"]
+PRELOADED = ["trl.trainer.rloo_trainer", "rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.rloo", "tiny_trainers"]
 
 PROMPTS = ["the film", "i liked the movie and", "it was", "a very good plot", "the acting", "bad", "i hated it",
            "a fun movie"]  # fmt: skip

@@ -14,7 +14,7 @@ from rlhf_recipes import PPOConfig, RLOOTrainer
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "ppo_details.md").read_text(encoding="utf-8")
 DIFFERENCES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-REFERENCE = re.compile(r"`(\w+\.py): ([\w.]+)`(?: `([^`]+)`)?")
+REFERENCE = re.compile(r"`([\w/]+\.py): ([\w.]+)`(?: `([^`]+)`)?")
 
 
 def section(title):
@@ -30,8 +30,9 @@ def table(title):
 
 def source(file, name):
     """Source of a function, class, method or constant."""
-    path = (ROOT / "tests" if file.startswith("test_") else ROOT / "rlhf_recipes") / file
-    assert path.is_file(), f"there is no {file}"
+    found = list((ROOT / "tests").rglob(file)) if file.startswith("test_") else [ROOT / "rlhf_recipes" / file]
+    assert len(found) == 1 and found[0].is_file(), f"there is no {file}"
+    (path,) = found
     text = path.read_text(encoding="utf-8")
     node = ast.parse(text)
     for part in name.split("."):

@@ -11,9 +11,9 @@ import pytest
 from conftest import cli, write_jsonl
 from finished_runs import stand_in
 
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.duel import plan_duel, run_duel
-from rlhf_recipes.run import Run, eval_models, read_manifest
+from rlhf_recipes.experiments.duel import plan_duel, run_duel
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run, eval_models, read_manifest
 
 
 def plan(tmp_path, *overrides, seeds="3", **more):

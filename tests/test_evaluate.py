@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import REVIEWS, WORDS, bpe_tokenizer, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 
-from rlhf_recipes import evaluate, samples
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.hub import check_references
-from rlhf_recipes.likelihoods import sequence_logps, text_logps
-from rlhf_recipes.metrics import perplexity, rouge
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import PARTS, Run, eval_models, eval_reference, is_finished, read_manifest
-from rlhf_recipes.samples import Samples
-from rlhf_recipes.tokenizer import load_tokenizer
+from rlhf_recipes import evaluate
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.metrics import perplexity, rouge
+from rlhf_recipes.models import samples
+from rlhf_recipes.models.likelihoods import sequence_logps, text_logps
+from rlhf_recipes.models.samples import Samples
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import PARTS, Run, eval_models, eval_reference, is_finished, read_manifest
+from rlhf_recipes.runs.inputs import check_references
 
 PROMPTS = ("the film", "it", "the plot and the acting", "a movie", "the acting", "i", "the plot was")
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}it {% endif %}"

@@ -17,11 +17,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf_recipes import export
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.export import export_run
-from rlhf_recipes.models import load_model
-from rlhf_recipes.reward_funcs import reward_model
+from rlhf_recipes.deploy import export
+from rlhf_recipes.deploy.export import export_run
+from rlhf_recipes.models.load import load_model
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards.functions import reward_model
 
 # ruff: noqa: F811  # a fixture's name is its argument's
 

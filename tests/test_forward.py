@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import causal_lm, word_tokenizer
 
-from rlhf_recipes.forward import completion_logits, pad_batch, sampled_logps
-from rlhf_recipes.sampling import _draw, sample_completions
+from rlhf_recipes.models.forward import completion_logits, pad_batch, sampled_logps
+from rlhf_recipes.models.sampling import _draw, sample_completions
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
@@ -54,7 +54,9 @@ def test_sampled_logps_without_entropy_and_in_chunks(monkeypatch):
     logps.sum().backward()
     assert entropies.numel() == 0
     whole, logits.grad = logits.grad.clone(), None
-    monkeypatch.setattr("rlhf_recipes.forward.rows_at_once", lambda x: [slice(i, i + 3) for i in range(0, len(x), 3)])
+    monkeypatch.setattr(
+        "rlhf_recipes.models.forward.rows_at_once", lambda x: [slice(i, i + 3) for i in range(0, len(x), 3)]
+    )
     again, _ = sampled_logps(logits, tokens, 1.0)
     again.sum().backward()
     assert torch.equal(logps, again) and torch.equal(whole, logits.grad)

@@ -11,11 +11,11 @@ import pytest
 from conftest import REVIEWS, causal_lm, cli, put_into_cache, run_python, save_pair, word_tokenizer, write_jsonl
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
-from rlhf_recipes import hub
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.hub import check_packages, check_references, hub_references, sources
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs import inputs as hub
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.inputs import check_packages, check_references, hub_references, sources
 
 
 def test_references_of_each_stage():
@@ -107,7 +107,7 @@ def test_the_cache_is_where_huggingface_hub_has_it(tmp_path):
     program = """
 import importlib, os
 from huggingface_hub import constants
-from rlhf_recipes.references import hub_cache
+from rlhf_recipes.runs.references import hub_cache
 
 variables = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 for name in (None, *variables):
@@ -213,7 +213,7 @@ def cached_data(hub_cache, tmp_path, monkeypatch):
 
 
 def test_sources_say_the_commit_of_a_data_set(cached_data, hub_cache, tmp_path):
-    from rlhf_recipes.data import load_rows
+    from rlhf_recipes.data.rows import load_rows
 
     recipe = load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v1, sentences: null}"])
     check_references(recipe, "sft")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import word_tokenizer, write_jsonl
 
-from rlhf_recipes.config import Data, RecipeError
-from rlhf_recipes.data import load_rows
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.shapes import pairs, prompts, texts
+from rlhf_recipes.data.rows import load_rows
+from rlhf_recipes.data.shapes import pairs, prompts, texts
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import Data, RecipeError
 
 SAMPLES = Path(__file__).parent / "hub_samples"
 

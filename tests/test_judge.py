@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from conftest import WORDS, causal_lm, run_python, save_pair, word_tokenizer, write_jsonl
 
-from rlhf_recipes.config import RecipeError, Scratch
-from rlhf_recipes.intervals import bootstrap_interval
-from rlhf_recipes.judge import judge, outcome_of_orders, vote
-from rlhf_recipes.judge_backends import Local, RateLimit, _label_tokens, in_threads
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.evaluation.intervals import bootstrap_interval
+from rlhf_recipes.evaluation.judge.ask import judge, outcome_of_orders, vote
+from rlhf_recipes.evaluation.judge.backends import Local, RateLimit, _label_tokens, in_threads
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError, Scratch
 
 KEY = "sk-very-secret-0123456789abcdef"
 
@@ -143,7 +143,9 @@ def likes_good(question):
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals have tests of their own; here they would take most of the time."""
-    monkeypatch.setattr("rlhf_recipes.win_rate.bootstrap_interval", partial(bootstrap_interval, resamples=50))
+    monkeypatch.setattr(
+        "rlhf_recipes.evaluation.judge.win_rate.bootstrap_interval", partial(bootstrap_interval, resamples=50)
+    )
 
 
 @pytest.fixture
@@ -701,7 +703,7 @@ def test_the_first_error_ends_it_while_others_wait():
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
     """A random GPT-2 over words that has the tokens A and B, and room for a question."""
-    from rlhf_recipes.tokenizer import make_tokenizer
+    from rlhf_recipes.data.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer(Scratch(tokenizer="word", vocabulary=200), [" ".join([*WORDS, "A", "B", "Answer:"])])
     model = causal_lm(tokenizer, seed=4, n_positions=512, initializer_range=1.0)  # says A to some, B to others
@@ -754,7 +756,7 @@ def test_language_models_that_cannot_answer_are_refused(recipe, policy_folder, s
 def test_a_reward_model_scores_texts_as_it_was_trained_to(finished, recipe, tmp_path):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from rlhf_recipes.reward_funcs import reward_model
+    from rlhf_recipes.rewards.functions import reward_model
 
     tokenizer = word_tokenizer()
     config = AutoConfig.for_model(
@@ -897,7 +899,7 @@ def always_a(folder):
     """A GPT-2 whose next token depends on the last one alone: A, and behind A the end."""
     import torch
 
-    from rlhf_recipes.tokenizer import make_tokenizer
+    from rlhf_recipes.data.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer(Scratch(tokenizer="bpe", vocabulary=300), ["A B"])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

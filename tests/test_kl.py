@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.kl import ESTIMATORS, adapted_beta, adapted_lr_factor
+from rlhf_recipes.trainers.kl import ESTIMATORS, adapted_beta, adapted_lr_factor
 
 
 def exact_and_expected(scale):

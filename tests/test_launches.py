@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import REVIEWS, run_python, write_jsonl
 
-from rlhf_recipes import distributed, entry
-from rlhf_recipes.config import RecipeError, Rloo, Sft
-from rlhf_recipes.distributed import Setup, check_launch, check_setup, launched, require_same
+from rlhf_recipes import stage as entry
+from rlhf_recipes.launch import setup as distributed
+from rlhf_recipes.launch.setup import Setup, check_launch, check_setup, launched, require_same
+from rlhf_recipes.recipe.schema import RecipeError, Rloo, Sft
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 

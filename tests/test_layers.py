@@ -8,24 +8,88 @@ from pathlib import Path
 import rlhf_recipes
 
 LAYERS = [
-    {"config", "trainer_fields", "terminal", "memory", "intervals", "tables", "copying"},
-    {"named_files", "verdict", "hacking"},
-    {"recipe", "advantages", "kl", "metrics", "forward", "reward_calls", "on_policy_config", "disk", "user_code"}
-    | {"launch", "launch_configs", "win_rate"},
-    {"distributed"},
-    {"run", "headers", "sampling", "checkpoints", "sweep_grid", "machine", "trackers"},
-    {"references", "curves"},
-    {"data", "tokenizer", "differences", "plots"},
-    {"models", "scoring", "shapes", "posts", "samples", "likelihoods", "held_out", "report_tables"},
-    {"reward_funcs", "hub", "diagnosis", "value_model", "adapters", "comparison"} | {"report", "markdown"},
-    {"stage_plan"},
-    {"on_policy", "callbacks", "trainer_args", "finish", "entry", "score", "sft_report", "reward_report"}
-    | {"judge_backends"},
-    {"rloo_trainer", "ppo_trainer"},
-    {"sft", "reward", "ppo", "rloo", "evaluate", "compare", "sweep", "processes", "export", "plan", "workspace"}
-    | {"judge"},
-    {"audit"},
-    {"duel"},
+    {
+        "recipe.schema",
+        "recipe.trainer_keys",
+        "system.terminal",
+        "planning.memory",
+        "evaluation.intervals",
+        "pages.tables",
+        "evaluation.audit.copying",
+    },
+    {"recipe.named_files", "comparison.verdict", "evaluation.audit.signs"},
+    {
+        "recipe.load",
+        "trainers.advantages",
+        "trainers.kl",
+        "evaluation.metrics",
+        "models.forward",
+        "rewards.calls",
+        "trainers.config",
+        "system.files",
+        "recipe.user_code",
+    }
+    | {"launch.start", "launch.configs", "evaluation.judge.win_rate"},
+    {"launch.setup"},
+    {
+        "runs.folder",
+        "recipe.headers",
+        "models.sampling",
+        "runs.checkpoints",
+        "experiments.grid",
+        "models.hardware",
+        "runs.trackers",
+    },
+    {"runs.references", "comparison.runs"},
+    {"data.rows", "data.tokenizer", "comparison.differences", "pages.plots"},
+    {
+        "models.load",
+        "rewards.reader",
+        "data.shapes",
+        "data.posts",
+        "models.samples",
+        "models.likelihoods",
+        "comparison.held_out",
+        "pages.rows",
+    },
+    {
+        "rewards.functions",
+        "runs.inputs",
+        "trainers.kl_diagnosis",
+        "trainers.value_network",
+        "models.adapters",
+        "comparison.build",
+    }
+    | {"pages.html", "pages.markdown"},
+    {"planning.stage"},
+    {
+        "trainers.on_policy",
+        "runs.callbacks",
+        "trainers.args",
+        "runs.finish",
+        "stage",
+        "rewards.try_out",
+        "evaluation.sft_quality",
+        "evaluation.reward_quality",
+    }
+    | {"evaluation.judge.backends"},
+    {"trainers.rloo", "trainers.ppo"},
+    {
+        "sft",
+        "reward",
+        "ppo",
+        "rloo",
+        "evaluate",
+        "compare",
+        "experiments.sweep",
+        "launch.processes",
+        "deploy.export",
+        "planning.plan",
+        "runs.workspace",
+    }
+    | {"evaluation.judge.ask"},
+    {"evaluation.audit.audit"},
+    {"experiments.duel"},
     {"cli"},
 ]
 """Modules of one layer do not import one another, and none imports a higher one."""
@@ -37,7 +101,9 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_recipes."):
-            found.add(node.module.split(".")[1])
+            module = node.module.removeprefix("rlhf_recipes.")
+            is_package = (PACKAGE / module.replace(".", "/")).is_dir()
+            found |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
         elif isinstance(node, ast.ImportFrom) and node.module == "rlhf_recipes":
             found |= {alias.name for alias in node.names}
     return found
@@ -45,10 +111,11 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_point_down():
     height = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    files = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    modules = {".".join(file.parts) for file in files}
     assert modules == set(height)
     for module in modules:
-        for imported in imports(PACKAGE / f"{module}.py"):
+        for imported in imports(PACKAGE / f"{module.replace('.', '/')}.py"):
             assert height[imported] < height[module], f"{module} imports {imported}"
 
 

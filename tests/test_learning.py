@@ -10,9 +10,9 @@ from test_on_policy import logged
 from tiny_trainers import make
 
 from rlhf_recipes import PPOTrainer, RLOOTrainer
-from rlhf_recipes.config import Scratch
-from rlhf_recipes.forward import completion_logits, pad_batch
-from rlhf_recipes.tokenizer import make_tokenizer
+from rlhf_recipes.data.tokenizer import make_tokenizer
+from rlhf_recipes.models.forward import completion_logits, pad_batch
+from rlhf_recipes.recipe.schema import Scratch
 
 pytestmark = pytest.mark.slow
 

@@ -17,12 +17,13 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf_recipes import PPOConfig, PPOTrainer, RLOOTrainer, machine
-from rlhf_recipes.adapters import starting_point
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run
-from rlhf_recipes.trainer_args import _bytes_needed, trainer_args
+from rlhf_recipes import PPOConfig, PPOTrainer, RLOOTrainer
+from rlhf_recipes.models import hardware as machine
+from rlhf_recipes.models.adapters import starting_point
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.trainers.args import _bytes_needed, trainer_args
 
 GIB = 2**30
 
@@ -50,14 +51,14 @@ def gpu(monkeypatch):
 
 
 def said(caplog):
-    (record,) = [record for record in caplog.records if record.name == "rlhf_recipes.machine"]
+    (record,) = [record for record in caplog.records if record.name == "rlhf_recipes.models.hardware"]
     assert record.levelname == "INFO"
     return record.getMessage()
 
 
 @pytest.fixture(autouse=True)
 def info(caplog):
-    caplog.set_level("INFO", logger="rlhf_recipes.machine")
+    caplog.set_level("INFO", logger="rlhf_recipes.models.hardware")
 
 
 # Precision
@@ -240,7 +241,7 @@ def planned(gpu, monkeypatch, tmp_path, policy_folder, caplog):
     memory = SimpleNamespace(total_memory=80 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
     monkeypatch.chdir(tmp_path)
-    caplog.set_level("INFO", logger="rlhf_recipes.trainer_args")
+    caplog.set_level("INFO", logger="rlhf_recipes.trainers.args")
 
     def planned(stage, *overrides):
         models = [f"sft={{model: {policy_folder}}}", f"reward.model={policy_folder}"]
@@ -283,7 +284,7 @@ def test_a_plan_that_fails_is_no_error(planned, caplog, tmp_path):
 
 
 def test_on_a_cpu_nothing_is_planned(monkeypatch, tmp_path):
-    monkeypatch.setattr("rlhf_recipes.trainer_args.plan_stage", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("rlhf_recipes.trainers.args.plan_stage", lambda *arguments: 1 / 0)
     recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}"])
     assert trainer_args(Run(recipe, "ppo"), PPOConfig).gradient_checkpointing is False
 
@@ -486,7 +487,7 @@ def test_a_stage_on_two_processes_says_what_it_chose_and_torch_warns_of_nothing(
     assert done.returncode == 0, done.stderr
     assert "find_unused_parameters" not in done.stderr
     log = (tmp_path / "runs" / "imdb_positive" / "ppo" / "log.txt").read_text()
-    chosen = [line for line in log.splitlines() if "INFO rlhf_recipes.machine: " in line]
+    chosen = [line for line in log.splitlines() if "INFO rlhf_recipes.models.hardware: " in line]
     assert len(chosen) == 1
     assert chosen[0].endswith(
         "ppo: fp32: accelerate's mixed_precision; attention sdpa, where the model has it: flash-attn needs a CUDA GPU; "

@@ -9,7 +9,17 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from rlhf_recipes.memory import REDUCE_BUCKET, Batch, Curve, Launch, Model, _fitted, estimate, model_of, moments
+from rlhf_recipes.planning.memory import (
+    REDUCE_BUCKET,
+    Batch,
+    Curve,
+    Launch,
+    Model,
+    _fitted,
+    estimate,
+    model_of,
+    moments,
+)
 
 NOTHING = Curve()
 

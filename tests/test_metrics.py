@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rlhf_recipes.metrics import (
+from rlhf_recipes.evaluation.metrics import (
     accuracy_by_margin,
     calibration,
     distinct_n,

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 from trl import RewardConfig, SFTConfig
 
-from rlhf_recipes.config import Data, Recipe, RecipeError, Scratch
-from rlhf_recipes.models import check_context, config_of, fit_embeddings, fit_length, make_model
-from rlhf_recipes.references import is_hub_model, resolve_model
-from rlhf_recipes.tokenizer import continuation, eos_token_ids, load_tokenizer
+from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokenizer
+from rlhf_recipes.models.load import check_context, config_of, fit_embeddings, fit_length, make_model
+from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, Scratch
+from rlhf_recipes.runs.references import is_hub_model, resolve_model
 
 
 def recipe_with(**more) -> Recipe:

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from tiny_trainers import ALGORITHMS, PROMPTS, length, make, micro_batches, rollout, sum_of_ids, train_on
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.kl import adapted_beta
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run
-from rlhf_recipes.sampling import sample_completions
-from rlhf_recipes.trainer_args import trainer_args
+from rlhf_recipes.models.sampling import sample_completions
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.trainers.args import trainer_args
+from rlhf_recipes.trainers.kl import adapted_beta
 
 SHARED = {
     "score_mean", "score_std", "score/length", "reward_mean", "kl", "kl_per_token", "kl_k3", "kl_k3_per_token", "beta",

@@ -8,7 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import rlhf_recipes
-from rlhf_recipes import launch_configs, recipe
+from rlhf_recipes.launch import configs as launch_configs
+from rlhf_recipes.recipe import load as recipe
 
 ROOT = Path(rlhf_recipes.__file__).parent.parent
 
@@ -35,7 +36,7 @@ def test_recipes_and_configurations_travel_in_the_wheel_where_they_are_looked_up
     for module, find in ((recipe, recipe.recipe_files), (launch_configs, launch_configs.config_files)):
         names = set(find())
         assert len(names) >= 9
-        monkeypatch.setattr(module, "__file__", str(tmp_path / "rlhf_recipes" / "module.py"))
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "rlhf_recipes" / "package" / "module.py"))
         for folder, inside in included.items():
             shutil.copytree(ROOT / folder, tmp_path / inside, dirs_exist_ok=True)
         monkeypatch.chdir(tmp_path)

@@ -10,12 +10,9 @@ import pytest
 from conftest import causal_lm, cli, save_pair, word_tokenizer, write_jsonl
 from transformers import AutoConfig
 
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.headers import recipe_header
-from rlhf_recipes.memory import GIB
-from rlhf_recipes.plan import run_plan, smallest_change
-from rlhf_recipes.recipe import load_recipe, recipe_files
-from rlhf_recipes.stage_plan import (
+from rlhf_recipes.planning.memory import GIB
+from rlhf_recipes.planning.plan import run_plan, smallest_change
+from rlhf_recipes.planning.stage import (
     ARCHITECTURES,
     PLANNED,
     PPO_DEFAULTS,
@@ -25,6 +22,9 @@ from rlhf_recipes.stage_plan import (
     plan_stage,
     settings_of,
 )
+from rlhf_recipes.recipe.headers import recipe_header
+from rlhf_recipes.recipe.load import load_recipe, recipe_files
+from rlhf_recipes.recipe.schema import RecipeError
 
 PUBLISHED = {
     # As their cards and papers say: without what is tied.
@@ -158,7 +158,7 @@ def test_zero_3_is_refused(tmp_path):
 
 
 def test_defaults_that_are_written_down_are_those_of_the_trainer():
-    from rlhf_recipes.ppo_trainer import PPOConfig
+    from rlhf_recipes.trainers.ppo import PPOConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(PPOConfig)}
     recipe = load_recipe("imdb_tiny")

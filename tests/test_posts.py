@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlhf_recipes.config import Data
-from rlhf_recipes.data import load_rows
-from rlhf_recipes.posts import comparisons, posts
-from rlhf_recipes.shapes import pairs, texts
+from rlhf_recipes.data.posts import comparisons, posts
+from rlhf_recipes.data.rows import load_rows
+from rlhf_recipes.data.shapes import pairs, texts
+from rlhf_recipes.recipe.schema import Data
 
 REVIEW = (
     "I saw this movie twice. The acting in this movie was wonderful.<br />The story was not so good! "
@@ -48,7 +48,7 @@ def test_the_packaged_reviews_give_posts_and_comparisons():
     data = Data(
         **reviews,
         **template,
-        transform="rlhf_recipes.posts:posts",
+        transform="rlhf_recipes.data.posts:posts",
         columns={"completion": "summary"},
         completion_prefix=" ",
     )
@@ -60,7 +60,7 @@ def test_the_packaged_reviews_give_posts_and_comparisons():
         assert row["completion"].startswith(" ") and 5 <= len(row["completion"].split()) <= 16
     columns = {name: f"info.{name}" for name in ("subreddit", "title", "post")}
     columns |= {f"completion_{i}": f"summaries.{i}.text" for i in (0, 1)}
-    data = Data(**reviews, **template, transform="rlhf_recipes.posts:comparisons", columns=columns)
+    data = Data(**reviews, **template, transform="rlhf_recipes.data.posts:comparisons", columns=columns)
     rows, _ = load_rows(data, 0)
     assert 0.4 < sum(rows["choice"]) / len(rows) < 0.6
     own = {row["prompt"]: row["completion"] for row in made}

@@ -12,9 +12,9 @@ from tiny_trainers import PROMPTS, make, micro_batches, rollout, sum_of_ids, tra
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model, TrainerCallback
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.advantages import gae, masked_whiten
-from rlhf_recipes.forward import pad_batch
-from rlhf_recipes.value_model import FOLDER, HEAD_FILE
+from rlhf_recipes.models.forward import pad_batch
+from rlhf_recipes.trainers.advantages import gae, masked_whiten
+from rlhf_recipes.trainers.value_network import FOLDER, HEAD_FILE
 
 VALUE_MODELS = ["shared", "policy", "classifier"]
 

@@ -11,7 +11,7 @@ from conftest import REVIEWS, cli, run_python, write_jsonl
 from test_pipeline import FEW
 
 import rlhf_recipes
-from rlhf_recipes.recipe import recipe_files
+from rlhf_recipes.recipe.load import recipe_files
 
 ROOT = Path(rlhf_recipes.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,10 +96,13 @@ def test_recipe_table_is_what_the_command_prints(tmp_path):
 
 def test_file_tree_is_complete():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
-    for path in (ROOT / "rlhf_recipes").glob("*.py"):
-        assert path.name in tree or path.name == "__init__.py", path.name
-    for name in re.findall(r"([a-z_]+\.py)", tree):
-        assert (ROOT / "rlhf_recipes" / name).is_file(), name
+    package = ROOT / "rlhf_recipes"
+    doors = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.rglob("__init__.py")} | {"base/"}
+    assert doors == set(re.findall(r"\b[a-z_]+\.py\b", tree))
+    assert folders <= set(re.findall(r"^ *([a-z_]+/)", tree, flags=re.MULTILINE))
+    for name in re.findall(r"^([a-z_]+/)", tree, flags=re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
 
 
 def test_every_metric_that_is_logged_is_explained():

@@ -12,10 +12,10 @@ from ruamel.yaml import YAML
 from transformers import BitsAndBytesConfig
 
 from rlhf_recipes import PPOConfig, RLOOConfig
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.headers import recipe_header, recipe_table
-from rlhf_recipes.recipe import load_recipe, recipe_files, recipe_folders, to_yaml
-from rlhf_recipes.trainer_fields import adapter_fields, quantization_fields, trainer_fields
+from rlhf_recipes.recipe.headers import recipe_header, recipe_table
+from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.trainer_keys import adapter_fields, quantization_fields, trainer_fields
 
 MINIMAL = """
 name: mine

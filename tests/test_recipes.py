@@ -7,8 +7,8 @@ import pytest
 from conftest import run_python
 from stand_ins import DATA, MODELS, Shelf, small
 
-from rlhf_recipes.hub import hub_references, references
-from rlhf_recipes.recipe import load_recipe, recipe_files
+from rlhf_recipes.recipe.load import load_recipe, recipe_files
+from rlhf_recipes.runs.inputs import hub_references, references
 
 RECIPES = [
     "imdb_12gb",
@@ -35,8 +35,8 @@ RECIPES = [
 
 ALL_STAGES = """
 import importlib, sys
-from rlhf_recipes.launch import MODULES
-from rlhf_recipes.entry import run_stage
+from rlhf_recipes.launch.start import MODULES
+from rlhf_recipes.stage import run_stage
 stages, recipe, *overrides = sys.argv[1:]
 for stage in stages.split(","):
     main = importlib.import_module(f"rlhf_recipes.{MODULES.get(stage, stage)}").main

@@ -12,10 +12,10 @@ import pytest
 from matplotlib import image
 from report_fixture import make_comparison
 
-from rlhf_recipes.markdown import write_markdown
-from rlhf_recipes.plots import draw_comparison, slots
-from rlhf_recipes.report import POINTS, _thin, write_page
-from rlhf_recipes.report_tables import audit_rows, clean, finding_rows, number, signed, spread, view_rows
+from rlhf_recipes.pages.html import POINTS, _thin, write_page
+from rlhf_recipes.pages.markdown import write_markdown
+from rlhf_recipes.pages.plots import draw_comparison, slots
+from rlhf_recipes.pages.rows import audit_rows, clean, finding_rows, number, signed, spread, view_rows
 
 EVIL = (
     "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><a href='https://a.example'>b</a>"

@@ -24,10 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_trainers import ALGORITHMS, PROMPTS, make
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.callbacks import RunCallback
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import MARKER, last_complete, mark_complete, step_of, write_whole, writing
-from rlhf_recipes.run import Run
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.callbacks import RunCallback
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.system.files import MARKER, last_complete, mark_complete, step_of, write_whole, writing
 
 NOISY = """
 import random
@@ -54,7 +54,7 @@ def run_stage(stage: str, arguments: list[str], cwd: Path, environment: dict[str
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    import_module("rlhf_recipes.entry").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
+    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
 
 
 class Launcher:
@@ -487,7 +487,7 @@ def fail_under_a_signal(cwd: Path, overrides: list[str]) -> None:
         raise RecipeError("no reward")
 
     Run.fail = interrupted
-    sys.exit(import_module("rlhf_recipes.entry").run_stage("sft", main, "imdb_positive", overrides, False))
+    sys.exit(import_module("rlhf_recipes.stage").run_stage("sft", main, "imdb_positive", overrides, False))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from conftest import run_python
 from trl.trainer.utils import is_async_callable
 
-from rlhf_recipes.reward_calls import RewardError, call_all, checked, is_async
+from rlhf_recipes.rewards.calls import RewardError, call_all, checked, is_async
 
 TEXTS = [" was good .", " was bad"]
 SOON = 0.05
@@ -339,7 +339,7 @@ def test_the_interpreter_exits_while_a_call_hangs(tmp_path):
     (tmp_path / "hang.py").write_text(
         """
 import asyncio, time
-from rlhf_recipes.reward_calls import call_all, checked
+from rlhf_recipes.rewards.calls import call_all, checked
 def hang(completions):
     time.sleep(3600)
 async def block(completions):

@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlhf_recipes.cli import app
-from rlhf_recipes.config import Data, Recipe, RecipeError, RewardFunc
-from rlhf_recipes.reward_funcs import (
+from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, RewardFunc
+from rlhf_recipes.rewards.functions import (
     REWARD_FUNCS,
     RewardError,
     apply_missing_eos,

@@ -6,11 +6,11 @@ import os
 import psutil
 import pytest
 
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.disk import mark_complete, sha256_of
-from rlhf_recipes.distributed import Setup
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
+from rlhf_recipes.launch.setup import Setup
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
+from rlhf_recipes.system.files import mark_complete, sha256_of
 
 
 @pytest.fixture
@@ -212,7 +212,9 @@ def test_a_run_that_another_process_is_at_is_left_alone(killed, load, caplog):
 
 
 def test_the_first_error_is_not_hidden_by_a_manifest_that_cannot_be_written(killed, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.run.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "rlhf_recipes.runs.folder.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     killed.fail(RuntimeError("the first error"))
     with pytest.raises(RecipeError, match="the manifest could not be written.*No space left.*last: checkpoint-20"):
         killed.finish()

@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_recipes import score
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.reward_calls import RewardError
-from rlhf_recipes.reward_funcs import as_reward_func, reward_model
-from rlhf_recipes.scoring import FILE, trained_scoring
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards import try_out as score
+from rlhf_recipes.rewards.calls import RewardError
+from rlhf_recipes.rewards.functions import as_reward_func, reward_model
+from rlhf_recipes.rewards.reader import FILE, trained_scoring
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"
@@ -198,8 +198,8 @@ def test_an_eos_that_the_tokenizer_adds_by_itself_does_not_end_a_cut_off_text(tm
 
 def test_an_encoder_reads_what_it_was_trained_on(classifier_folder, tmp_path):
     """DistilBERT has no EOS: stage reward lets the separator end a text, so a finished one has two."""
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.tokenizer import load_tokenizer
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.recipe.load import load_recipe
 
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -246,11 +246,11 @@ def test_the_file_is_readable_and_says_what_counts(trained):
 
 def test_the_log_says_which_contract_is_followed(trained, caplog):
     folder, _ = trained
-    with caplog.at_level(logging.INFO, "rlhf_recipes.scoring"):
+    with caplog.at_level(logging.INFO, "rlhf_recipes.rewards.reader"):
         reward_model(str(folder))
         (folder / FILE).unlink()
         reward_model(str(folder))
-    ours = [record for record in caplog.records if record.name == "rlhf_recipes.scoring"]
+    ours = [record for record in caplog.records if record.name == "rlhf_recipes.rewards.reader"]
     with_file, without = (record.getMessage() for record in ours)
     assert "scoring.json says: plain texts, EOS '<eos>' (1) behind finished ones" in with_file
     assert "padded on the right with '<pad>' (0)" in with_file and "16 tokens at most; minus 0.25." in with_file

@@ -4,9 +4,9 @@ import pytest
 from conftest import REVIEWS, bpe_tokenizer, word_tokenizer
 from datasets import Dataset
 
-from rlhf_recipes.config import Data, RecipeError
-from rlhf_recipes.shapes import corpus, pairs, prompts, texts, warn_of_copies
-from rlhf_recipes.tokenizer import token_ids
+from rlhf_recipes.data.shapes import corpus, pairs, prompts, texts, warn_of_copies
+from rlhf_recipes.data.tokenizer import token_ids
+from rlhf_recipes.recipe.schema import Data, RecipeError
 
 
 def error(function, *args, **more) -> str:
@@ -155,7 +155,7 @@ def test_a_prompt_loses_paragraphs_until_it_fits(caplog):
 def test_a_prompt_loses_no_more_than_it_must(tokenizer, monkeypatch):
     """As if one paragraph or character went at a time, in far fewer steps."""
     asked = []
-    monkeypatch.setattr("rlhf_recipes.shapes.token_ids", lambda *args: asked.append(0) or token_ids(*args))
+    monkeypatch.setattr("rlhf_recipes.data.shapes.token_ids", lambda *args: asked.append(0) or token_ids(*args))
     many = 0
     for post in ("the film was great 😀 ünï\n\nfun " * 6, "the plot\n" * 30 + "x" * 50, "a great movie " * 40):
         for limit in (9, 14, 33):

@@ -11,15 +11,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_recipes import reward, sft
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.metrics import rouge
-from rlhf_recipes.models import scale_head
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.reward_funcs import reward_model
-from rlhf_recipes.reward_report import REPORT, kept, measure
-from rlhf_recipes.run import Run
-from rlhf_recipes.samples import shared_out
-from rlhf_recipes.sft_report import SAMPLES
+from rlhf_recipes.evaluation.metrics import rouge
+from rlhf_recipes.evaluation.reward_quality import REPORT, kept, measure
+from rlhf_recipes.evaluation.sft_quality import SAMPLES
+from rlhf_recipes.models.load import scale_head
+from rlhf_recipes.models.samples import shared_out
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards.functions import reward_model
+from rlhf_recipes.runs.folder import Run
 
 PROMPTS = ("the film", "it", "the plot and the acting", "a movie", "the acting")
 GOOD = (" was great .", " was very good and fun .", " was not awful !", " i liked it")

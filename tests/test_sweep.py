@@ -17,10 +17,10 @@ from finished_runs import stand_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.run import Run, read_manifest
-from rlhf_recipes.sweep import plan_sweep, run_sweep
-from rlhf_recipes.sweep_grid import Axis, in_path, parse_grid, parse_seeds, path_parts, split_values
+from rlhf_recipes.experiments.grid import Axis, in_path, parse_grid, parse_seeds, path_parts, split_values
+from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run, read_manifest
 
 BASE = "rloo.policy=package:rlhf_recipes/base"
 

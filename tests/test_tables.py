@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rlhf_recipes.tables import COLUMNS, TEXT, cells, markdown_tables, print_table
+from rlhf_recipes.pages.tables import COLUMNS, TEXT, cells, markdown_tables, print_table
 
 MODELS = {
     "sft": {key: 0.125 + i / 1000 for i, key in enumerate(COLUMNS)},

@@ -18,11 +18,11 @@ from conftest import HELD_OUT_REVIEWS, REVIEWS, TRAINERS, causal_lm, cli, run_py
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_trainers import ALGORITHMS, PROMPTS, length, make
 
-from rlhf_recipes import trackers, workspace
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.on_policy import TABLES
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.trackers import as_cell
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs import trackers, workspace
+from rlhf_recipes.runs.trackers import as_cell
+from rlhf_recipes.trainers.on_policy import TABLES
 
 ONLY_PPO = {"value_loss", "value_clip_fraction", "value_mean", "return_mean", "explained_variance"}
 ONLY_RLOO = {"baseline_mean", "no_signal_fraction"}
@@ -106,7 +106,7 @@ def forked(stage: str, arguments: tuple[str, ...], cwd: Path, environment: dict[
         os.dup2(os.open(f"{stage}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
     try:
-        import_module("rlhf_recipes.entry").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
+        import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
     finally:
         import wandb
 
@@ -266,8 +266,8 @@ def test_nobody_is_asked_for_a_login(case, tmp_path, monkeypatch):
     home = clean(tmp_path / "home", **environment)
     (tmp_path / "home" / ".netrc").write_text(f"machine wandb.example\nlogin user\npassword {KEY}\n")
     program = (
-        "from rlhf_recipes.terminal import log_to; from pathlib import Path; log_to(Path('log.txt'))\n"
-        "from rlhf_recipes.trackers import chosen_trackers; print(chosen_trackers('ppo', None))"
+        "from rlhf_recipes.system.terminal import log_to; from pathlib import Path; log_to(Path('log.txt'))\n"
+        "from rlhf_recipes.runs.trackers import chosen_trackers; print(chosen_trackers('ppo', None))"
     )
     done = run_python("-c", program, cwd=tmp_path, timeout=30, **home)
     assert done.stdout.splitlines() == [str(expected)], done.stderr
@@ -311,10 +311,10 @@ def test_a_server_that_does_not_answer_is_waited_for_a_little(small, tmp_path, m
     ],
 )
 def test_an_environment_that_wandb_does_not_understand(environment, expected, tmp_path):
-    program = "from rlhf_recipes.trackers import chosen_trackers; chosen_trackers('ppo', None)"
+    program = "from rlhf_recipes.runs.trackers import chosen_trackers; chosen_trackers('ppo', None)"
     done = run_python("-c", program, cwd=tmp_path, **environment)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("rlhf_recipes.config.RecipeError: W&B does not take a value") and expected in last
+    assert last.startswith("rlhf_recipes.recipe.schema.RecipeError: W&B does not take a value") and expected in last
 
 
 @pytest.mark.parametrize(
@@ -433,8 +433,8 @@ def test_a_long_run_logs_few_tables(trainer_class, tmp_path, monkeypatch):
 RESULTS = """
 import json, sys
 from pathlib import Path
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.trackers import log_comparison, log_eval
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.runs.trackers import log_comparison, log_eval
 log_eval(load_recipe("imdb_tiny"), Path("eval"), "one")
 log_comparison(load_recipe("imdb_tiny"), "duel", Path("my duel"))
 """

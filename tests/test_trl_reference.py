@@ -18,8 +18,9 @@ from tiny_trainers import make, micro_batches, rollout
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf_recipes import PPOTrainer, ppo_trainer
-from rlhf_recipes.advantages import masked_mean, masked_whiten
+from rlhf_recipes import PPOTrainer
+from rlhf_recipes.trainers import ppo as ppo_trainer
+from rlhf_recipes.trainers.advantages import masked_mean, masked_whiten
 
 DATA = Path(__file__).parent / "data"
 ABOUT = json.loads((DATA / "trl_1_12_ppo.json").read_text(encoding="utf-8"))

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_recipes.intervals import (
+from rlhf_recipes.comparison.verdict import decide, view_of, void
+from rlhf_recipes.evaluation.intervals import (
     bootstrap_band,
     bootstrap_difference,
     bootstrap_interval,
     student_interval,
     welch_interval,
 )
-from rlhf_recipes.verdict import decide, view_of, void
 
 
 def view(ppo, rloo, metric="score_mean", where="held_out", seeds=range(42, 99)):

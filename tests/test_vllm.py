@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from rlhf_recipes import PPOTrainer, RLOOTrainer
-from rlhf_recipes.config import RecipeError
-from rlhf_recipes.forward import completion_logits, sampled_logps
-from rlhf_recipes.ppo_trainer import PPOConfig
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.run import Run
-from rlhf_recipes.sampling import sample_completions
-from rlhf_recipes.trainer_args import trainer_args
+from rlhf_recipes.models.forward import completion_logits, sampled_logps
+from rlhf_recipes.models.sampling import sample_completions
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.trainers.args import trainer_args
+from rlhf_recipes.trainers.ppo import PPOConfig
 
 pytestmark = pytest.mark.slow
 

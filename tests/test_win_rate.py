@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_recipes.win_rate import (
+from rlhf_recipes.evaluation.judge.win_rate import (
     _fit,
     agreement,
     length_controlled_win_rate,

@@ -36,7 +36,7 @@ import random
 import signal
 
 from accelerate import PartialState
-from rlhf_recipes.on_policy import OnPolicyTrainer
+from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
 
 calls = 0
 
@@ -74,7 +74,7 @@ def as_rank(stage: str, arguments: list[str], folder: Path, environment: dict[st
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    import_module("rlhf_recipes.entry").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
+    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
 
 
 def launched_environment(config: str) -> dict[str, str]:

@@ -1,0 +1,162 @@
+"""Pure numbers: diversity, repetition, lengths and ROUGE of samples; accuracy and calibration of a reward model."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean, pstdev
+from typing import Any
+
+from rlhf_recipes.evaluation.audit.copying import repeated_share
+
+
+def distinct_n(rows: Sequence[Sequence], n: int) -> float:
+    """Different n-grams over all n-grams of a set of completions, 0..1; 0 without any.
+
+    It falls with the number of completions: compare only sets of the same size.
+
+    Source: Li et al. 2016 (1510.03055), section 5.
+    """
+    ngrams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def unique_token_ratio(rows: Sequence[Sequence]) -> float | None:
+    """Different tokens over all tokens of a completion, mean over those that have any, 0..1; None where none has.
+
+    It falls with a completion's length, in human text too: common words come again.
+    """
+    ratios = [len(set(row)) / len(row) for row in rows if row]
+    return fmean(ratios) if ratios else None
+
+
+def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
+    """Share of a completion's n-grams that occurred in it before, mean over completions, 0..1.
+
+    Four tokens in the same order hardly ever come again in human text, however long it is: unlike `unique_token_ratio`
+    this tells loops from common words. Completions with fewer than n tokens repeat nothing.
+
+    Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
+    """
+    return fmean(repeated_share(row, n) for row in rows)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and (population) standard deviation."""
+    return fmean(values), pstdev(values)
+
+
+def perplexity(logps: Sequence[float], tokens: int) -> float | None:
+    """exp(-mean log-probability of a token) of texts; None where that is infinite, not known, or of no token.
+
+    Args:
+        logps: Log-probability of each whole text, in nats.
+        tokens: Of all texts together.
+    """
+    if not tokens or not all(map(math.isfinite, logps)) or -math.fsum(logps) / tokens > 700:  # where exp overflows
+        return None
+    return math.exp(-math.fsum(logps) / tokens)
+
+
+def length_histograms(lengths: dict[str, Sequence[int]], longest: int, bins: int = 20) -> dict[str, Any]:
+    """How many completions have which length, in bins that are the same for every model.
+
+    Args:
+        lengths: Name -> lengths of its completions, in tokens.
+        longest: No length is above it.
+        bins: Their number at most; all have the same width, a whole number of tokens.
+
+    Returns:
+        `edges` and, by name, `counts`: bin i holds lengths from edges[i] to edges[i + 1] - 1.
+    """
+    width = math.ceil((longest + 1) / bins)
+    edges = list(range(0, longest + 1 + width, width))
+    counts = {name: [0] * (len(edges) - 1) for name in lengths}
+    for name, row in lengths.items():
+        for length in row:
+            counts[name][length // width] += 1
+    return {"edges": edges, "counts": counts}
+
+
+def rouge(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over completions, 0..1, by the library rouge-score.
+
+    Without stemming, as Huang et al. 2024 (2403.17031) measure it (`evaluate`'s rouge and its defaults); ROUGE-L takes
+    a text as one sequence, line breaks or not.
+
+    Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=False)
+    scores = [scorer.score(target=r, prediction=c) for c, r in zip(completions, references, strict=True)]
+    return {kind: fmean(score[kind].fmeasure for score in scores) for kind in kinds}
+
+
+def pair_accuracy(margins: Sequence[float]) -> float:
+    """Share of pairs whose chosen text scores above the rejected one; a tie is wrong, as in TRL's RewardTrainer.
+
+    Args:
+        margins: Score of the chosen text minus score of the rejected one, for every pair.
+    """
+    return fmean(margin > 0 for margin in margins)
+
+
+def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
+    """Accuracy of pairs that the model finds close to call, and of those that it finds clear.
+
+    Args:
+        margins: As in `pair_accuracy`.
+        bins: Pairs are split by |margin| into as many parts of (nearly) the same size; fewer where pairs are.
+
+    Returns:
+        From the smallest margins to the largest: `from` and `to` of |margin|, number of `pairs`, `accuracy`.
+    """
+    ordered = sorted(margins, key=abs)
+    bins = min(bins, len(ordered))
+    cuts = [len(ordered) * i // bins for i in range(bins + 1)]
+    parts = [ordered[start:end] for start, end in pairwise(cuts)]
+    return [
+        {"from": abs(part[0]), "to": abs(part[-1]), "pairs": len(part), "accuracy": pair_accuracy(part)}
+        for part in parts
+    ]
+
+
+def calibration(margins: Sequence[float], bins: int = 10) -> dict[str, Any]:
+    """Is a reward model right as often as its probabilities say?
+
+    In the Bradley-Terry model the chosen text is the better one with probability p = sigmoid(margin). The model's
+    answer is the text with the higher score, its confidence sigmoid(|margin|), 0.5..1. Expected calibration error: sum
+    over bins of (pairs in it / all pairs) * |accuracy - mean confidence|, in bins of equal width. Brier score: mean of
+    (1 - p)^2, 0.25 for a model that knows nothing.
+
+    Source: Guo et al. 2017 (1706.04599), equation 3; Brier 1950.
+
+    Args:
+        margins: As in `pair_accuracy`; a tie is wrong here too.
+        bins: Number of bins over 0.5..1.
+
+    Returns:
+        `ece`, `brier` and `bins` that hold a pair: `from` and `to` of the confidence, number of `pairs`, mean
+        `confidence`, `accuracy`.
+    """
+    inside: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        inside[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, margin))
+    found = [
+        {
+            "from": 0.5 + i / (2 * bins),
+            "to": 0.5 + (i + 1) / (2 * bins),
+            "pairs": len(part),
+            "confidence": fmean(confidence for confidence, _ in part),
+            "accuracy": pair_accuracy([margin for _, margin in part]),
+        }
+        for i, part in enumerate(inside)
+        if part
+    ]
+    return {
+        "ece": sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(margins),
+        "brier": fmean((1 - c) ** 2 if margin > 0 else c**2 for part in inside for c, margin in part),
+        "bins": found,
+    }

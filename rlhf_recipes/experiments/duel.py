@@ -1,0 +1,247 @@
+"""PPO against RLOO on one task: several seeds of each at the same budget, one eval of all, and a verdict.
+
+    rlhf-recipes duel imdb_tiny --seeds 4 --episodes 4096
+
+Every seed starts from the same SFT model, which is trained once, as is the reward model, with the recipe's own seed:
+
+    <runs_dir>/<recipe>/duel/ppo-seed_42/{recipe.yaml,ppo/}, <runs_dir>/<recipe>/duel/rloo-seed_42/{recipe.yaml,rloo/}
+    <runs_dir>/<recipe>/duel/eval/                                      all of them, on the same held-out prompts
+    <runs_dir>/<recipe>/duel/{comparison.json,report.html,report.md}    and pictures
+    <runs_dir>/<recipe>/sweep-shared/{sft,reward}-seed_42-<hash of its settings>/
+
+With `--episodes` or overrides that change a setting, the folder is `duel-<hash of the settings>`.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_recipes.compare import notes_on, write_comparison
+from rlhf_recipes.comparison.build import build_comparison
+from rlhf_recipes.comparison.differences import DURATION, SAME_BUDGET, find_differences
+from rlhf_recipes.comparison.runs import TrainedRun, read_runs
+from rlhf_recipes.evaluation.audit.audit import audit_runs, is_audited
+from rlhf_recipes.experiments.grid import parse_seeds, short_hash
+from rlhf_recipes.experiments.sweep import Job, Planner, only_stage, refuse_other_settings, run_jobs
+from rlhf_recipes.pages.tables import print_comparison
+from rlhf_recipes.recipe.load import load_recipe, rollout_size
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.trainer_keys import trainer_defaults
+from rlhf_recipes.runs.folder import Run, eval_models, read_manifest
+from rlhf_recipes.runs.trackers import log_comparison
+from rlhf_recipes.stage import load_checked
+from rlhf_recipes.system.files import writing
+from rlhf_recipes.system.terminal import complain, say
+
+STAGES = ("ppo", "rloo")
+
+AUDIT_PROMPTS = 128
+"""Held-out prompts that the audit asks of every checkpoint."""
+
+
+@dataclass
+class Duel:
+    """What a duel is going to run.
+
+    Attributes:
+        folder: Where its runs and the comparison go.
+        jobs: Every stage that is trained, each behind what it needs.
+        trained: Name of a model in eval -> the one of `jobs` that trains it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    planner: Planner
+    trained: dict[str, Job]
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.planner.jobs
+
+    def evaluation(self, failed: dict[Job, str]) -> Job:
+        """One eval of everything that has been trained, and of what the recipe measures beside ppo and rloo."""
+        models = {name: ref for name, ref in eval_models(self.recipe).items() if ref not in ("stage:ppo", "stage:rloo")}
+        models = models or {"sft": self.recipe.ppo.policy}  # or a run of the duel would be the reference
+        models |= {name: str(job.path) for name, job in self.trained.items() if job not in failed}
+        place = {"runs_dir": str(self.folder.parent), "name": self.folder.name}
+        target = self.recipe.model_copy(update=place | {"eval": self.recipe.eval.model_copy(update={"models": models})})
+        linked, needs = self.planner.linked(self.recipe, target, "eval", ("eval",))
+        return Job("eval", linked, "eval of all", needs)
+
+
+def plan_duel(
+    name: str,
+    overrides: list[str],
+    seeds: str,
+    episodes: int | None = None,
+    overwrite: bool = False,
+    processes: int = 1,
+) -> Duel:
+    """Check every run of a duel before any of them starts.
+
+    Args:
+        name: Name of a recipe, or path of a YAML file.
+        overrides: `dotted.key=value` each.
+        seeds: See `parse_seeds`.
+        episodes: Of each run; None: the recipe's.
+        overwrite: Whether runs with other settings are moved aside.
+        processes: That train each run.
+
+    Raises:
+        RecipeError: Anything wrong with any of the runs, or the two algorithms would not be comparable.
+    """
+    budget = [] if episodes is None else [f"episodes={episodes}"]
+    recipe = load_checked(name, [*overrides, *budget])
+    _check(recipe, processes)
+    numbers = parse_seeds(seeds, recipe.seed)
+    root = Path(recipe.runs_dir) / recipe.name
+    settings = _settings(recipe)
+    as_it_stands = settings == _settings(load_recipe(name))
+    folder = root / ("duel" if as_it_stands else f"duel-{short_hash(settings)}")
+    duel = Duel(recipe, folder, Planner(root / "sweep-shared"), {})
+    for seed in numbers:
+        for stage in STAGES:
+            place = {"runs_dir": str(folder), "name": f"{stage}-seed_{seed}", "seed": seed}
+            own = only_stage(recipe, stage).model_copy(update=place)
+            linked, needs = duel.planner.linked(recipe, own, stage, (stage,))  # built on the recipe's own seed
+            linked, _ = duel.planner.linked(recipe, linked, "eval", ("eval",), own=stage)  # for the audit
+            duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
+    duel.evaluation({})  # whose prerequisites become jobs too
+    _refuse_unequal(duel)
+    _refuse_other_batches(duel, processes)
+    refuse_other_settings(recipe.name, duel.jobs, overwrite)
+    return duel
+
+
+def _check(recipe: Recipe, processes: int) -> None:
+    findings = [
+        f"recipe {recipe.name} has no stage {s}, so there is no duel." for s in STAGES if not getattr(recipe, s)
+    ]
+    if recipe.episodes is None:
+        findings.append(f"recipe {recipe.name} has no episodes, so that budgets would be unequal; add --episodes N.")
+    for stage in STAGES:
+        given = getattr(recipe, stage).trainer if getattr(recipe, stage) else {}
+        findings += [
+            f"{stage}.trainer.{key}: it would count, and not the duel's episodes; add {stage}.trainer.{key}=null."
+            for key in DURATION
+            if given.get(key) is not None
+        ]
+    if findings:
+        raise RecipeError("\n".join(findings))
+    rollouts = [_rollout(recipe, stage, processes) for stage in STAGES]
+    sampled = [math.ceil(recipe.episodes / rollout) * rollout for rollout in rollouts]
+    if max(sampled) - min(sampled) > SAME_BUDGET * max(sampled):
+        raise RecipeError(
+            f"episodes: in whole rollouts, {recipe.episodes} are {sampled[0]} of ppo (rollouts of {rollouts[0]}) and "
+            f"{sampled[1]} of rloo (of {rollouts[1]}); take a multiple of {math.lcm(*rollouts)}, such as --episodes "
+            f"{math.ceil(recipe.episodes / math.lcm(*rollouts)) * math.lcm(*rollouts)}."
+        )
+
+
+def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
+    """Completions that all processes of a stage sample at once."""
+    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | recipe.batches(stage, processes)
+    return rollout_size(stage, given, processes) * processes
+
+
+def _settings(recipe: Recipe) -> str:
+    values = recipe.model_dump(mode="json", exclude={"name", "description", "runs_dir"})
+    return json.dumps(values, sort_keys=True)
+
+
+def _refuse_unequal(duel: Duel) -> None:
+    """Refuse what could not be compared when it is done."""
+    planned = []
+    for name, job in list(duel.trained.items())[: len(STAGES)]:
+        settings = json.loads(json.dumps(Run(job.recipe, job.stage).settings))
+        run = TrainedRun(job.stage, job.path, {"stage": job.stage, "seed": job.recipe.seed, "settings": settings}, {})
+        run.name = name
+        planned.append(run)
+    lines, same = [], ""
+    for difference in find_differences(planned):
+        if difference["refuses"]:
+            key, (ppo, rloo) = difference["key"], difference["values"].values()
+            lines.append(f"  {key} ({difference['kind']}): ppo {ppo!r}, rloo {rloo!r}")
+            same = same or " ".join(f"{stage}.{key}={json.dumps(ppo)}" for stage in STAGES)
+    if lines:
+        raise RecipeError(
+            "\n".join([f"{duel.recipe.name}: ppo and rloo would differ in more than the algorithm:", *lines])
+            + f"\nGive both the same, such as {same}."
+        )
+
+
+def _refuse_other_batches(duel: Duel, processes: int) -> None:
+    """Refuse to add seeds whose batch would be another one than that of the seeds that are there."""
+    for job in duel.trained.values():
+        manifest = read_manifest(job.path)
+        if manifest is None or manifest["status"] != "finished" or getattr(job.recipe, job.stage).global_batch_size:
+            continue
+        before = manifest.get("setup", {}).get("num_processes", processes)
+        if before != processes:
+            raise RecipeError(
+                f"{job.path}: {before} {'process' if before == 1 else 'processes'} trained it, and this duel has "
+                f"{processes}, whose batch would be another; launch it as before, or make a new one: add name="
+                f"{duel.recipe.name}-2."
+            )
+
+
+def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) -> int:
+    """Train what has not been trained yet, measure it, compare it, and print the verdict.
+
+    Args:
+        duel: What `plan_duel` made.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
+
+    Returns:
+        Exit code: 0, 1 when a run failed or runs cannot be compared, or that of a stage that was asked to stop.
+    """
+    group = duel.recipe.name if duel.folder.name == "duel" else f"{duel.recipe.name} {duel.folder.name}"
+    os.environ.setdefault("WANDB_RUN_GROUP", group)
+    failed: dict[Job, str] = {}
+    code = run_jobs("duel", duel.jobs, failed, duel.folder, overwrite, config)
+    if code != 0:
+        return code
+    there = {name: job for name, job in duel.trained.items() if job not in failed}
+    for job, why in failed.items():
+        complain(f"{job.label}: {why}")
+    if not there:
+        complain(f"no run has finished, so there is nothing to compare   {duel.folder}")
+        return 1
+    # An eval of fewer seeds, or of runs that were made anew since, is moved aside: it can be made again.
+    evaluation = duel.evaluation(failed)
+    code = run_jobs("duel", [evaluation], failed, duel.folder, overwrite=True)
+    if code != 0:
+        return code
+    if evaluation in failed:
+        complain(f"{evaluation.label}: {failed[evaluation]}")
+    notes = _notes(duel, failed) + _audited([job.path for job in there.values()])
+    runs = read_runs([str(job.path) for job in there.values()])
+    comparison = build_comparison(runs, f"{duel.recipe.name}: PPO and RLOO", notes)
+    with writing("the comparison", duel.folder):
+        write_comparison(duel.folder, comparison)
+    log_comparison(duel.recipe, "duel", duel.folder)
+    print_comparison(comparison, duel.folder / "report.html")
+    return 1 if failed or not comparison["comparable"] else 0
+
+
+def _audited(paths: list[Path]) -> list[str]:
+    """Audit the runs that have not been yet; what keeps an audit from being made stops no comparison."""
+    new = [path for path in paths if not is_audited(path)]
+    try:
+        if new:
+            say(f"audit of {len(new)} runs")
+            audit_runs(new, AUDIT_PROMPTS)
+    except RecipeError as error:
+        complain(str(error))
+        return [f"No audit: {error}"]
+    return []
+
+
+def _notes(duel: Duel, failed: dict[Job, str]) -> list[str]:
+    paths = {job.stage: job.path for job in duel.jobs}
+    nowhere = duel.folder / "none"
+    notes = notes_on(paths.get("sft", nowhere), paths.get("reward", nowhere))
+    return [*notes, *(f"Failed: {job.label}: {why}." for job, why in failed.items())]

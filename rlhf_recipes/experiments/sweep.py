@@ -1,0 +1,438 @@
+"""Many runs of one recipe: every combination of some keys' values, each with several seeds, one after another.
+
+    rlhf-recipes sweep imdb_tiny --stage rloo rloo.trainer.num_generations=2,4 --seeds 3
+
+A run is the stage and its eval in a folder of their own, beside the recipe that they ran; what they build on
+(`stage:sft` in a recipe) is made once for all of the recipe's sweeps in which it is the same; its folder stands for it:
+
+    <runs_dir>/<recipe>/sweep-rloo.num_generations/rloo-num_generations_2-seed_42/{recipe.yaml,rloo/,eval/}
+    <runs_dir>/<recipe>/sweep-rloo.num_generations/{sweep.csv,sweep.json,sweep.png}
+    <runs_dir>/<recipe>/sweep-shared/sft-seed_42-<hash of its settings>/{recipe.yaml,sft/}
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rlhf_recipes.experiments.grid import (
+    in_path,
+    labels,
+    parse_grid,
+    parse_seeds,
+    path_parts,
+    short_hash,
+    without_trainer,
+)
+from rlhf_recipes.launch.start import TRAINED, launch_stage
+from rlhf_recipes.pages.plots import draw_sweep
+from rlhf_recipes.pages.tables import print_sweep
+from rlhf_recipes.recipe.load import to_yaml
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.runs.folder import (
+    SETTINGS,
+    Run,
+    eval_models,
+    eval_reference,
+    input_stages,
+    read_manifest,
+    read_metrics,
+    run_path,
+)
+from rlhf_recipes.stage import INTERRUPTED, STOPPED, load_checked
+from rlhf_recipes.system.files import read_json, write_whole, writing
+from rlhf_recipes.system.terminal import complain, say
+
+
+@dataclass(eq=False)
+class Job:
+    """One stage of one run."""
+
+    stage: str
+    recipe: Recipe
+    label: str
+    needs: list["Job"]
+
+    @property
+    def path(self) -> Path:
+        return run_path(self.recipe, self.stage)
+
+
+@dataclass
+class Cell:
+    """One setting with one seed."""
+
+    seed: int
+    training: Job
+    evaluation: Job | None
+
+
+@dataclass
+class Row:
+    """One setting of one stage, with all of its seeds."""
+
+    stage: str
+    settings: dict[str, str]
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.stage, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+@dataclass
+class Sweep:
+    """What a sweep is going to run.
+
+    Attributes:
+        folder: Where its runs, table and plot go.
+        jobs: Every stage that it takes, each behind what it needs.
+        rows: The table's.
+    """
+
+    recipe: str
+    folder: Path
+    seeds: list[int]
+    jobs: list[Job]
+    rows: list[Row]
+
+
+def plan_sweep(
+    name: str, overrides: list[str], stages: list[str], seeds: str, with_eval: bool = True, overwrite: bool = False
+) -> Sweep:
+    """Check every run of a sweep before any of them starts.
+
+    Args:
+        name: Name of a recipe, or path of a YAML file.
+        overrides: See `parse_grid`.
+        stages: Stages to sweep; none: ppo and rloo, where the recipe has them.
+        seeds: See `parse_seeds`.
+        with_eval: Whether each trained policy is measured.
+        overwrite: Whether runs with other settings are moved aside.
+
+    Raises:
+        RecipeError: Anything wrong with any of the runs, every finding.
+    """
+    axes, plain = parse_grid(overrides)
+    recipes: dict[tuple[str, ...], Recipe] = {}
+    findings: list[str] = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        swept = [f"{key}={value}" for axis, value in zip(axes, values, strict=True) for key in axis.keys]
+        try:
+            recipes[values] = load_checked(name, [*plain, *swept])
+        except RecipeError as error:
+            findings += [line for line in str(error).splitlines() if line not in findings]
+    if findings:
+        raise RecipeError("\n".join(findings))
+    first = next(iter(recipes.values()))
+    chosen = _chosen_stages(first, stages)
+    numbers = parse_seeds(seeds, first.seed)
+    used = {
+        stage: set().union(*(_sections(recipe, stage, with_eval) for recipe in recipes.values())) for stage in chosen
+    }
+    for axis in axes:
+        if not any(axis.is_in(used[stage]) for stage in chosen):
+            findings.append(f"{','.join(axis.keys)}: several values, but {' and '.join(chosen)} do not depend on it.")
+    if findings:
+        raise RecipeError("\n".join(findings))
+    keys = sorted("_".join(without_trainer(key) for key in axis.keys) for axis in axes)
+    root = Path(first.runs_dir) / first.name
+    folder = root / "-".join(["sweep", *map(in_path, keys or ["seeds"])])
+    planner = Planner(root / "sweep-shared")
+    rows: dict[str, Row] = {}
+    for seed in numbers:
+        for stage in chosen:
+            shown = labels([axis for axis in axes if axis.is_in(used[stage])], used[stage])
+            done = set()
+            for values, recipe in recipes.items():
+                of_axis = dict(zip(axes, values, strict=True))
+                settings = {label: of_axis[axis] for axis, label in shown.items()}
+                row = Row(stage, settings)
+                if row.label in done:  # it differs in what this stage does not use
+                    continue
+                done.add(row.label)
+                cell_name = "-".join([stage, *path_parts(settings), f"seed_{seed}"])
+                seeded = recipe.model_copy(update={"seed": seed})
+                cell = planner.cell(seeded, stage, folder, cell_name, row.label, with_eval)
+                rows.setdefault(row.label, row).cells.append(cell)
+    refuse_other_settings(first.name, planner.jobs, overwrite)
+    return Sweep(first.name, folder, numbers, planner.jobs, list(rows.values()))
+
+
+class Planner:
+    """Collects jobs; a stage that others build on is one job for each of its settings."""
+
+    def __init__(self, shared: Path):
+        self.shared, self.jobs = shared, []
+        self._by_settings: dict[tuple[str, str], Job] = {}
+
+    def cell(self, recipe: Recipe, stage: str, folder: Path, name: str, label: str, with_eval: bool) -> Cell:
+        own = only_stage(recipe, stage).model_copy(update={"runs_dir": str(folder), "name": name})
+        label = f"{label} seed={recipe.seed}"
+        linked, needs = self.linked(recipe, own, stage, (stage,))
+        training = self.add(Job(stage, linked, label, needs))
+        if not with_eval or stage not in ("ppo", "rloo"):
+            return Cell(recipe.seed, training, None)
+        linked, needs = self.linked(recipe, linked, "eval", ("eval",), own=stage)
+        training.recipe = linked  # one file serves both
+        evaluation = Job("eval", linked, f"{label}: eval", [training, *needs])
+        self.jobs.append(evaluation)
+        return Cell(recipe.seed, training, evaluation)
+
+    def add(self, job: Job) -> Job:
+        self.jobs.append(job)
+        self._by_settings[job.stage, _settings_hash(job)] = job
+        return job
+
+    def linked(
+        self, recipe: Recipe, target: Recipe, stage: str, above: tuple[str, ...], own: str = ""
+    ) -> tuple[Recipe, list[Job]]:
+        """`target` with the folder of a job in place of every `stage:` reference of a stage but those to `own`."""
+        jobs = {name: self._prerequisite(recipe, name, above) for name in input_stages(target, stage) if name != own}
+        folders = {f"stage:{name}": str(job.path) for name, job in jobs.items()}
+        values = target.model_dump()
+        for section in SETTINGS[stage]:
+            values[section] = _replaced(values[section], folders)
+        return Recipe.model_validate(values), list(jobs.values())
+
+    def _prerequisite(self, recipe: Recipe, stage: str, above: tuple[str, ...]) -> Job:
+        if stage not in TRAINED or getattr(recipe, stage) is None:
+            raise RecipeError(f"{recipe.name}: stage {above[-1]} builds on stage:{stage}, but it has no stage {stage}.")
+        if stage in above:
+            raise RecipeError(f"{recipe.name}: stages build on one another: {' -> '.join([*above, stage])}.")
+        linked, needs = self.linked(recipe, only_stage(recipe, stage), stage, (*above, stage))
+        job = Job(stage, linked, f"{stage} seed={recipe.seed}", needs)
+        settings = _settings_hash(job)
+        if (stage, settings) in self._by_settings:
+            return self._by_settings[stage, settings]
+        place = {"runs_dir": str(self.shared), "name": f"{stage}-seed_{recipe.seed}-{settings}"}
+        job.recipe = linked.model_copy(update=place)
+        return self.add(job)
+
+
+def refuse_other_settings(name: str, jobs: list[Job], overwrite: bool) -> None:
+    """Refuse to start where folders hold runs with other settings.
+
+    Args:
+        name: Of the recipe, for the message.
+        jobs: Whose folders.
+        overwrite: Whether such runs are moved aside; then they are none to refuse.
+
+    Raises:
+        RecipeError: Names each of them.
+    """
+    findings = []
+    for job in jobs:
+        try:
+            Run(job.recipe, job.stage).is_done(overwrite)
+        except RecipeError as error:
+            findings.append(str(error).partition("\nKeep both")[0])  # that names the run, not the recipe
+    if findings:
+        hint = f"Keep both: add name={name}-2 (or runs_dir=...). Move the old ones aside: add --overwrite."
+        raise RecipeError("\n".join([*findings, hint]))
+
+
+def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None) -> int:
+    """Run what has not finished yet, then write and print table and plot.
+
+    Args:
+        sweep: What `plan_sweep` made.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
+
+    Returns:
+        Exit code: 0, 1 when a run failed, or that of a stage that was asked to stop, with which the sweep ends.
+    """
+    os.environ.setdefault("WANDB_RUN_GROUP", f"{sweep.recipe} {sweep.folder.name}")
+    failed: dict[Job, str] = {}
+    code = run_jobs("sweep", sweep.jobs, failed, sweep.folder, overwrite, config)
+    if code != 0:
+        return code
+    _report(sweep, failed)
+    return 1 if failed else 0
+
+
+def run_jobs(
+    what: str,
+    jobs: list[Job],
+    failed: dict[Job, str],
+    folder: Path,
+    overwrite: bool = False,
+    config: Path | None = None,
+) -> int:
+    """Run what has not finished yet, one after another; what fails stops only what needs it.
+
+    Args:
+        what: What the jobs are parts of, for messages.
+        jobs: Each behind what it needs.
+        failed: Jobs that failed, with the reason; those that do now are added.
+        folder: Of the whole, for messages.
+        overwrite: Whether runs with other settings are moved aside.
+        config: See `launch_stage`.
+
+    Returns:
+        0, or the exit code of a stage that was asked to stop, with which all ends.
+    """
+    for i, job in enumerate(jobs, 1):
+        head = f"[{i}/{len(jobs)}] {job.label}"
+        missing = [needed.label for needed in job.needs if needed in failed]
+        if missing:
+            failed[job] = f"not run, for want of {missing[0]}"
+            continue
+        try:
+            if Run(job.recipe, job.stage).is_done(overwrite):
+                say(f"{head}: reused, finished before   {job.path}")
+                continue
+            say(head)
+            code, why = _run(job, overwrite, config)
+        except RecipeError as error:
+            code, why = 1, _first_line(str(error))
+            complain(str(error))
+        if code in (STOPPED, INTERRUPTED):
+            say(f"{what} stopped after {i - 1} of {len(jobs)}; the same command goes on with it   {folder}")
+            return code
+        if code != 0:
+            failed[job] = why
+    return 0
+
+
+def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
+    """Exit code of a job, and why it failed."""
+    before = read_manifest(job.path)
+    file = job.path.parent / "recipe.yaml"
+    with writing("the run's recipe", file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, to_yaml(job.recipe))
+    code = launch_stage(job.stage, str(file), [], overwrite, config)
+    manifest = read_manifest(job.path)
+    if manifest in (None, before):
+        return code, f"exit code {code}, before it began; its message stands above"
+    said = _first_line(manifest["error"]) if "error" in manifest else f"exit code {code}"
+    return code, f"{said}   {job.path / 'log.txt'}"
+
+
+def _report(sweep: Sweep, failed: dict[Job, str]) -> None:
+    rows = [_measured(row, failed) for row in sweep.rows]
+    curves = {}
+    for row in sweep.rows:
+        runs = [read_metrics(cell.training.path) for cell in row.cells if cell.training not in failed]
+        if runs:
+            curves[row.label] = runs
+    with writing("table and plot", sweep.folder / "sweep.json"):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        result = {"recipe": sweep.recipe, "seeds": sweep.seeds, "rows": rows}
+        write_whole(sweep.folder / "sweep.json", json.dumps(result, indent=2, ensure_ascii=False))
+        write_whole(sweep.folder / "sweep.csv", _csv(rows))
+        draw_sweep(curves, sweep.folder / "sweep.png")
+    say()
+    print_sweep(rows)
+    say()
+    for job, why in failed.items():
+        complain(f"{job.label}: {why}")
+    say(f"sweep.csv, sweep.json and the plot: {sweep.folder / 'sweep.png'}")
+
+
+def _measured(row: Row, failed: dict[Job, str]) -> dict[str, Any]:
+    """What the table knows of a row: numbers of every run, and each number's mean and deviation over the seeds."""
+    runs = []
+    for cell in row.cells:
+        run: dict[str, Any] = {"seed": cell.seed, "path": str(cell.training.path), "numbers": _numbers(cell, failed)}
+        errors = [failed[job] for job in (cell.training, cell.evaluation) if job in failed]
+        runs.append(run | ({"error": errors[0]} if errors else {}))
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for metric, value in run["numbers"].items():
+            values.setdefault(metric, []).append(value)
+    statistics = {
+        # Of a sample: n - 1. One seed has no deviation.
+        metric: {"mean": fmean(found), "std": stdev(found) if len(found) > 1 else None, "n": len(found)}
+        for metric, found in values.items()
+    }
+    return {"label": row.label, "stage": row.stage, "settings": row.settings, "numbers": statistics, "runs": runs}
+
+
+def _numbers(cell: Cell, failed: dict[Job, str]) -> dict[str, float]:
+    """The results of a run's stage, and as `eval/NAME` what eval measured; none of what failed."""
+    found: dict[str, Any] = {}
+    if cell.training not in failed:
+        manifest = read_manifest(cell.training.path)
+        found |= manifest["results"] | {"wall_seconds": manifest["wall_seconds"]}
+    if cell.evaluation is not None and cell.evaluation not in failed:
+        measured = read_json(cell.evaluation.path / "eval.json")
+        found |= {f"eval/{key}": value for key, value in measured["models"][cell.training.stage].items()}
+    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """A line per row: its settings, how many runs finished, mean and deviation of every number."""
+    settings = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row["numbers"]))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    statistics = [f"{metric}_{what}" for metric in metrics for what in ("mean", "std", "n")]
+    writer.writerow(["stage", *settings, "seeds", "failed", *statistics])
+    for row in rows:
+        line = [row["stage"], *(row["settings"].get(key, "") for key in settings)]
+        line += [len(row["runs"]), sum("error" in run for run in row["runs"])]
+        for metric in metrics:
+            found = row["numbers"].get(metric, {"mean": None, "std": None, "n": 0})
+            line += ["" if found[what] is None else found[what] for what in ("mean", "std", "n")]
+        writer.writerow(line)
+    return buffer.getvalue()
+
+
+def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
+    names = [name.strip() for given in stages for name in given.split(",")]
+    there = [stage for stage in TRAINED if getattr(recipe, stage) is not None]
+    findings = [f"--stage {name}: recipe {recipe.name} has: {', '.join(there)}." for name in names if name not in there]
+    if findings:
+        raise RecipeError("\n".join(findings))
+    chosen = [stage for stage in there if stage in (names or ("ppo", "rloo"))]
+    if not chosen:
+        raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo; name a stage: --stage {there[0]}.")
+    return chosen
+
+
+def only_stage(recipe: Recipe, stage: str) -> Recipe:
+    """The recipe without its other stages; eval then measures this one, against what it refers to."""
+    changes: dict[str, Any] = {other: None for other in TRAINED if other != stage}
+    if recipe.eval.models is not None or recipe.eval.reference is not None:
+        reference = eval_reference(recipe)
+        models = {reference: eval_models(recipe)[reference]} | {stage: f"stage:{stage}"}
+        changes["eval"] = recipe.eval.model_copy(update={"models": models})
+    return recipe.model_copy(update=changes)
+
+
+def _sections(recipe: Recipe, stage: str, with_eval: bool) -> set[str]:
+    """The parts of a recipe that the result of a stage, its eval included, depends on."""
+    own = only_stage(recipe, stage)
+    waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ("ppo", "rloo") else [])], set(), set()
+    while waiting:
+        name = waiting.pop()
+        if name in SETTINGS and name not in seen:
+            seen.add(name)
+            sections |= set(SETTINGS[name])
+            waiting += input_stages(own if name in (stage, "eval") else recipe, name)
+    return sections
+
+
+def _settings_hash(job: Job) -> str:
+    return short_hash(json.dumps(Run(job.recipe, job.stage).settings, sort_keys=True))
+
+
+def _replaced(values: Any, by: dict[str, str]) -> Any:
+    """A nested structure in which some strings are replaced by others."""
+    if isinstance(values, dict):
+        return {key: _replaced(value, by) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_replaced(value, by) for value in values]
+    return by.get(values, values) if isinstance(values, str) else values
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""

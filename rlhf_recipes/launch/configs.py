@@ -1,0 +1,202 @@
+"""Accelerate's configurations, `accelerate_configs/*.yaml`: found by name, and checked before anything is started."""
+
+import difflib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_recipes.recipe.named_files import find_file, read_file
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.trainer_keys import launch_fields, launch_options
+
+KINDS = {
+    "NO": "one process",
+    "MULTI_GPU": "DDP",
+    "DEEPSPEED": "DeepSpeed",
+    "FSDP": "FSDP",
+}
+"""`distributed_type` -> what we call it. accelerate knows more of them, with which nothing here was ever run."""
+
+PRECISIONS = ("no", "fp16", "bf16", "fp8")
+
+
+def config_folders() -> list[Path]:
+    """Where names are looked up, first match first: `./accelerate_configs`, then those that came with us."""
+    package = Path(__file__).parents[1]
+    shipped = package if (package / "accelerate_configs").is_dir() else package.parent
+    return [Path("accelerate_configs"), shipped / "accelerate_configs"]
+
+
+def config_files() -> dict[str, Path]:
+    """Name -> file of every configuration."""
+    files = {}
+    for folder in reversed(config_folders()):
+        files |= {path.stem: path for path in folder.glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+def find_config(name: str) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: Its name, or path of a YAML file.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    return find_file(name, config_files(), "accelerate configuration", "configs", "--accelerate-config ")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a configuration, read as accelerate reads them.
+
+    Raises:
+        RecipeError: accelerate would not take the file, or would silently make something else of it; every finding.
+    """
+    values = read_file(path, yaml.safe_load, yaml.YAMLError)  # YAML 1.1, in which a bare `no` is false
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a configuration is a mapping of keys to values, not {type(values).__name__}.")
+    findings = _findings(values)
+    if findings:
+        raise RecipeError("\n".join(f"{path}: {finding}" for finding in findings))
+    return values
+
+
+def _findings(values: dict[str, Any]) -> list[str]:
+    findings = _unknown(values, launch_fields(), "")
+    for section in ("deepspeed_config", "fsdp_config"):
+        keys = values.get(section) or {}
+        if not isinstance(keys, dict):
+            return [*findings, f"{section}: must hold keys and values, not {keys!r}."]
+        # accelerate takes any key here, and forgets those that it does not know.
+        names = {
+            key if section == "deepspeed_config" or str(key).startswith("fsdp_") else f"fsdp_{key}" for key in keys
+        }
+        findings += _unknown(names, launch_options(), f"{section}.")
+    if values.get("deepspeed_config"):
+        findings += _findings_of_deepspeed(values)
+    kind, precision = values.get("distributed_type"), values.get("mixed_precision", "no")
+    if kind == "MULTI_CPU" or (kind == "MULTI_GPU" and values.get("use_cpu")):
+        key = "distributed_type: MULTI_CPU" if kind == "MULTI_CPU" else "use_cpu: true"
+        findings.append(f"{key} would start one process; for several on the CPU see cpu_ddp_2 and cpu_zero2_2.")
+    elif kind == "DEEPSPEED" and values.get("use_cpu"):
+        findings.append("use_cpu: true would start plain DDP instead of DeepSpeed; see cpu_zero2_2.")
+    elif str(kind) not in KINDS:
+        shown = "is missing" if kind is None else f"is {kind!r}"
+        findings.append(f"distributed_type {shown}; set one of {', '.join(KINDS)} ('NO' in quotes).")
+    if precision not in PRECISIONS:
+        findings.append(f"mixed_precision is {precision!r}; set one of {', '.join(PRECISIONS)} ('no' in quotes).")
+    for key in ("num_processes", "num_machines"):
+        count = values.get(key, 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            findings.append(f"{key} is {count!r}; it must be a whole number of at least 1.")
+    if "num_processes" not in values and kind != "NO":
+        findings.append("num_processes is missing.")
+    gpus = values.get("gpu_ids")
+    if gpus is not None and not isinstance(gpus, str):
+        findings.append(f"gpu_ids is {gpus!r}; accelerate takes text, in quotes: 'all', '0', '0,1'.")
+    elif kind == "MULTI_GPU" and "," not in (gpus or ",") and gpus != "all" and values.get("num_machines", 1) == 1:
+        findings.append(f"gpu_ids is {gpus!r}, one GPU; accelerate takes MULTI_GPU with at least two: 'all', '0,1'.")
+    return findings
+
+
+def _findings_of_deepspeed(values: dict[str, Any]) -> list[str]:
+    section = values["deepspeed_config"]
+    if "deepspeed_config_file" not in section:
+        stage = section.get("zero_stage", 2)
+        return (
+            []
+            if str(stage) in ("0", "1", "2", "3")
+            else [f"deepspeed_config.zero_stage is {stage!r}; set 0, 1, 2 or 3."]
+        )
+    try:
+        _of_deepspeed(section["deepspeed_config_file"])
+    except RecipeError as error:
+        return [f"deepspeed_config.{error}"]
+    return []
+
+
+def _unknown(keys: Any, known: Any, section: str) -> list[str]:
+    findings = []
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+            nearest = f"; nearest: {', '.join(near)}." if near else "."
+            findings.append(f"{section}{key}: unknown key of accelerate's configurations{nearest}")
+    return findings
+
+
+def launchable(name: str) -> Path:
+    """The file of a configuration with which this machine can start stages.
+
+    Args:
+        name: Its name, or path of a YAML file.
+
+    Raises:
+        RecipeError: There is none, it is wrong, it needs DeepSpeed, which is not installed, or it is for several machines.
+    """
+    path = find_config(name)
+    values = read_config(path)
+    if values["distributed_type"] == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise RecipeError(f"{path}: it needs DeepSpeed, which is not installed: pip install 'rlhf-recipes[deepspeed]'.")
+    if values.get("num_machines", 1) > 1:
+        raise RecipeError(
+            f"{path}: it is for {values['num_machines']} machines, and each has to be told its number: run accelerate "
+            f"launch --config_file {path} --machine_rank ... on each of them, as docs/scaling.md has it."
+        )
+    return path
+
+
+def kind(values: dict[str, Any]) -> str:
+    """How a configuration spreads a model over processes, in a few words."""
+    if values["distributed_type"] != "DEEPSPEED":
+        return KINDS[values["distributed_type"]]
+    return f"DeepSpeed ZeRO-{zero_stage(values)}"
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    """The ZeRO stage that a configuration of DeepSpeed asks for; 2 where it says none, as accelerate has it."""
+    section = values.get("deepspeed_config") or {}
+    if "deepspeed_config_file" not in section:
+        return int(section.get("zero_stage", 2))
+    return zero_stage_of_file(section["deepspeed_config_file"])
+
+
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether a configuration of DeepSpeed keeps the optimizer in the CPU's memory."""
+    section = values.get("deepspeed_config") or {}
+    if "deepspeed_config_file" not in section:
+        return section.get("offload_optimizer_device", "none") != "none"
+    zero = _of_deepspeed(section["deepspeed_config_file"]).get("zero_optimization") or {}
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def zero_stage_of_file(given: str) -> int:
+    """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    return (_of_deepspeed(given).get("zero_optimization") or {}).get("stage", 0)
+
+
+def _of_deepspeed(given: str) -> dict[str, Any]:
+    inline = str(given).lstrip().startswith("{")
+    try:
+        values = json.loads(given if inline else Path(given).read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError) as error:
+        shown = "its text" if inline else given
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"not DeepSpeed's JSON: {error}"
+        raise RecipeError(f"deepspeed_config_file: {shown}: {why}.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"deepspeed_config_file: {given}: it must hold keys and values, not {values!r}.")
+    return values
+
+
+def purpose(path: Path) -> str:
+    """What a configuration is for: the first line of its file, `# NAME: ...`; empty where it has none."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix(f"# {path.stem}: ") if first.startswith(f"# {path.stem}: ") else ""

@@ -1,0 +1,172 @@
+"""What a training stage makes of the machine it runs on: precision, attention, gradient checkpointing, vLLM."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_torch_bf16_gpu_available
+
+from rlhf_recipes.recipe.schema import RecipeError, Trained
+
+logger = logging.getLogger(__name__)
+
+MOST_OF_FREE = 0.9
+"""The share of a GPU's free memory that training may need: what is estimated leaves out fragments and libraries."""
+
+ALL_TRAINED = frozenset(
+    ("albert", "bert", "bloom", "deberta-v2", "distilbert", "electra", "falcon", "gemma", "gemma2", "gpt2", "gpt_neo")
+    + ("gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "stablelm")
+)
+"""Architectures of which every weight has a part in every loss; a mixture of experts is none of them."""
+
+
+def settings(
+    stage: str, section: Trained, asked_precision: str | None = None, needed: Callable[[bool], int | None] | None = None
+) -> dict[str, Any]:
+    """A trainer's arguments that follow from the hardware, and a line in the log that says why.
+
+    What the stage's own `trainer` says counts first, then the precision of accelerate's configuration, then what the
+    hardware has.
+
+    Args:
+        stage: Name of the stage.
+        section: Its settings.
+        asked_precision: `mixed_precision` of accelerate's configuration; None: it has none.
+        needed: Says, in half precision or not, how many bytes of a GPU training takes without gradient checkpointing;
+            None: nobody knows.
+
+    Raises:
+        RecipeError: The hardware has not the precision, or vLLM is asked for with a quantized base.
+    """
+    given = section.trainer
+    _check_vllm(stage, section)
+    on_cpu = bool(given.get("use_cpu")) or not torch.accelerator.is_available()
+    precision, why = _precision(stage, given, asked_precision, on_cpu)
+    values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    if on_cpu:  # accelerate runs several CPU processes as one run only with use_cpu
+        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    checkpointing, reason = _checkpointing(given, on_cpu, lambda: needed and needed(precision != "no"))
+    if checkpointing is not None:
+        values["gradient_checkpointing"] = checkpointing
+    dtype = (given.get("model_init_kwargs") or {}).get("dtype")
+    logger.info(
+        "%s: %s: %s%s; attention %s; gradient checkpointing %s",
+        stage,
+        "fp32" if precision == "no" else precision,
+        why,
+        f", but of weights in {dtype}, as the recipe says" if dtype is not None else "",
+        _attention_line(given, on_cpu, precision),
+        reason if checkpointing is None else f"{'on' if checkpointing else 'off'}: {reason}",
+    )
+    return values
+
+
+def _precision(stage: str, given: dict[str, Any], asked: str | None, on_cpu: bool) -> tuple[str, str]:
+    """bf16, fp16 or no (float32), and why."""
+    has, why = ("no", "on a CPU") if on_cpu else native_precision()
+    own = [name for name in ("bf16", "fp16") if given.get(name) is not None]
+    if own:
+        wanted = next((name for name in own if given[name]), "no")
+        key, why = f"{stage}.trainer.{own[0] if wanted == 'no' else wanted}", "the recipe says so"
+    elif asked is not None:
+        wanted, key, why = asked, "accelerate's mixed_precision", "accelerate's mixed_precision"
+    else:
+        return has, why
+    if wanted not in ("bf16", "fp16", "no"):
+        raise RecipeError(f"{key} is {wanted}; take bf16, fp16 or no.")
+    if wanted == "fp16" and on_cpu:
+        raise RecipeError(f"{key}: a CPU does not train in fp16; leave it out for float32, or take bf16.")
+    if wanted == "bf16" and not on_cpu and has != "bf16":
+        raise RecipeError(f"{key}: {_device_name()} does not have bf16; take fp16, or float32.")
+    return wanted, why
+
+
+def native_precision() -> tuple[str, str]:
+    """What the accelerator computes in, bf16 or fp16, and why; bf16 that is emulated is slower than float32."""
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = is_torch_bf16_gpu_available()
+    return ("bf16", f"{_device_name()} has it") if has else ("fp16", f"{_device_name()} does not have bf16")
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator().type
+
+
+def _checkpointing(given: dict[str, Any], on_cpu: bool, needed: Callable[[], int | None]) -> tuple[bool | None, str]:
+    """Whether to compute activations twice instead of keeping them, and why; None: as the recipe says."""
+    own = [name for name in ("gradient_checkpointing", "activation_checkpointing") if given.get(name) is not None]
+    if own:
+        return None, f"{'on' if given[own[0]] else 'off'}: the recipe says so"
+    if on_cpu:
+        return False, "it trades time for a GPU's memory"
+    without = needed() if torch.cuda.is_available() else None
+    if without is None:
+        return True, "not known what is needed without"
+    free, total = torch.cuda.mem_get_info()
+    sizes = f"{without / 2**30:.1f} GiB needed without, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return checkpointing_needed(without, free), sizes
+
+
+def checkpointing_needed(needed: int, free: int) -> bool:
+    """Whether `needed` bytes, those of training without gradient checkpointing, are too many for `free` ones."""
+    return needed > MOST_OF_FREE * free
+
+
+def has_flash_attention(on_cpu: bool, precision: str) -> tuple[bool, str]:
+    """Whether flash-attn can compute attention, and if not, why."""
+    if on_cpu or not torch.cuda.is_available():
+        return False, "flash-attn needs a CUDA GPU"
+    if precision == "no":
+        return False, "flash-attn does not compute in fp32"
+    if native_precision()[0] != "bf16":  # both came with Ampere
+        return False, f"flash-attn does not run on {_device_name()}"
+    if not is_flash_attn_2_available():
+        return False, "flash-attn is not installed"
+    return True, "flash-attn is installed"
+
+
+def _attention_line(given: dict[str, Any], on_cpu: bool, precision: str) -> str:
+    own = (given.get("model_init_kwargs") or {}).get("attn_implementation")
+    if own is not None:
+        return f"{own}: the recipe says so"
+    flash, why = has_flash_attention(on_cpu, precision)
+    return f"{'flash_attention_2' if flash else 'sdpa'}, where the model has it: {why}"
+
+
+def attention(args: TrainingArguments, auto_class: Any, config: PreTrainedConfig) -> dict[str, str]:
+    """`attn_implementation` of a model that is trained, where transformers would not choose the fastest itself.
+
+    Args:
+        args: The trainer's arguments.
+        auto_class: Of transformers, that the model is loaded with.
+        config: The model's.
+    """
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    model_class = auto_class._model_mapping.get(type(config), None)  # None: its code is its own
+    supported = getattr(model_class, "_supports_flash_attn", False)
+    flash = has_flash_attention(args.use_cpu, precision)[0] and supported
+    return {"attn_implementation": "flash_attention_2"} if flash else {}
+
+
+def expect_all_gradients(trainer: Any) -> None:
+    """Spare DDP its search for parameters without a gradient where each has one; call it before training.
+
+    The search costs a pass over the graph in every step, and a warning of torch's on every process. Without it a
+    parameter that has no gradient is an error in the second step; so models that are not known to have none keep it.
+    """
+    models = [part for part in trainer.model.modules() if isinstance(part, PreTrainedModel)]
+    known = all(model.config.model_type in ALL_TRAINED for model in models)
+    if trainer.args.ddp_find_unused_parameters is None and known:
+        trainer.accelerator.ddp_handler.find_unused_parameters = False
+
+
+def _check_vllm(stage: str, section: Trained) -> None:
+    if section.trainer.get("use_vllm") and section.quantization is not None:
+        raise RecipeError(
+            f"{stage}.trainer.use_vllm: vLLM is sent the adapter merged into its base, and merging rounds the weights of a "
+            f"quantized base anew each time; take {stage}.quantization out, or sample with transformers."
+        )

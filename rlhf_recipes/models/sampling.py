@@ -1,0 +1,84 @@
+"""Sampling completions from a causal language model's own distribution."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.models.forward import pad_batch, rows_at_once, takes_position_ids
+
+
+@torch.no_grad()
+def sample_completions(
+    model: Any,
+    prompt_ids: list[list[int]],
+    pad_token_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: list[int],
+) -> list[list[int]]:
+    """One completion for every prompt, each token drawn from softmax(logits / temperature).
+
+    Completions that have ended leave the batch, so that the last long one does not cost as much as all of them. Tokens
+    are drawn by one uniform number each; `torch.multinomial` draws one for each entry of the vocabulary, which on a
+    CPU takes longer than the model.
+
+    Args:
+        model: The model itself, not wrapped for training.
+        prompt_ids: Token ids of B prompts.
+        pad_token_id: What shorter prompts are padded with, on the left.
+        max_new_tokens: Length at which a completion is cut off.
+        temperature: Above 0.
+        eos_token_ids: Tokens that end a completion.
+
+    Returns:
+        B lists of token ids; the last one is EOS unless the completion was cut off.
+    """
+    padded = pad_batch(prompt_ids, [[]] * len(prompt_ids), pad_token_id)
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in padded[:2])
+    ends = torch.tensor(eos_token_ids, device=input_ids.device)
+    sampled = torch.full((len(input_ids), max_new_tokens), -1, device=input_ids.device)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    running = torch.ones_like(rows, dtype=torch.bool)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    more = {"position_ids": positions} if takes_position_ids(model) else {}
+    cache = None
+    for t in range(max_new_tokens):
+        outputs = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **more,
+        )
+        cache, token = outputs.past_key_values, _draw(outputs.logits[:, -1], temperature)
+        sampled[rows[running], t] = token[running]
+        running = running & ~torch.isin(token, ends)
+        if not running.any():
+            break
+        positions = positions[:, -1:] + 1
+        # Copying the cache takes time too: not for every single completion that ends.
+        if running.sum() <= 0.875 * len(rows) and hasattr(cache, "batch_select_indices"):
+            kept = running.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            rows, token, attention_mask, positions = rows[kept], token[kept], attention_mask[kept], positions[kept]
+            running = running[kept]
+        input_ids = token[:, None]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+        if more:
+            more["position_ids"] = positions
+    return [[token for token in row if token >= 0] for row in sampled.tolist()]
+
+
+def _draw(logits: Tensor, temperature: float) -> Tensor:
+    """A token for each row of logits (B, vocabulary), by inverting the cumulative distribution."""
+    # In float64, where an entry's share of a large vocabulary survives the summing up; Apple's GPUs have none.
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    tokens = []
+    for chunk in rows_at_once(logits):
+        cumulative = (logits[chunk].float() / temperature).softmax(-1).cumsum(-1, dtype=dtype)
+        at = torch.rand(len(cumulative), 1, dtype=dtype, device=logits.device) * cumulative[:, -1:]
+        # The first entry above: never one of probability 0, unless rounding puts `at` on the very top.
+        tokens.append(torch.searchsorted(cumulative, at, right=True).clamp(max=logits.size(-1) - 1))
+    return torch.cat(tokens).squeeze(1)

@@ -1,0 +1,200 @@
+"""Rows of text that the page and the markdown show: one place that says how a comparison's numbers read."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_recipes.pages.plots import algorithm_of
+from rlhf_recipes.pages.tables import COLUMNS
+
+ABSENT = "–"
+
+COST = {
+    "seconds": ("training time", "s"),
+    "peak_memory_gib": ("peak memory", "GiB"),
+    "peak_gpu_memory_gib": ("peak GPU memory", "GiB"),
+    "tokens": ("tokens sampled", ""),
+    "episodes_per_second": ("episodes per second", ""),
+}
+"""What is shown of `cost`: heading and unit."""
+
+VIEWS = {
+    "held_out": "on held-out prompts",
+    "episodes": "at equal episodes",
+    "tokens": "at equal tokens",
+    "seconds": "at equal time",
+    "step": "at equal steps",
+}
+
+LONG, SMALL = 1e12, 0.01
+"""Beyond these a number is read by its exponent, or by its first digits: a run may diverge, and a scale be small."""
+
+NEGATIVE_ZERO = re.compile(r"^-(?=[0.]+%?$)")
+
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks that turn the direction of all that follows, halves of surrogate pairs."""
+
+
+def clean(value: Any) -> Any:
+    """A copy that a page can hold: what no reader sees is spelled out as ⟨U+202E⟩, NaN and infinity are None."""
+    if isinstance(value, str):
+        text = value.replace("\r\n", "\n")
+        return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+    if isinstance(value, dict):
+        return {clean(str(key)): clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None, form: str | None = None) -> str:
+    """Three digits, thousands apart; `form` where the metric has one."""
+    if value is None:
+        return ABSENT
+    if abs(value) >= LONG:
+        text = f"{value:.3g}"
+    elif form is not None:
+        text = form.format(value)
+    elif float(value).is_integer() or abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}"
+    text = NEGATIVE_ZERO.sub("", text)
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def signed(value: float | None) -> str:
+    """A difference: always with its sign."""
+    if value is None:
+        return ABSENT
+    size = abs(value)
+    form = "+.3g" if size >= LONG else "+,.0f" if size >= 1000 else "+.1f" if size >= 10 else "+.3f"
+    text = format(value, form if size >= SMALL or not value else "+.2g")
+    return text.replace("-", "−")
+
+
+def spread(found: dict[str, Any] | None, show: Callable[[float | None], str] = number) -> tuple[str, str]:
+    """A mean and its interval, "" where there is none."""
+    if found is None or found.get("mean") is None:
+        return ABSENT, ""
+    if found.get("low") is None or found.get("high") is None:
+        return show(found["mean"]), ""
+    return show(found["mean"]), f"{show(found['low'])} to {show(found['high'])}"
+
+
+def setting(value: Any) -> str:
+    """A setting's value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def view_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a view: words, means, difference, interval."""
+    rows = []
+    for view in comparison["views"]:
+        low, high = view["interval"] or (None, None)
+        metric = COLUMNS[view["metric"]][0] if view["metric"] in COLUMNS else view["metric"]
+        unit = " s" if view["view"] == "seconds" else ""
+        at = "" if view["at"] is None else f" ({number(view['at'])}{unit})"
+        rows.append(
+            view
+            | {
+                "heading": f"{metric} {VIEWS.get(view['view'], view['view'])}{at}",
+                "cells": [_mean(view["means"].get(name)) for name in comparison["algorithms"]],
+                "signed": signed(view["difference"]),
+                "range": "" if low is None else f"{signed(low)} to {signed(high)}",
+                "drawn": "" if not view["bootstrap"] else " to ".join(map(signed, view["bootstrap"])),
+            }
+        )
+    return rows
+
+
+def _mean(value: float | None) -> str:
+    return number(value, None if value is not None and abs(value) < SMALL else "{:.3f}")
+
+
+def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns (algorithms, then models that are none of their runs) and one row a metric."""
+    measured, held_out = comparison["evaluation"], comparison["held_out"]
+    models = measured["models"] if measured else {}
+    metrics = held_out["metrics"] if held_out else {}
+    algorithms = [name for name in comparison["algorithms"] if any(name in row for row in metrics.values())]
+    others = [name for name in models if not held_out or algorithm_of(name, comparison["algorithms"]) is None]
+    known = {**metrics, **dict.fromkeys(key for row in models.values() for key in row)}
+    rows = []
+    for key in sorted(known, key=lambda key: list(COLUMNS).index(key) if key in COLUMNS else len(COLUMNS)):
+        heading, form, meaning = COLUMNS.get(key, (key, None, ""))
+
+        def show(value: float | None, form: str | None = form) -> str:
+            return number(value, form)
+
+        cells = [spread(metrics.get(key, {}).get(name), show) for name in algorithms]
+        cells += [(show(models[name].get(key)), "") for name in others]
+        if any(cell != (ABSENT, "") for cell in cells):
+            rows.append({"key": key, "heading": heading, "meaning": meaning, "main": key in COLUMNS, "cells": cells})
+    return algorithms + others, rows
+
+
+def cost_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a measure, with each algorithm's share of the largest for a bar."""
+    rows = []
+    for key, (heading, unit) in COST.items():
+        found = [comparison["cost"].get(name, {}).get(key) for name in comparison["algorithms"]]
+        means = [item["mean"] if item and item.get("mean") is not None else 0.0 for item in found]
+        if any(item for item in means):
+            shares = [100 * item / max(means) for item in means]
+            rows.append({"heading": heading, "unit": unit, "cells": [*map(spread, found)], "shares": shares})
+    return rows
+
+
+def difference_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Differences that void the comparison first; each with its values and the runs that have them."""
+    rows = [
+        {"key": item["key"], "kind": item["kind"], "refuses": item["refuses"], "values": _by_value(item["values"])}
+        for item in comparison["differences"]
+    ]
+    return sorted(rows, key=lambda row: not row["refuses"])
+
+
+def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every setting of the runs; one value where all agree."""
+    keys = sorted({key for run in comparison["runs"] for key in run["settings"]})
+    rows = []
+    for key in keys:
+        values = {run["name"]: run["settings"][key] for run in comparison["runs"] if key in run["settings"]}
+        rows.append({"key": key, "values": _by_value(values), "all": len(values) == len(comparison["runs"])})
+    return rows
+
+
+def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a run: how many signs of reward hacking, and where its held-out score is highest."""
+    rows = []
+    for run, found in comparison["audit"].items():
+        peak, at = found["peak"], ABSENT
+        if peak is not None:
+            place = (
+                f"at {peak['checkpoint']}" if peak["by"] == "checkpoints" else f"about step {peak['step']} of the log"
+            )
+            at = f"{place} ({number(peak['held_out'], '{:.2f}')})"
+            if peak["checkpoint"] != "final":
+                at += ", above the end" if peak.get("above_end") else ", within noise of the end"
+        rows.append({"run": run, "signs": found["signs"], "peak": at})
+    return rows
+
+
+def finding_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each finding of the audits once, with the runs that it is about; signs of hacking come first."""
+    rows: dict[tuple[bool, str], list[str]] = {}
+    for run, found in comparison["audit"].items():
+        for i, finding in enumerate(found["findings"]):
+            rows.setdefault((i < found["signs"], finding), []).append(run)
+    found_in = [{"sign": sign, "finding": finding, "runs": runs} for (sign, finding), runs in rows.items()]
+    return sorted(found_in, key=lambda row: not row["sign"])
+
+
+def _by_value(values: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for run, value in values.items():
+        groups.setdefault(ABSENT if value is None else setting(value), []).append(run)
+    return list(groups.items())

@@ -1,0 +1,144 @@
+"""Which keys `trainer:`, `peft:` and `quantization:` may hold, and of which types, read off the source of the libraries.
+
+Reading instead of importing keeps `validate` and `show` fast: importing TRL takes seconds, because it loads torch.
+"""
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+CONFIG_CLASSES = {
+    "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
+    "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
+    "rloo": ("rlhf_recipes/trainers/rloo.py", "RLOOConfig"),
+    "ppo": ("rlhf_recipes/trainers/ppo.py", "PPOConfig"),
+}
+"""Stage -> the configuration class behind its `trainer:`, as (file, class)."""
+
+_OF_QUANTIZATION = {
+    "llm_int8_skip_modules": list[str] | None,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16", None],
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+    "bnb_4bit_quant_storage": Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", None],
+}
+"""Types of BitsAndBytesConfig's arguments whose default does not tell them."""
+
+_PARENTS = {
+    "OnPolicyConfig": "rlhf_recipes/trainers/config.py",
+    "RLOOConfig": "trl/trainer/rloo_config.py",
+    "_BaseConfig": "trl/trainer/base_config.py",
+    "TrainingArguments": "transformers/training_args.py",
+    "PeftConfig": "peft/config.py",
+    "PeftConfigMixin": "peft/config.py",
+    "PushToHubMixin": None,
+    "BaseConfig": "accelerate/commands/config/config_args.py",
+}
+
+
+class _ListOfAnything:
+    """`tuple[...]` in an annotation: YAML has lists only."""
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return list[Any]
+
+
+@cache
+def trainer_fields(stage: str) -> dict[str, Any]:
+    """Keys that the `trainer:` of a stage may hold, with their types (`Any` where the source names a library's own).
+
+    Raises:
+        KeyError: `stage` has no trainer.
+    """
+    return _fields(*CONFIG_CLASSES[stage])
+
+
+@cache
+def trainer_defaults(stage: str) -> dict[str, Any]:
+    """Keys that the `trainer:` of a stage may hold -> their defaults, those that stand in the source as plain values.
+
+    Raises:
+        KeyError: `stage` has no trainer.
+    """
+    return _defaults(*CONFIG_CLASSES[stage])
+
+
+@cache
+def adapter_fields() -> dict[str, Any]:
+    """Keys that `peft:` may hold, with their types: those of `LoraConfig`."""
+    return _fields("peft/tuners/lora/config.py", "LoraConfig")
+
+
+@cache
+def quantization_fields() -> dict[str, Any]:
+    """Keys that `quantization:` may hold, with their types: the arguments of `BitsAndBytesConfig`."""
+    definition = _class("transformers/utils/quantization_config.py", "BitsAndBytesConfig")
+    init = next(node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    names = [argument.arg for argument in init.args.args[1:]]
+    defaults = [ast.literal_eval(default) for default in init.args.defaults]
+    return {
+        name: _OF_QUANTIZATION.get(name, Any if default is None else type(default))
+        for name, default in zip(names, defaults, strict=True)
+    }
+
+
+@cache
+def launch_fields() -> dict[str, Any]:
+    """Keys that a configuration of accelerate may hold, with their types."""
+    return _fields("accelerate/commands/config/config_args.py", "ClusterConfig")
+
+
+@cache
+def launch_options() -> set[str]:
+    """Options of `accelerate launch`, without the dashes: the sections of a configuration hold these."""
+    calls = [node for node in ast.walk(_source("accelerate/commands/launch.py")) if isinstance(node, ast.Call)]
+    texts = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
+    return {text.removeprefix("--") for text in texts if isinstance(text, str) and text.startswith("--")}
+
+
+def _source(file: str) -> ast.Module:
+    package, rest = file.split("/", 1)
+    # For a top-level name, find_spec locates the package without running it.
+    folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    return ast.parse((folder / rest).read_text(encoding="utf-8"))
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    return next(node for node in _source(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def _fields(file: str, class_name: str) -> dict[str, Any]:
+    definition, fields = _class(file, class_name), {}
+    for base in definition.bases:
+        parent = ast.unparse(base).rpartition(".")[2]
+        fields |= _fields(_PARENTS[parent], parent) if _PARENTS[parent] else {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
+            fields[node.target.id] = _type(ast.unparse(node.annotation))
+    return fields
+
+
+def _defaults(file: str, class_name: str) -> dict[str, Any]:
+    definition, defaults = _class(file, class_name), {}
+    for base in definition.bases:
+        parent = ast.unparse(base).rpartition(".")[2]
+        defaults |= _defaults(_PARENTS[parent], parent) if _PARENTS[parent] else {}
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign):
+            value = node.value
+            if isinstance(value, ast.Call):
+                value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+            try:
+                defaults[node.target.id] = ast.literal_eval(value)
+            except ValueError:  # computed: None, or an expression
+                defaults.pop(node.target.id, None)
+    return defaults
+
+
+def _type(annotation: str) -> Any:
+    known = {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "tuple": _ListOfAnything}
+    try:
+        return eval(annotation, {}, known)  # builtins and the names above; anything else is a library's own type
+    except NameError:
+        return Any

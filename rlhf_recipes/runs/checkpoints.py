@@ -1,0 +1,230 @@
+"""Trainers that can be killed at any moment and go on exactly where their last checkpoint stands."""
+
+import os
+import shutil
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from rlhf_recipes.launch.setup import require_setup, setup_of
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.system.files import last_complete, mark_complete, writing
+from rlhf_recipes.system.terminal import expected
+
+
+def resumable(trainer_class: type) -> type:
+    """A TRL trainer's class with `Resumable` in front."""
+    return type(trainer_class.__name__, (Resumable, trainer_class), {})
+
+
+class Resumable:
+    """In front of a TRL trainer: a checkpoint is whole or not taken for one, and going on from it is exact.
+
+    What it changes:
+    1. A checkpoint ends with a list of its files and their checksums; an older one is deleted only after that.
+    2. What was summed up since the last log line is saved too: the next line is that of a run never stopped.
+    3. From a checkpoint of the last step no further step is trained; transformers' trainer would train one.
+    4. SIGTERM saves a checkpoint at the end of the current step, on all ranks at the same, and then takes its course.
+    5. When a checkpoint cannot be written, it is removed, and all ranks stop.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._stop = StopCallback(self)
+        self.add_callback(self._stop)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the parent's; `resume_from_checkpoint=True` means the last checkpoint in `output_dir` that is whole.
+
+        Raises:
+            RecipeError: There is none, or it was saved by processes in another setup; or nothing could be saved.
+        """
+        plugin = self.accelerator.deepspeed_plugin if self.is_deepspeed_enabled else None
+        sharding = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+        if sharding.get("stage") == 3 and sharding.get("stage3_gather_16bit_weights_on_model_save") is not True:
+            raise RecipeError(
+                "the configuration of accelerate: with ZeRO-3 every process has a part of the model, which would never be "
+                "saved as a whole; set zero3_save_16bit_model: true under deepspeed_config."
+            )
+        if resume_from_checkpoint is True:
+            found = last_complete(Path(self.args.output_dir)) if self.is_world_process_zero() else None
+            found = broadcast_object_list([found])[0]
+            if found is None:
+                raise RecipeError(f"{self.args.output_dir} holds no whole checkpoint to go on from.")
+            require_setup(found, setup_of(self))
+            resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False  # that was at the start
+        with (
+            self._stop.listening(),
+            expected("do not match the ones in the `trainer_state.json`"),  # save_steps: 0.1 is stored as a number
+            expected("missing keys in the checkpoint model"),  # tied weights are saved once, a value head by itself
+        ):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if resume_from_checkpoint and self._initial_global_step >= self.state.max_steps:
+                self._load_rng_state(resume_from_checkpoint)  # no epoch was begun that would have done it
+        return output
+
+    def _run_epoch(self, **arguments) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        is_main = self.is_world_process_zero()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # not before the new one is whole
+
+        def clear() -> None:
+            if is_main and folder.exists():  # what a killed attempt left of this very step
+                shutil.rmtree(folder)
+
+        def mark() -> None:
+            if is_main and not self.args.save_only_model:  # without optimizer there is nothing to go on from
+                mark_complete(folder, setup_of(self).to_dict())
+
+        try:
+            for write in (clear, lambda: super(Resumable, self)._save_checkpoint(model, trial), mark):
+                self.write_together(folder.name, folder, write)
+        finally:
+            self.args.save_total_limit = limit
+        if is_main:
+            with expected("mtime may not be reliable"):  # two checkpoints within a second
+                rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_deepspeed_enabled and state_dict is not None:
+            # accelerate's copy of them holds tied weights as tensors of their own, which would be written twice.
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def write_together(self, what: str, folder: Path, write: Callable[[], None]) -> None:
+        """Call `write` on every rank; when it fails on one, `folder` is removed and all stop.
+
+        Args:
+            what: Subject of the message.
+            folder: What `write` writes; incomplete, it is worth nothing.
+            write: Writes this rank's part.
+
+        Raises:
+            RecipeError: On the main process: what could not be written, and why. The others end without a word.
+        """
+        error: Exception | None = None
+        try:
+            with writing(what, folder):
+                write()
+        except Exception as caught:  # raised below, once the other ranks know
+            error = caught
+        words = [None if error is None else str(error)]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Their saving waits for all ranks itself: there one that failed must end, and the launcher ends the rest.
+            if error is None:
+                self.accelerator.wait_for_everyone()
+        elif self.args.world_size > 1:
+            words = [word for word in gather_object(words) if word is not None] or [None]
+        if words[0] is None:
+            return
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        if error is not None and not isinstance(error, RecipeError):
+            raise error
+        if self.is_world_process_zero() or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise RecipeError(words[0]) from error
+        raise SystemExit(2)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        since_last_log = {
+            "loss": self._tr_loss.item(),
+            "loss_so_far": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": dict(self._metrics["train"]),
+        }
+        torch.save(since_last_log, self._since_last_log(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._since_last_log(checkpoint).is_file():  # saved by another trainer
+            return
+        saved = torch.load(self._since_last_log(checkpoint), weights_only=True)
+        self._tr_loss.fill_(saved["loss"])
+        self._total_loss_scalar = saved["loss_so_far"]
+        self._globalstep_last_logged = saved["last_logged"]
+        self._total_train_tokens = saved["tokens"]
+        self._metrics["train"] = defaultdict(list, saved["metrics"])
+
+    def _since_last_log(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"since_last_log_{self.args.process_index}.pt"
+
+
+class StopCallback(TrainerCallback):
+    """Ends training behind a step when SIGTERM asks for it, and puts each checkpoint where it can be gone on from.
+
+    That is: at the end of an epoch after what the epoch itself logs and evaluates, which would not be done again.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._asked = False
+        self._stopping = False
+        self._save_due = False
+        self._saved_step: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGTERM waits for the end of the step; after it, the signal does what it did before."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+            yield
+            return
+        process = os.getpid()
+
+        def note(number, frame) -> None:
+            if os.getpid() == process:
+                self._asked = True
+            else:  # a forked child, such as a reward function's own worker
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
+        previous = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        if self._asked or self._stopping:
+            self._asked = self._stopping = False
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._stopping = self._asked_anywhere()
+        if self._stopping:
+            control.should_training_stop = True
+        if control.should_training_stop or state.epoch.is_integer():
+            self._save_due = control.should_save or self._stopping
+            control.should_save = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._stopping and not state.epoch.is_integer() and state.global_step < state.max_steps:
+            control.should_log = control.should_evaluate = False  # the epoch is not over
+        if self._save_due and self._saved_step != state.global_step:
+            control.should_save = True
+        self._save_due = False
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved_step = state.global_step
+
+    def _asked_anywhere(self) -> bool:
+        """Whether any rank has been asked to stop: a signal does not reach all of them in the same step."""
+        if self._trainer.args.world_size == 1:
+            return self._asked
+        asked = torch.tensor([float(self._asked)], device=self._trainer.accelerator.device)
+        return self._trainer.accelerator.reduce(asked).item() > 0

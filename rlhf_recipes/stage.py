@@ -1,0 +1,242 @@
+"""What happens around every stage, whether started by the CLI or as `python -m rlhf_recipes.<stage>`."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.launch.setup import check_launch, launched, prepare
+from rlhf_recipes.launch.start import PARENT, end_with_parent
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.rewards.functions import check_reward_funcs
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
+from rlhf_recipes.system.files import DISK_ERRNOS, checkpoints, step_of, write_error
+from rlhf_recipes.system.terminal import complain, hush_libraries, log_to, say
+
+USER_ERROR = 2
+"""Exit code for everything that the user can mend."""
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a stage that was asked to stop; the same command goes on with it."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a stage that Ctrl-C ended."""
+
+LOST = (
+    "another process of this run has ended: with an error of its own, which stands above, or killed without a word (by the "
+    "system, when memory is full). The same command goes on from the last checkpoint."
+)
+"""What a process says that can do nothing without the others."""
+
+
+def stage_command(stage: str, main: Callable[[Run], str]) -> None:
+    """Command line of one stage: `python -m rlhf_recipes.<stage> --recipe NAME [key=value ...]`; exits.
+
+    Args:
+        stage: One of `STAGES`.
+        main: Does the work in a started run, and returns what the finished stage has to say, in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m rlhf_recipes.{stage}", description=f"Run stage {stage} of a recipe."
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe (rlhf-recipes list), or path of a YAML file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with other settings; it is moved aside")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
+    given = parser.parse_intermixed_args()
+    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)
+    if code in (0, STOPPED) and _has_joined():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()  # or its threads abort the interpreter's exit
+    sys.exit(code)
+
+
+def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list[str], overwrite: bool) -> int:
+    """Run one stage of a recipe in this process; returns its exit code."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    run = None
+    try:
+        signal.signal(signal.SIGTERM, _leave)
+        _end_with_launcher()
+        logging.raiseExceptions = False  # a full disk is said once, not for every line of log.txt
+        recipe = load_checked(name, overrides)
+        if stage != "compare" and getattr(recipe, stage) is None:
+            raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
+        given = getattr(getattr(recipe, stage, None), "trainer", {})
+        if hub_references(recipe, stage):
+            go_offline()  # the next line may import libraries of Hugging Face
+        check_launch(given)
+        _join(given)
+        run = Run(recipe, stage, is_main)
+        if _of_main(lambda: run.is_done(overwrite)):
+            if is_main:
+                say(f"{stage:<8} finished before, nothing to do   {run.path}")
+            return 0
+        prepare()
+        check_packages(recipe, stage)
+        check_references(recipe, stage)
+        log = run.path / "log.txt" if is_main else None
+        log_to(log if log and log.is_file() else None)  # what an earlier attempt left may deserve a warning
+        run.checkpoint = _of_main(lambda: run.start(launched()))
+        log_to(log)
+        hush_libraries()
+        _of_main(lambda: run.record_sources(sources(recipe, stage)))
+        if is_main and run.checkpoint is not None:
+            say(f"{stage:<8} goes on from {_progress(run.checkpoint)}   {run.path}")
+        line = main(run)
+        run.finish()
+        if is_main:
+            say(f"{stage:<8} {run.seconds:5.0f} s   {line}   {run.path}")
+        return 0
+    except RecipeError as error:
+        _fail(run, error)
+        logging.getLogger(__name__).info("stopped by: %s", traceback.format_exc())
+        if not is_main:
+            _let_others_speak()
+        complain(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt as error:
+        _fail(run, error)
+        complain("interrupted.")
+        return INTERRUPTED
+    except SystemExit as leaving:
+        if leaving.code not in (STOPPED, USER_ERROR):  # a library's
+            _fail(run, leaving)
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
+        if leaving.code == STOPPED and is_main and run is not None:
+            run.stop()
+            say(f"{stage:<8} stopped, {_what_is_kept(run)}   {run.path}")
+        return leaving.code
+    except BaseException as error:
+        lost = _is_distributed() and _lost_company(error)
+        _fail(run, RecipeError(LOST) if lost else error)
+        logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
+        if lost:
+            _let_others_speak(to_be_ended=not is_main)
+            complain(LOST)
+            return USER_ERROR
+        if run is None or not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
+            raise
+        what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
+        complain(write_error(what, Path(error.filename or run.path), error))
+        return USER_ERROR
+
+
+def _what_is_kept(run: Run) -> str:
+    if saved := checkpoints(run.path):
+        return f"the same command goes on from step {step_of(saved[-1])}"
+    if run.stage == "eval":  # it saves none: every model that has been measured is kept
+        return "the same command goes on with the model that it was at"
+    return "it has no checkpoint yet"
+
+
+def _leave(number, frame) -> None:
+    raise SystemExit(STOPPED)
+
+
+def _fail(run: Run | None, error: BaseException) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all ranks as soon as one of them has ended
+    if run is not None:
+        run.fail(error)
+
+
+def _end_with_launcher() -> None:
+    """Take the death of `accelerate launch`, `run` or `sweep` for a SIGTERM (Linux): killed, they leave the stage alone.
+
+    `accelerate launch` passes no SIGTERM on either when it has started one process.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or os.environ.get(PARENT) == str(os.getppid()):
+        end_with_parent()
+
+
+def _let_others_speak(to_be_ended: bool = True) -> None:
+    """Wait for the process whose error this is: when it ends, the launcher ends this one, and the error is said once.
+
+    Args:
+        to_be_ended: False where that process may have been killed without a word, so that this one has to say it.
+    """
+    if to_be_ended:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10 if to_be_ended else 3)  # an interpreter full of torch takes seconds to end, more on a busy machine
+
+
+def _lost_company(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is not there any more."""
+    from torch.distributed import DistError
+
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "gloo/transport")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+    )
+
+
+def _join(given: dict[str, Any]) -> None:
+    """Meet the other processes of this launch, on the device on which the stage will train."""
+    if _is_distributed():
+        prepare()
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=bool(given.get("use_cpu")) or not torch.accelerator.is_available())
+
+
+def _has_joined() -> bool:
+    """Whether this process has met others; one that was stopped before may have imported half of torch, for ever."""
+    state = sys.modules.get("accelerate.state")
+    return bool(getattr(getattr(state, "PartialState", None), "_shared_state", None))
+
+
+def _progress(checkpoint: Path) -> str:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return f"step {state['global_step']} of {state['max_steps']}"
+
+
+def _is_distributed() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _of_main(question: Callable[[], Any]) -> Any:
+    """The main process's answer, on every rank: the others must not look into a folder that it is changing.
+
+    When the answer is an error, the main process raises it, and the others end without a word.
+    """
+    if not _is_distributed():
+        return question()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    answer = error = None
+    if PartialState().is_main_process:
+        try:
+            answer = question()
+        except RecipeError as caught:
+            error = caught
+    answer, failed = broadcast_object_list([answer, error is not None])
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(USER_ERROR)
+    return answer
+
+
+def load_checked(name: str, overrides: list[str]) -> Recipe:
+    """A recipe whose keys and reward functions have been checked.
+
+    Raises:
+        RecipeError: Every finding, one a line.
+    """
+    recipe = load_recipe(name, overrides)
+    findings = check_reward_funcs(recipe)
+    if findings:
+        raise RecipeError("\n".join(f"{recipe.name}: {finding}" for finding in findings))
+    return recipe

@@ -1,0 +1,131 @@
+"""From a recipe's `trainer:` to the trainer's own arguments: the recipe's word, then what fits this machine."""
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from rlhf_recipes.launch.setup import asked, check_setup, launched
+from rlhf_recipes.models import hardware as machine
+from rlhf_recipes.planning.memory import Launch
+from rlhf_recipes.planning.stage import Machine, plan_stage
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
+
+logger = logging.getLogger(__name__)
+
+# Ten checkpoints a run: to be killed costs a tenth of it at most.
+DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
+"""What we prefer to TRL's defaults, unless the recipe says otherwise."""
+
+
+def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
+    """The trainer's arguments for one stage.
+
+    Raises:
+        RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
+    """
+    section, wanted = getattr(run.recipe, run.stage), asked()
+    given = section.trainer | run.recipe.batches(run.stage, launched().num_processes)
+    precision = wanted and wanted.mixed_precision
+    fitting = machine.settings(run.stage, section, precision, lambda half: _bytes_needed(run, half))
+    values = DEFAULTS | fitting | {"save_total_limit": 2} | given
+    values |= {
+        "output_dir": str(run.path),
+        "seed": run.recipe.seed,
+        "run_name": run_name(run.recipe, run.stage),
+        "report_to": chosen_trackers(run.stage, given.get("report_to")),
+        "disable_tqdm": True,
+    }
+    if run.stage in ("ppo", "rloo"):
+        values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
+        values["missing_eos"] = run.recipe.missing_eos and run.recipe.missing_eos.model_dump()
+    if run.stage == "rloo":
+        values["baseline"] = run.recipe.rloo.baseline
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    try:
+        args = config_class(**values)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        message = str(error)[:500]
+        about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
+        raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
+    check_setup(args)
+    run.check_precision(args.mixed_precision)
+    if args.n_gpu > 1:  # of one process; transformers would spread it over all GPUs by DataParallel
+        logger.warning(
+            "one process trains on one GPU, and %d are here: --accelerate-config ddp_8gpu uses more.", args.n_gpu
+        )
+        args._n_gpu = 1
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
+    if run.stage in ("ppo", "rloo"):
+        if "logging_steps" not in given:
+            args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
+        if run.recipe.episodes is not None:
+            _set_budget(run, args, given)
+    return args
+
+
+def _bytes_needed(run: Run, half: bool) -> int | None:
+    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for it."""
+    setup, given = launched(), getattr(run.recipe, run.stage).trainer
+    if given.get("use_vllm") and given.get("vllm_mode", "colocate") == "colocate":  # an engine's share is not in them
+        return None
+    if setup.kind == "FSDP" or (setup.zero_stage or 0) > 2:
+        return None
+    gpu = Machine(setup.num_processes, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+    launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
+    try:
+        plan = plan_stage(run.recipe, run.stage, gpu, launch)
+    except RecipeError as error:  # a model that plan cannot follow may train; what is really wrong is said there
+        logger.info("no plan for gradient checkpointing: %s", error)
+        return None
+    return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
+
+
+def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
+    """Train for the recipe's `episodes`, in whole rollouts, unless the stage's own `trainer` says for how long."""
+    episodes, of_rollout = run.recipe.episodes, args.generation_batch_size
+    if own := sorted({"max_steps", "num_train_epochs"} & given.keys()):
+        if run.is_main:
+            logger.warning(
+                "%s.trainer.%s: it counts, and not episodes (%d), so that ppo and rloo may have unequal budgets; take "
+                "one of them out.",
+                run.stage,
+                own[0],
+                episodes,
+            )
+    elif episodes < of_rollout:
+        raise RecipeError(
+            f"episodes: {episodes} is less than one rollout of {of_rollout} completions; raise it, or lower "
+            f"{run.stage}.trainer.per_device_train_batch_size ({args.per_device_train_batch_size}) or "
+            f"steps_per_generation ({args.steps_per_generation})."
+        )
+    else:
+        args.max_steps = args.steps_per_rollout * math.ceil(episodes / of_rollout)
+
+
+def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
+    """Refuse data with fewer prompts than one rollout takes: TRL would train for no step at all.
+
+    Raises:
+        RecipeError: Says how many there are and how many are needed.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise RecipeError(
+            f"data: {run.recipe.data.path} gives {len(prompts)} training prompts, but one rollout takes {needed} "
+            f"({args.generation_batch_size} completions, {args.num_generations} a prompt); lower "
+            f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
+        )
+
+
+def effective_batch(args: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -1,0 +1,203 @@
+"""PPO on TRL's `RLOOTrainer`: the same rollouts and scores, with a learned value baseline and credit per token."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from trl.trainer.utils import disable_dropout_in_model
+
+from rlhf_recipes.trainers.advantages import gae, masked_whiten, token_rewards
+from rlhf_recipes.trainers.config import OnPolicyConfig
+from rlhf_recipes.trainers.on_policy import Forward, OnPolicyTrainer, Rollout
+from rlhf_recipes.trainers.value_network import FOLDER, ValueNetwork, copy_of_policy, load_value_model
+
+
+@dataclass
+class PPOConfig(OnPolicyConfig):
+    """TRL's `RLOOConfig` and PPO's own settings; `epsilon` is the policy clip, `num_iterations` the epochs per rollout.
+
+    Defaults are those of Huang et al. 2024 (2403.17031) where they are not TRL's.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt; PPO needs no second one."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor per token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE: 0 trusts the value network, 1 the sampled return."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    ent_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Rewards of all tokens scaled to variance 1, their mean kept."}
+    )
+    whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0, variance 1 over the rollout's tokens."})
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start that train the value network alone."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_warmup_steps > 0 and self.deepspeed_plugin is not None:
+            raise ValueError(
+                f"value_warmup_steps is {self.value_warmup_steps}, but DeepSpeed's optimizer steps take all weights, so that "
+                "the policy would not wait for the value network; set it to 0, or launch with DDP."
+            )
+
+    @property
+    def needs_siblings(self) -> bool:
+        return False
+
+
+class PPOTrainer(OnPolicyTrainer):
+    """Proximal policy optimization: clipped policy and value losses per token, advantages by GAE.
+
+    The one thing that differs from `RLOOTrainer` is where advantages come from, and that they belong to tokens: KL is
+    a reward of each token, the score one of the last token, and a value network is the baseline.
+
+    Checkpoints and the final model hold the policy as a plain causal language model, and the value network in the
+    folder `value_model` beside it.
+
+    Args:
+        model: The policy: Hub id, folder or instance.
+        reward_funcs: As TRL takes them; a reward model is read where it was trained to be read.
+        args: Settings; None: the defaults.
+        more: TRL's other arguments, in TRL's order: `train_dataset`, `eval_dataset`, `processing_class`, ...
+        value_model: `shared` (a head on the policy), `policy` (a copy of the policy with a head), or a sequence
+            classifier with the policy's tokenizer, as Hub id, folder or instance (copied).
+
+    Source: Schulman et al. 2017 (1707.06347), equations 7 and 9; Huang et al. 2024 (2403.17031).
+    """
+
+    _name = "PPO"
+    _tag_names = ["trl", "ppo"]
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+    config_class = PPOConfig
+    reshuffles = True
+
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: PPOConfig | None = None, *more, value_model: Any = "shared", **kwargs
+    ):
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        ValueNetwork(self.model, self._separate_value_model(value_model))
+        self.add_callback(_FreezePolicy(self))
+
+    def _separate_value_model(self, source: str | PreTrainedModel) -> PreTrainedModel | None:
+        if source == "shared":
+            return None
+        if source == "policy":
+            model = copy_of_policy(self.model)
+        else:
+            model = load_value_model(source, self._tokenizer)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(model)
+        if self.args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return model
+
+    @property
+    def value_network(self) -> ValueNetwork:
+        return self.accelerator.unwrap_model(self.model).value_network
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the value network is trained as yet."""
+        return self.state.global_step < self.args.value_warmup_steps
+
+    def _forward(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False
+    ) -> Forward:
+        # The reference may be the policy without its adapter: then it has the hook, but no values of interest.
+        self.value_network.active = self._rollout is None or not self._rollout.passes
+        return super()._forward(model, input_ids, attention_mask, length, entropy)
+
+    def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
+        mask, scores = output["completion_mask"], self._mine(rollout.scores)
+        values = rollout.passes[0].values * mask
+        # A completion to which no reward function applies teaches nothing: neither policy nor value may move on it.
+        counts = mask * ~scores.isnan()[:, None]
+        rewards = token_rewards(scores.nan_to_num(), rollout.kl, mask, self.beta)
+        if self.args.whiten_rewards:
+            rewards = masked_whiten(rewards, counts, total=self._over_ranks, center=False)
+        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
+        if self.args.whiten_advantages:
+            advantages = masked_whiten(advantages, counts, total=self._over_ranks)
+        output["advantages"] = advantages * counts
+        output["old_values"], output["returns"], output["loss_mask"] = values, returns, counts
+        self._mean("value_mean", values, counts)
+        self._mean("return_mean", returns, counts)
+        for name, x in (("returns", returns), ("errors", returns - values)):
+            self._mean(f"{name}_1", x, counts)
+            self._mean(f"{name}_2", x.square(), counts)
+        return self.accelerator.gather(output["advantages"].sum(1) / counts.sum(1).clamp(min=1))
+
+    def _derive(self, metrics: dict[str, list[float]]) -> None:
+        if "returns_1" in metrics:
+            moments = [metrics.pop(f"{name}_{power}")[0] for name in ("returns", "errors") for power in (1, 2)]
+            of_returns, of_errors = moments[1] - moments[0] ** 2, moments[3] - moments[2] ** 2
+            if of_returns > 1e-12:
+                metrics["explained_variance"] = [1 - of_errors / of_returns]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        self.value_network.detached = self.warming_up
+        now = self._forward_batch(model, inputs, entropy=self.args.ent_coef != 0.0)
+        mask, returns, old_values = inputs["loss_mask"], inputs["returns"], inputs["old_values"]
+
+        log_ratio = (now.logps - inputs["old_per_token_logps"]) * mask
+        policy_losses = self._clipped_losses(log_ratio, inputs["advantages"], mask)
+
+        clip = self.args.cliprange_value
+        clipped_values = old_values + (now.values - old_values).clamp(-clip, clip)
+        value_losses = 0.5 * torch.max((now.values - returns).square(), (clipped_values - returns).square())
+
+        policy_terms = policy_losses if now.entropies is None else policy_losses - self.args.ent_coef * now.entropies
+        if self.warming_up:
+            policy_terms = 0.0 * policy_terms  # not left out: DDP waits for every parameter's gradient
+        terms = policy_terms + self.args.vf_coef * value_losses
+        # A mean over the tokens of the whole optimizer step: the trainer takes the mean over this process's
+        # micro-batches, and over processes, which is undone here.
+        parts = self.accelerator.num_processes * (self.args.gradient_accumulation_steps if self.model.training else 1)
+        loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
+
+        self._mean("value_loss", value_losses, mask)
+        self._mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
+        self._log_update(log_ratio, mask)
+        return self._with_aux_loss(loss, now)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        states = self.model.state_dict() if state_dict is None else state_dict
+        ours = {name: states[name] for name in states if name.startswith("value_network.")}
+        # An adapter's own save picks its tensors itself; a full model's would write the network among the policy's.
+        rest = (
+            None
+            if is_peft_model(self.model) and state_dict is None
+            else {k: v for k, v in states.items() if k not in ours}
+        )
+        super()._save(str(folder), rest)
+        if self.args.should_save:
+            states = {name.removeprefix("value_network."): tensor for name, tensor in ours.items()}
+            self.value_network.save(folder / FOLDER, states, self._tokenizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.value_network.load(Path(resume_from_checkpoint) / FOLDER)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # whose engine has loaded all it has
+            self.value_network.load(Path(self.state.best_model_checkpoint) / FOLDER)
+
+
+class _FreezePolicy(TrainerCallback):
+    """Takes the policy's gradients away while the value network warms up: 0 would still let weight decay move it."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._trainer.warming_up:
+            for name, parameter in self._trainer.accelerator.unwrap_model(self._trainer.model).named_parameters():
+                if not name.startswith("value_network."):
+                    parameter.grad = None

@@ -1,0 +1,86 @@
+"""RLOO: TRL's own algorithm, and the baselines that the paper compares it with, on what both algorithms share."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import nanstd
+
+from rlhf_recipes.trainers.advantages import BASELINES
+from rlhf_recipes.trainers.config import OnPolicyConfig
+from rlhf_recipes.trainers.on_policy import OnPolicyTrainer, Rollout
+
+
+@dataclass
+class RLOOConfig(OnPolicyConfig):
+    """TRL's `RLOOConfig` and the choice of the baseline."""
+
+    baseline: Literal["leave_one_out", "group_mean", "batch_mean", "moving_average", "constant", "none"] = field(
+        default="leave_one_out", metadata={"help": "What is taken away from a completion's reward; none is REINFORCE."}
+    )
+    baseline_value: float = field(default=0.0, metadata={"help": "The baseline, if it is constant."})
+
+    @property
+    def needs_siblings(self) -> bool:
+        return self.baseline in ("leave_one_out", "group_mean")
+
+
+class RLOOTrainer(OnPolicyTrainer):
+    """REINFORCE leave-one-out: a completion's advantage is its reward minus the mean of its prompt's other completions.
+
+    The action is the whole completion: one ratio of summed log-probabilities per completion, clipped; the KL is summed
+    over tokens and part of the reward before the baseline; advantages are not normalized. Advantages and loss are
+    TRL's, unless another `baseline` is asked for: `group_mean` (siblings and itself), `batch_mean` (the rollout),
+    `moving_average` (all rollouts before), `constant`, or `none`.
+
+    Source: Ahmadian et al. 2024 (2402.14740), section 3.2.
+    """
+
+    _name = "RLOO"
+    config_class = RLOOConfig
+
+    def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
+        rewards = rollout.scores
+        if self.beta != 0.0:
+            rewards = rewards - self.beta * self.accelerator.gather(rollout.kl.sum(-1))
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        grouped = rewards.view(-1, generations)
+        if generations == 1 and self.args.needs_siblings:  # in evaluation, where it may be
+            baselines = grouped
+        else:
+            baselines = self._baselines(grouped)
+        advantages = rewards - baselines.reshape(-1)
+        if self.args.normalize_advantages:
+            advantages = (advantages - torch.nanmean(advantages)) / (nanstd(advantages) + 1e-4)
+        # Neither a completion without a score nor one without a baseline carries a signal.
+        advantages = advantages.nan_to_num(nan=0.0)
+        output["advantages"] = self._mine(advantages)
+        no_signal = torch.isclose(advantages, torch.zeros_like(advantages)).view(-1, generations).all(1)
+        self._mean("no_signal_fraction", no_signal.float(), local=False)
+        if no_signal.all():
+            self._warn_once(
+                "no signal", "All completions of each prompt have the same reward: there is nothing to learn."
+            )
+        self._mean("baseline_mean", baselines.nan_to_num(), (~baselines.isnan()).float(), local=False)
+        return advantages
+
+    def _baselines(self, rewards: Tensor) -> Tensor:
+        """Of every completion, (P, G), like the rewards."""
+        if self.args.baseline in BASELINES:
+            return BASELINES[self.args.baseline](rewards)
+        if self.args.baseline == "moving_average":
+            seen = self._state.reward_moments
+            mean = seen.mean if seen.count else torch.nanmean(rewards).item()
+            if self.model.training:
+                seen.add(rewards)
+            return torch.full_like(rewards, mean)
+        return torch.full_like(rewards, self.args.baseline_value if self.args.baseline == "constant" else 0.0)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        mask = inputs["completion_mask"]
+        now = self._forward_batch(model, inputs)
+        log_ratio = (now.logps * mask).sum(1) - inputs["old_logps"]
+        loss = self._clipped_losses(log_ratio, inputs["advantages"]).mean()
+        self._log_update((now.logps - inputs["old_per_token_logps"]) * mask, mask)
+        return self._with_aux_loss(loss, now)
