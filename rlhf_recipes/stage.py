@@ -19,6 +19,7 @@ from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.functions import check_reward_funcs
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
+from rlhf_recipes.system.errors import explain
 from rlhf_recipes.system.files import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.system.terminal import complain, hush_libraries, log_to, say
 
@@ -63,7 +64,8 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
 def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list[str], overwrite: bool) -> int:
     """Run one stage of a recipe in this process; returns its exit code."""
     is_main = os.environ.get("RANK", "0") == "0"
-    run = None
+    run = log = None
+    given: dict[str, Any] = {}
     try:
         signal.signal(signal.SIGTERM, _leave)
         _end_with_launcher()
@@ -119,17 +121,25 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         return leaving.code
     except BaseException as error:
         lost = _is_distributed() and _lost_company(error)
-        _fail(run, RecipeError(LOST) if lost else error)
+        message = LOST if lost else _explained(error, stage, given, run)
+        _fail(run, RecipeError(message))
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
-        if lost:
+        if lost or not is_main:
             _let_others_speak(to_be_ended=not is_main)
-            complain(LOST)
-            return USER_ERROR
-        if run is None or not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
-            raise
-        what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
-        complain(write_error(what, Path(error.filename or run.path), error))
+        if log is not None and log.is_file():
+            message += "" if lost else f" (traceback in {log})"
+        elif not lost:
+            traceback.print_exc()
+        complain(message)
         return USER_ERROR
+
+
+def _explained(error: BaseException, stage: str, given: dict[str, Any], run: Run | None) -> str:
+    """What a stage says about an error that a library raised, or a bug; the caller adds where the traceback is."""
+    if run is not None and isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
+        return write_error(what, Path(error.filename or run.path), error)
+    return explain(error, stage, given)
 
 
 def _what_is_kept(run: Run) -> str:

@@ -12,6 +12,7 @@ LAYERS = [
         "recipe.schema",
         "recipe.trainer_keys",
         "system.terminal",
+        "system.errors",
         "planning.memory",
         "evaluation.intervals",
         "pages.tables",
