@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.launch.setup import check_launch, launched, prepare
-from rlhf_recipes.launch.start import PARENT, end_with_parent
+from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOPPED, USER_ERROR, end_with_parent
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.functions import check_reward_funcs
@@ -22,15 +22,6 @@ from rlhf_recipes.runs.inputs import check_packages, check_references, go_offlin
 from rlhf_recipes.system.errors import explain
 from rlhf_recipes.system.files import DISK_ERRNOS, checkpoints, step_of, write_error
 from rlhf_recipes.system.terminal import complain, hush_libraries, log_to, say
-
-USER_ERROR = 2
-"""Exit code for everything that the user can mend."""
-
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a stage that was asked to stop; the same command goes on with it."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a stage that Ctrl-C ended."""
 
 LOST = (
     "another process of this run has ended: with an error of its own, which stands above, or killed without a word (by the "

@@ -13,6 +13,7 @@ LAYERS = [
         "recipe.trainer_keys",
         "system.terminal",
         "system.errors",
+        "system.environment",
         "planning.memory",
         "evaluation.intervals",
         "pages.tables",
@@ -31,7 +32,7 @@ LAYERS = [
         "recipe.user_code",
     }
     | {"launch.start", "launch.configs", "evaluation.judge.win_rate"},
-    {"launch.setup"},
+    {"launch.setup", "launch.processes"},
     {
         "runs.folder",
         "recipe.headers",
@@ -83,7 +84,6 @@ LAYERS = [
         "evaluate",
         "compare",
         "experiments.sweep",
-        "launch.processes",
         "deploy.export",
         "planning.plan",
         "runs.workspace",

@@ -29,7 +29,7 @@ from rlhf_recipes.experiments.grid import (
     short_hash,
     without_trainer,
 )
-from rlhf_recipes.launch.start import TRAINED, launch_stage
+from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, TRAINED, launch_stage
 from rlhf_recipes.pages.plots import draw_sweep
 from rlhf_recipes.pages.tables import print_sweep
 from rlhf_recipes.recipe.load import to_yaml
@@ -44,7 +44,7 @@ from rlhf_recipes.runs.folder import (
     read_metrics,
     run_path,
 )
-from rlhf_recipes.stage import INTERRUPTED, STOPPED, load_checked
+from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json, write_whole, writing
 from rlhf_recipes.system.terminal import complain, say
 

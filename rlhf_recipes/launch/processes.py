@@ -15,8 +15,7 @@ from contextlib import suppress
 
 import psutil
 
-from rlhf_recipes.launch.start import COMMAND, as_shell, end_with_parent
-from rlhf_recipes.stage import STOPPED, USER_ERROR
+from rlhf_recipes.launch.start import COMMAND, STOPPED, USER_ERROR, as_shell, end_with_parent
 
 SECONDS_TO_STOP = 45
 """How long torch's launcher waits, when one process has ended, for the others, before it kills them: they may wait for

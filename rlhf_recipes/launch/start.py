@@ -9,6 +9,15 @@ from pathlib import Path
 
 from rlhf_recipes.system.terminal import say
 
+USER_ERROR = 2
+"""Exit code of a stage that an error ended: the user's, or a library's."""
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a stage that was asked to stop. The same command resumes it."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a stage that Ctrl-C ended."""
+
 MODULES = {"eval": "evaluate"}
 """Stages whose module has another name than the stage."""
 

@@ -8,21 +8,26 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psutil
-
 from rlhf_recipes.launch.setup import Setup, launched, require_setup
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.system.environment import (
+    git_commit,
+    hardware,
+    is_alive,
+    peak_gpu_memory_gib,
+    peak_memory_gib,
+    this_process,
+    versions,
+)
 from rlhf_recipes.system.files import (
     checkpoints,
     last_complete,
@@ -40,8 +45,6 @@ MANIFEST = "manifest.json"
 
 PARTS = "parts"
 """Folder in that of a run without checkpoints: whole files, each of which the same run need not make again."""
-
-PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
 
 ALONE = Setup(1, "NO")
 """The setup of a launch without a launcher."""
@@ -209,7 +212,7 @@ class Run:
                 process["host"],
                 process["pid"],
             )
-        elif process["pid"] != os.getpid() and _is_alive(process):
+        elif process["pid"] != os.getpid() and is_alive(process):
             raise RecipeError(
                 f"{self.path}: process {process['pid']} is still at this run. Wait for it, or stop it with "
                 f"kill {process['pid']}; after that, the same command goes on with it."
@@ -223,7 +226,7 @@ class Run:
         shutil.rmtree(self.path / ".final", ignore_errors=True)  # half a final model
         manifest.pop("error", None)
         manifest.setdefault("resumed", []).append({"time": _now()} | ({"step": step} if self.checkpoint else {}))
-        self.manifest = manifest | {"status": "running", "process": _this_process()}
+        self.manifest = manifest | {"status": "running", "process": this_process()}
         self._write()
 
     def _begin(self) -> None:
@@ -240,10 +243,10 @@ class Run:
             "seed": self.recipe.seed,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "started": _now(),
-            "process": _this_process(),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-            "git_commit": _git_commit(),
-            "hardware": _hardware(),
+            "process": this_process(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "hardware": hardware(),
         }
         self._write()  # first: without a manifest, a folder is taken for something else's
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
@@ -323,8 +326,8 @@ class Run:
             "status": status,
             "results": self.results,
             "wall_seconds": round(self.seconds, 1),
-            "peak_memory_gib": _peak_memory_gib(),
-            "peak_gpu_memory_gib": _peak_gpu_memory_gib(),
+            "peak_memory_gib": peak_memory_gib(),
+            "peak_gpu_memory_gib": peak_gpu_memory_gib(),
         }
         self._write()
 
@@ -453,62 +456,3 @@ def _changed_files(manifest: dict[str, Any]) -> list[str]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
-
-
-def _is_alive(process: dict[str, Any]) -> bool:
-    """Whether a process of this host still runs; numbers are used again, hence its start time (in seconds)."""
-    try:
-        found = psutil.Process(process["pid"])
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["since"]) < 2
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    answer = subprocess.run(
-        [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
-    }
-
-
-def _peak_gpu_memory_gib() -> float | None:
-    """Peak of what torch's tensors took of this process's GPU; None without one."""
-    import torch
-
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
-
-
-def _peak_memory_gib() -> float | None:
-    """Peak resident memory of this process; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
