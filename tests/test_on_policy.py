@@ -187,8 +187,10 @@ def test_ppo_draws_mini_batches_anew_in_every_pass_and_rloo_does_not_like_trl(po
     for trainer_class, differs in ((PPOTrainer, True), (RLOOTrainer, False)):
         trainer = make(trainer_class, policy_folder, tmp_path, per_device_train_batch_size=2, steps_per_generation=4,
                        num_iterations=2, max_steps=8)  # fmt: skip
-        orders, cut = [], trainer._cut
-        trainer._cut = lambda batch, order, cut=cut, orders=orders: orders.append(order.tolist()) or cut(batch, order)
+        orders, cut = [], trainer._micro_batches_of
+        trainer._micro_batches_of = lambda batch, order, cut=cut, orders=orders: (
+            orders.append(order.tolist()) or cut(batch, order)
+        )
         trainer.train()
         assert len(orders) == 2 and (orders[0] != orders[1]) is differs
         assert sorted(orders[1]) == list(range(8))

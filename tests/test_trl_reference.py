@@ -206,7 +206,7 @@ def with_slots_behind_eos(case, batch):
 def test_rollout(case, tmp_path, monkeypatch):
     """Log-probabilities, reference, KL estimate, values, scores, and rewards of tokens."""
     seen, mask = run(case, tmp_path, monkeypatch), mask_of(case)
-    policy, reference = seen.rollout.passes
+    policy, reference = seen.rollout.policy_pass, seen.rollout.ref_pass
     assert close(policy.logps, theirs(case, "logprobs"), mask)
     assert close(reference.logps, theirs(case, "ref_logprobs"), mask)
     assert close(seen.rollout.kl, theirs(case, "kl"), torch.ones_like(mask))
@@ -348,7 +348,7 @@ def test_difference_8_trl_writes_1_where_there_is_no_token(tmp_path, monkeypatch
     case = "ragged"
     seen, pads = run(case, tmp_path, monkeypatch), mask_of(case) == 0
     assert (theirs(case, "logprobs")[pads] == 1.0).all()
-    assert (seen.rollout.passes[0].logps[pads] != 1.0).all()
+    assert (seen.rollout.policy_pass.logps[pads] != 1.0).all()
     assert (seen.rollout.kl[pads] == 0).all() and (seen.batch["advantages"][pads] == 0).all()
 
 

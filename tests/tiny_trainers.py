@@ -73,7 +73,7 @@ def micro_batches(trainer, batch):
     """The micro-batches of one pass over a rollout, in the rollout's own order."""
     import torch
 
-    return trainer._cut(batch, torch.arange(len(batch["completion_ids"])))
+    return trainer._micro_batches_of(batch, torch.arange(len(batch["completion_ids"])))
 
 
 def train_on(trainer, prompts=PROMPTS):

@@ -5,8 +5,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.data.tokenizer import continuation
 from rlhf_recipes.models.forward import completion_logits, longest, sampled_logps
@@ -27,10 +25,12 @@ from rlhf_recipes.rewards.calls import RewardError, call_all, checked
 from rlhf_recipes.rewards.functions import apply_missing_eos, as_reward_func
 from rlhf_recipes.runs.checkpoints import Resumable
 from rlhf_recipes.runs.trackers import as_cell, as_table
-from rlhf_recipes.trainers.advantages import RunningMoments
+from rlhf_recipes.trainers.batches import EpochSampler, micro_batches
 from rlhf_recipes.trainers.config import OnPolicyConfig, distortions
 from rlhf_recipes.trainers.kl import ESTIMATORS, adapted_beta, adapted_lr_factor, k3
 from rlhf_recipes.trainers.kl_diagnosis import kl_suspects
+from rlhf_recipes.trainers.state import Forward, Rollout, RunState
+from rlhf_recipes.trainers.vllm import send_policy_only
 
 logger = logging.getLogger(__name__)
 
@@ -55,32 +55,6 @@ TABLES, TABLE_ROWS = 20, 64
 
 STATE_FILE = "on_policy_{rank}.pt"
 """In a checkpoint, what a rank needs to go on exactly where it stopped."""
-
-
-@dataclass
-class Forward:
-    """What a forward pass says about the sampled tokens, (B, T) each; entropies and values where there are any."""
-
-    logps: Tensor
-    entropies: Tensor | None
-    values: Tensor | None
-    aux_loss: Tensor | None
-
-
-@dataclass
-class Rollout:
-    """One rollout on its way from sampling to advantages; B completions of this process, N of all processes."""
-
-    passes: list[Forward] = field(default_factory=list)
-    """Of the policy, then (with beta > 0) of the reference."""
-    finished: Tensor | None = None
-    """Which completions ended with EOS, (N,)."""
-    rewards_per_func: Tensor | None = None
-    """What each reward function says, (N, functions); NaN = it does not apply."""
-    scores: Tensor | None = None
-    """Their weighted sum after missing_eos, normalization and clipping, (N,); NaN = no function applies."""
-    kl: Tensor | None = None
-    """KL estimate of every token, (B, T), 0 outside of completions and without a reference."""
 
 
 class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
@@ -139,7 +113,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         if self.use_vllm:
-            self._prepare_vllm()
+            send_policy_only(self)
         if self._is_vlm:
             raise ValueError(
                 f"{type(self).__name__} trains on text only; {type(self.processing_class).__name__} is a multimodal processor."
@@ -167,30 +141,6 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
-    def _prepare_vllm(self) -> None:
-        """Send vLLM the policy and nothing else, as it is when an adapter is merged; say what is not corrected."""
-        weights, adapted = self.vllm_generation._iter_named_params, is_peft_model(self.model)
-
-        def of_policy() -> Iterator[tuple[str, Tensor]]:
-            # To merge an adapter and take it out again rounds twice: in bf16 the base would drift by 1 % in 1,000 syncs.
-            bases = [(p, p.data.clone()) for name, p in self.model.named_parameters() if ".base_layer." in name]
-            for name, tensor in weights():
-                # A value network is PPO's, and vLLM knows none; nor layers that the reference's adapter has whole.
-                if not name.startswith("value_network.") and ".modules_to_save." not in name:
-                    # A copy: tensors are sent when 1 GiB of them has come together or there are no more, and by then
-                    # peft has taken the adapter out of them again.
-                    yield name, tensor.clone() if adapted else tensor
-            for parameter, before in bases:
-                parameter.data.copy_(before)
-
-        self.vllm_generation._iter_named_params = of_policy
-        if self.accelerator.is_main_process:
-            logger.warning(
-                "use_vllm: vLLM samples with its own arithmetic, and nothing corrects for what its probabilities differ by "
-                "from the trainer's (TRL's RLOO has no importance weight): give it the trainer's precision (vllm serve "
-                "--dtype)."
-            )
-
     @property
     def distortions(self) -> list[str]:
         """Generation settings in force under which tokens do not come from the policy's own distribution."""
@@ -210,10 +160,10 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:  # also when a reward function raises: the trainer may go on from a checkpoint
             rollout, self._rollout = self._rollout, None
-        output["old_per_token_logps"] = rollout.passes[0].logps
+        output["old_per_token_logps"] = rollout.policy_pass.logps
         rollout.scores = self._shape_scores(rollout)
         self._measure_kl(output, rollout)
-        self._mean("entropy", rollout.passes[0].entropies, output["completion_mask"])
+        self._mean("entropy", rollout.policy_pass.entropies, output["completion_mask"])
         advantages = self._add_advantages(output, rollout)
         for _ in range(min(len(advantages), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()  # TRL's own
@@ -310,9 +260,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     def _measure_kl(self, output: dict[str, Tensor], rollout: Rollout) -> None:
         """Fill in the rollout's KL, log it, and say so if it is not what it must be."""
         mask = output["completion_mask"]
-        penalty = torch.zeros_like(rollout.passes[0].logps)
+        penalty = torch.zeros_like(rollout.policy_pass.logps)
         if self.beta != 0.0:
-            log_ratio = (rollout.passes[0].logps - rollout.passes[1].logps) * mask
+            log_ratio = (rollout.policy_pass.logps - rollout.ref_pass.logps) * mask
             penalty = ESTIMATORS[self.args.kl_estimator](log_ratio) * mask
             cautious = k3(log_ratio)
             self._mean("kl", log_ratio.sum(1))
@@ -409,7 +359,11 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         back = order.argsort()
         whole = [None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)]
         if self._rollout is not None:
-            self._rollout.passes.append(Forward(*whole, aux_loss=None))
+            found = Forward(*whole, aux_loss=None)
+            if self._rollout.policy_pass is None:  # TRL asks for the policy's first
+                self._rollout.policy_pass = found
+            else:
+                self._rollout.ref_pass = found
         return whole[0], None, None
 
     def _forward(
@@ -476,7 +430,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         if not self.model.training:
-            return self._cut(self._generate_and_score_completions(generation_batch), None)[0]
+            batch = self._generate_and_score_completions(generation_batch)
+            every = torch.arange(len(batch["completion_ids"]))
+            return micro_batches(batch, [every], len(every), self._over_ranks)[0]
         passes, step = divmod(self._step, self.args.steps_per_generation)
         if step == 0:
             if passes % self.num_iterations == 0:
@@ -484,34 +440,15 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
                 self._order = None
             if self._order is None or self.reshuffles:
                 self._order = torch.randperm(len(self._batch["completion_ids"]))
-            self._micro_batches = self._cut(self._batch, self._order)
+            self._micro_batches = self._micro_batches_of(self._batch, self._order)
         if step % self.args.gradient_accumulation_steps == 0:
             self._state.step_kl = None
         return self._micro_batches[step]
 
-    def _cut(self, batch: dict[str, Tensor], order: Tensor | None) -> list[dict[str, Tensor]]:
-        """Micro-batches of one pass over a rollout; None: the whole of it as one.
-
-        The rows of an optimizer step are put into micro-batches by length: which of a step's micro-batches a row is in
-        makes no difference to the step.
-        """
-        rows_of_steps, size = [torch.arange(len(batch["completion_ids"]))], len(batch["completion_ids"])
-        if order is not None:
-            size = self._train_batch_size
-            rows_of_steps = order.split(size * self.args.gradient_accumulation_steps)
-        lengths = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).cpu()
-        counted = batch.get("loss_mask", batch["completion_mask"])
-        tokens = self._over_ranks(torch.stack([counted[rows].sum() for rows in rows_of_steps]).float())
-        micro_batches = []
-        for rows, of_step in zip(rows_of_steps, tokens, strict=True):
-            for part in rows[lengths[rows].argsort(descending=True, stable=True)].split(size):
-                picked = {name: tensor[part] for name, tensor in batch.items()}
-                p, t = longest(picked["prompt_mask"], picked["completion_mask"])
-                for name, tensor in picked.items():
-                    if tensor.ndim == 2:
-                        picked[name] = tensor[:, -p:] if name.startswith("prompt") else tensor[:, :t]
-                micro_batches.append(picked | {"tokens_of_step": of_step})
-        return micro_batches
+    def _micro_batches_of(self, batch: dict[str, Tensor], order: Tensor) -> list[dict[str, Tensor]]:
+        """Micro-batches of one pass over a rollout, whose rows come in this order."""
+        size = self._train_batch_size
+        return micro_batches(batch, order.split(size * self.args.gradient_accumulation_steps), size, self._over_ranks)
 
     def training_step(self, *args, **kwargs):
         self._since = self._since or time.perf_counter()
@@ -697,7 +634,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._step, self._batch = state["step"], state["batch"]
         if self._batch is not None:
             self._order = state["order"].cpu()
-            self._micro_batches = self._cut(self._batch, self._order)
+            self._micro_batches = self._micro_batches_of(self._batch, self._order)
         for name, values in state["logs"].items():
             if isinstance(values, dict):
                 for key, column in values.items():
@@ -710,50 +647,3 @@ def _plain(value: Any) -> Any:
     """A number or a text, of what a reward function gave to `log_extra`: a checkpoint is read without running code."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
-
-
-@dataclass
-class RunState:
-    """What an on-policy run carries from one rollout to the next, beside weights, optimizer and random numbers."""
-
-    beta: float
-    episodes: int = 0
-    episodes_logged: int = 0
-    lr_factor: float = 1.0
-    step_kl: Tensor | None = None
-    """Sum of KL to the rollout's policy over the last optimizer step's tokens of this process, and their number."""
-    kl_sums: list[list[float]] = field(default_factory=list)
-    """Of the last rollouts: completions, sum and sum of squares of their KL to the reference."""
-    warned_of: list[str] = field(default_factory=list)
-    score_moments: RunningMoments = field(default_factory=RunningMoments)
-    reward_moments: RunningMoments = field(default_factory=RunningMoments)
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"train": {}, "eval": {}})
-    """Of every metric since the last line: the sum of its values on this process, and of their weights."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"score_moments": vars(self.score_moments), "reward_moments": vars(self.reward_moments)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        state = cls(**values)
-        for name in ("score_moments", "reward_moments"):
-            moments = RunningMoments()
-            vars(moments).update(values[name])
-            setattr(state, name, moments)
-        return state
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's sampler with an order for each epoch that does not depend on the epochs that this process saw.
-
-    TRL's draws all orders from one generator, so that a resumed run would see the first epoch's again.
-    """
-
-    def __init__(self, trainer: OnPolicyTrainer, **kwargs):
-        super().__init__(**kwargs)
-        self._trainer = trainer
-
-    def __iter__(self):
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + int(self._trainer.state.epoch or 0))
-        return super().__iter__()

@@ -12,7 +12,8 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.trainers.advantages import gae, masked_whiten, token_rewards
 from rlhf_recipes.trainers.config import OnPolicyConfig
-from rlhf_recipes.trainers.on_policy import Forward, OnPolicyTrainer, Rollout
+from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
+from rlhf_recipes.trainers.state import Forward, Rollout
 from rlhf_recipes.trainers.value_network import FOLDER, ValueNetwork, copy_of_policy, load_value_model
 
 
@@ -109,12 +110,12 @@ class PPOTrainer(OnPolicyTrainer):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False
     ) -> Forward:
         # The reference may be the policy without its adapter: then it has the hook, but no values of interest.
-        self.value_network.active = self._rollout is None or not self._rollout.passes
+        self.value_network.active = self._rollout is None or self._rollout.policy_pass is None
         return super()._forward(model, input_ids, attention_mask, length, entropy)
 
     def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
         mask, scores = output["completion_mask"], self._mine(rollout.scores)
-        values = rollout.passes[0].values * mask
+        values = rollout.policy_pass.values * mask
         # A completion to which no reward function applies teaches nothing: neither policy nor value may move on it.
         counts = mask * ~scores.isnan()[:, None]
         rewards = token_rewards(scores.nan_to_num(), rollout.kl, mask, self.beta)

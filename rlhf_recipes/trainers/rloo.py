@@ -1,4 +1,4 @@
-"""RLOO: TRL's own algorithm, and the baselines that the paper compares it with, on what both algorithms share."""
+"""RLOO: TRL's algorithm, and the baselines that the paper compares it with, on what both algorithms share."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +9,8 @@ from trl.trainer.utils import nanstd
 
 from rlhf_recipes.trainers.advantages import BASELINES
 from rlhf_recipes.trainers.config import OnPolicyConfig
-from rlhf_recipes.trainers.on_policy import OnPolicyTrainer, Rollout
+from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
+from rlhf_recipes.trainers.state import Rollout
 
 
 @dataclass
@@ -30,8 +31,9 @@ class RLOOTrainer(OnPolicyTrainer):
     """REINFORCE leave-one-out: a completion's advantage is its reward minus the mean of its prompt's other completions.
 
     The action is the whole completion: one ratio of summed log-probabilities per completion, clipped; the KL is summed
-    over tokens and part of the reward before the baseline; advantages are not normalized. Advantages and loss are
-    TRL's, unless another `baseline` is asked for: `group_mean` (siblings and itself), `batch_mean` (the rollout),
+    over tokens and part of the reward before the baseline; advantages are not normalized. This class computes
+    advantages and loss itself, with TRL's numbers where `baseline` is `leave_one_out`; TRL's own advantages are computed
+    by the parent and dropped. Other baselines: `group_mean` (siblings and itself), `batch_mean` (the rollout),
     `moving_average` (all rollouts before), `constant`, or `none`.
 
     Source: Ahmadian et al. 2024 (2402.14740), section 3.2.
