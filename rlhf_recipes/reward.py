@@ -25,9 +25,8 @@ def main(run: Run) -> str:
     from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, scale_head
     from rlhf_recipes.rewards.reader import trained_scoring
-    from rlhf_recipes.runs.callbacks import attach
+    from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
-    from rlhf_recipes.runs.finish import save_model
     from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.system.terminal import expected
     from rlhf_recipes.trainers.args import effective_batch, trainer_args

@@ -17,8 +17,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.models.load import check_context
     from rlhf_recipes.rewards.functions import build_reward_funcs
-    from rlhf_recipes.runs.callbacks import attach
-    from rlhf_recipes.runs.finish import save_model
+    from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.trainers.args import check_enough_prompts, trainer_args
     from rlhf_recipes.trainers.rloo import RLOOConfig, RLOOTrainer

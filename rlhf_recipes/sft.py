@@ -26,9 +26,8 @@ def main(run: Run) -> str:
     from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
     from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, make_model
-    from rlhf_recipes.runs.callbacks import attach
+    from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
-    from rlhf_recipes.runs.finish import save_model
     from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.trainers.args import effective_batch, trainer_args
 

@@ -43,7 +43,7 @@ LAYERS = [
         "runs.trackers",
     },
     {"runs.references", "comparison.runs"},
-    {"data.rows", "data.tokenizer", "comparison.differences", "pages.plots"},
+    {"runs.inputs", "data.rows", "data.tokenizer", "comparison.differences", "pages.plots"},
     {
         "models.load",
         "rewards.reader",
@@ -56,7 +56,6 @@ LAYERS = [
     },
     {
         "rewards.functions",
-        "runs.inputs",
         "trainers.kl_diagnosis",
         "trainers.batches",
         "trainers.state",
@@ -71,7 +70,6 @@ LAYERS = [
         "trainers.on_policy",
         "runs.callbacks",
         "trainers.args",
-        "runs.finish",
         "stage",
         "rewards.try_out",
         "evaluation.sft_quality",

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.schema import Data, RecipeError, Sentences
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
-from rlhf_recipes.runs.references import FILE_FORMATS, locate_data
+from rlhf_recipes.runs.references import FILE_FORMATS, PARQUET, hub_arguments, locate_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-PARQUET = "refs/convert/parquet"
-"""Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
 
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
@@ -79,12 +76,6 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
                 f"{key}.sentences."
             )
     return train, held_out
-
-
-def hub_arguments(data: Data) -> dict[str, str | None]:
-    """What `datasets.load_dataset` takes for a data set of the Hub."""
-    config = "data_dir" if data.revision == PARQUET else "name"  # there, a configuration is a folder
-    return {"path": data.path, config: data.config, "revision": data.revision}
 
 
 def put_column(rows: "Dataset", name: str, values: list) -> "Dataset":

@@ -9,10 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.rows import hub_arguments
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
 from rlhf_recipes.runs.folder import eval_models, read_manifest
-from rlhf_recipes.runs.references import hub_cache, is_hub_model, is_local, is_offline, locate_data, resolve_model
+from rlhf_recipes.runs.references import (
+    hub_arguments,
+    hub_cache,
+    is_hub_model,
+    is_local,
+    is_offline,
+    locate_data,
+    resolve_model,
+)
 from rlhf_recipes.system.files import sha256_of
 
 SECONDS_TO_ANSWER = 5

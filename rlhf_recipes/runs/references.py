@@ -10,13 +10,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
 from rlhf_recipes.runs.folder import require_stage
 
 logger = logging.getLogger(__name__)
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File name ending -> the `datasets` builder that reads it."""
+
+PARQUET = "refs/convert/parquet"
+"""Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
 
 WEIGHTS = "*.safetensors"
 
@@ -66,6 +69,12 @@ def locate_data(key: str, reference: str) -> Path | None:
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise RecipeError(f"{key}: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
     return path
+
+
+def hub_arguments(data: Data) -> dict[str, str | None]:
+    """What `datasets.load_dataset` takes for a data set of the Hub."""
+    config = "data_dir" if data.revision == PARQUET else "name"  # there, a configuration is a folder
+    return {"path": data.path, config: data.config, "revision": data.revision}
 
 
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
