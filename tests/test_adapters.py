@@ -25,7 +25,7 @@ from rlhf_recipes.models.load import check_context, load_config, load_model
 from rlhf_recipes.recipe.load import check, load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.functions import reward_model, sentiment
-from rlhf_recipes.runs import finish
+from rlhf_recipes.runs import callbacks
 from rlhf_recipes.runs import inputs as hub
 from rlhf_recipes.runs.folder import Run
 
@@ -68,13 +68,13 @@ def models(tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """The trainers of the stages that have run, by stage, as they were when they saved their model."""
-    seen, save = {}, finish.save_model
+    seen, save = {}, callbacks.save_model
 
     def save_and_keep(trainer, run):
         seen[run.stage] = trainer
         save(trainer, run)
 
-    monkeypatch.setattr(finish, "save_model", save_and_keep)
+    monkeypatch.setattr(callbacks, "save_model", save_and_keep)
     return seen
 
 
