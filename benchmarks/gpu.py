@@ -1,32 +1,54 @@
-"""PPO and RLOO on one GPU, at sizes that people train: episodes a second, peak memory, and what `plan` says beside it.
+"""What only a GPU can show, in one short session: exactness on CUDA, speed against TRL, memory beside `plan`.
 
-    python benchmarks/gpu.py                                   # needs a GPU; not measured yet
-    python benchmarks/gpu.py --sizes 410m --modes full lora    # a part of it
-    python benchmarks/gpu.py --sizes tiny --rollouts 2         # does it run? on a CPU, too
+    python benchmarks/gpu.py --minutes 12 --trl-1-12 site-trl-1.12     # see gpu_wheels.txt; one GPU
+    python benchmarks/gpu.py --sizes tiny                              # does it run? on a CPU, too
 
-Each case is a stage of recipe imdb_tiny, with a policy of random weights in the given size, which samples completions of full
-length: 64 at once, of 48 tokens behind prompts of 64 at most, four passes over each rollout. Weights are float32 under
-autocast, as a recipe trains them. Episodes a second are the median over rollouts without the first; the peak is torch's own
-(on a CPU there is none). The last line is JSON.
+Parts, the most important first. Each prints one line of JSON as soon as it ends, and is skipped where too little of
+`--minutes` is left. A part that fails says so and stops no other.
+
+- `identities`: deviations of the first step from ratio 1, KL 0 and clip fraction 0, beside their bounds.
+- `resume`: the largest difference of weights between a run that was resumed in the middle of a rollout and one that never
+  stopped; the same for two runs that never stopped; and, where one is not 0, again with deterministic kernels.
+- `speed`: contenders of `ppo_vs_trl.py`: episodes a second (median of the updates after the first) and peak memory.
+- `memory`: peak memory of a stage, and what `plan` predicts for it.
+
+Weights are random. Those of `speed` are bfloat16 on a GPU; those of the other parts are float32, under bfloat16 autocast on
+a GPU, as recipes train them. All but TRL 1.12.0 runs in this process, because to import the libraries takes 10 s and more.
+GB are 2^30 bytes. The last line is JSON with the results of all parts.
 """
 
 import argparse
+import gc
+import importlib
 import json
-import statistics
-import subprocess
+import os
+import shutil
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-SIZES = {
-    "tiny": ("gpt2", {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 3500}),
-    "gpt2": ("gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}),
-    "410m": ("gpt_neox", {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
-                          "intermediate_size": 4096, "vocab_size": 50304}),
-    "1b": ("gpt_neox", {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 8,
-                        "intermediate_size": 8192, "vocab_size": 50304}),
-}  # fmt: skip
-"""Architecture and sizes; 410m and 1b are Pythia's."""
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, where they are asked for
+sys.path.insert(1, str(Path(__file__).parents[1]))
+
+import contender
+import ppo_vs_trl
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from rlhf_recipes import PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
+
+SIZES = {"tiny": "tiny", "gpt2": "gpt2", "410m": "pythia-410m", "1b": "pythia-1b"}
+"""Our name of a size and `ppo_vs_trl.py`'s."""
 
 LORA = "peft={r: 16, lora_alpha: 32, target_modules: all-linear}"
 MODES = {
@@ -34,84 +56,268 @@ MODES = {
     "lora": [LORA],
     "4bit": [LORA, "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}"],
 }
+TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+CONTENDERS = ("ours_rloo", "trl_rloo", "ours_ppo_separate", "trl_ppo", "ours_ppo_shared")
+SECONDS = {"identities": 40, "resume": 90, "speed": 40, "memory": 50}
+"""About how long one line of a part takes at 410m; a guess until it is measured."""
 
-BATCH = 64
+BOUNDS = {
+    "bfloat16": {"ratio": 0.05, "approx_kl": 1e-3, "kl_per_token": 1e-3, "kl_k3_per_token": 1e-3, "clip_fraction": 0.0},
+    "float32": {"ratio": 1e-3, "approx_kl": 1e-5, "kl_per_token": 1e-5, "kl_k3_per_token": 1e-5, "clip_fraction": 0.0},
+}
+"""Largest deviation from 1 (ratio) and from 0 (the others) at the first step, by the type of the products."""
 
-
-def make(folder: Path, size: str) -> None:
-    """A policy with random weights, and the tokenizer of the model that comes with the package."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    import rlhf_recipes
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(rlhf_recipes.__file__).parent / "base")
-    architecture, numbers = SIZES[size]
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **numbers, **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+CUDA = torch.cuda.is_available()
+BATCH, PROMPT, COMPLETION = (64, 64, 48) if CUDA else (8, 16, 8)
+GIB = 2**30
 
 
-def overrides(stage: str, mode: str, policy: Path, rollouts: int, runs: Path) -> list[str]:
-    settings = {
+class Session:
+    """Runs the parts, one after the other, and keeps what they found.
+
+    Args:
+        minutes: For all of them.
+        parts: Those that were asked for.
+    """
+
+    def __init__(self, minutes: float, parts: list[str]):
+        self.parts = parts
+        self.ends = time.monotonic() + 60 * minutes
+        self.found: dict[str, Any] = {}
+
+    def run(self, part: str, what: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        """Run `function` if its part was asked for and its time is left, and print what it found."""
+        if part not in self.parts:
+            return
+        name, seconds, left = f"{part} {what}", SECONDS[part], self.ends - time.monotonic()
+        if left < seconds:
+            self._tell(name, {"skipped": f"{max(left, 0):.0f} s left, about {seconds:.0f} s needed"})
+            return
+        started = time.monotonic()
+        try:
+            with redirect_stdout(sys.stderr):  # standard output has one line for each part
+                found = function(*arguments)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the other parts still have something to say
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
+        self._tell(name, found | {"seconds": round(time.monotonic() - started, 1)})
+        forget()
+
+    def _tell(self, name: str, found: dict[str, Any]) -> None:
+        self.found[name] = found
+        print(name, json.dumps(found), flush=True)
+
+
+def forget() -> None:
+    """Give back the GPU memory of what has ended, so that the next peak is its own."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def task_of(size: str) -> SimpleNamespace:
+    """What `contender.py` needs to make a model: float32, with completions of full length."""
+    return SimpleNamespace(model=ppo_vs_trl.MODELS[SIZES[size]], device="cpu", ragged=False)
+
+
+def policy_of(folder: Path, size: str) -> Path:
+    """Folder of a policy with random weights and its tokenizer, made on first use."""
+    policy = folder / size
+    if not policy.exists():
+        set_seed(0)
+        task = task_of(size)
+        tokenizer = contender.make_tokenizer(task.model["vocab_size"])
+        contender.make_policy(task, tokenizer).save_pretrained(policy)
+        tokenizer.save_pretrained(policy)
+    return policy
+
+
+def prompts(number: int, length: int, vocabulary: int) -> list[str]:
+    ids = torch.randint(0, vocabulary - 2, (number, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [" ".join(f"w{i}" for i in row) for row in ids]
+
+
+def parity(completion_ids, **columns) -> list[float]:
+    """A score that costs nothing and differs between completions."""
+    return [float(ids[-1] % 2) for ids in completion_ids]
+
+
+def trained(algorithm: str, folder: Path, size: str, resume: Path | None = None, **settings) -> Any:
+    """A trainer that has trained."""
+    trainer_class, config_class = TRAINERS[algorithm]
+    set_seed(0)
+    vocabulary = ppo_vs_trl.MODELS[SIZES[size]]["vocab_size"]
+    common = {
+        "output_dir": str(folder / "run"),
         "per_device_train_batch_size": BATCH // 4,
         "gradient_accumulation_steps": 4,
         "num_generations": 4,
-        "num_iterations": 4,
-        "max_completion_length": 48,
-        "learning_rate": 1e-6,
+        "num_iterations": 2,
+        "max_completion_length": COMPLETION,
+        "beta": 0.05,
+        "bf16": CUDA,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
         "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
     }
-    return [
-        f"runs_dir={runs}",
-        f"{stage}.policy={policy}",
-        f"episodes={BATCH * rollouts}",
-        "data.sentences=null",
-        "data.prompt_tokens=[16, 64]",
-        f"data.max_rows={max(200, 2 * BATCH * rollouts)}",
-        *(f"{stage}.trainer.{name}={value}" for name, value in settings.items()),
-        *(f"{stage}.{more}" for more in MODES[mode]),
-    ]
+    trainer = trainer_class(
+        model=str(policy_of(folder, size)),
+        reward_funcs=parity,
+        args=config_class(**common | settings),
+        train_dataset=Dataset.from_dict({"prompt": prompts(4 * BATCH, PROMPT, vocabulary)}),
+        processing_class=contender.make_tokenizer(vocabulary),
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
 
 
-def measure(stage: str, size: str, mode: str, rollouts: int) -> dict[str, float | None]:
-    """Run one case; GB are 2^30 bytes."""
+def identities(algorithm: str, folder: Path, size: str, half: bool) -> dict[str, Any]:
+    """Deviations of the first step from what it must be by definition."""
+    trainer = trained(algorithm, folder, size, bf16=half, max_steps=1)
+    first = trainer.state.log_history[0]
+    bounds = BOUNDS["bfloat16" if half else "float32"]
+    deviations = {name: abs(first[name] - (name == "ratio")) for name in bounds}
+    return {
+        "deviations": deviations,
+        "bounds": bounds,
+        "within": all(deviations[name] <= bound for name, bound in bounds.items()),
+    }
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+
+
+def resume(algorithm: str, folder: Path, size: str) -> dict[str, Any]:
+    """Five steps of two passes over a rollout, with a checkpoint after the third: in the middle of the second rollout."""
+    steps = {"max_steps": 5, "learning_rate": 1e-4}
+
+    def compare() -> dict[str, Any]:
+        whole = weights(trained(algorithm, folder, size, save_strategy="steps", save_steps=3, **steps))
+        forget()
+        resumed = weights(trained(algorithm, folder, size, resume=folder / "run/checkpoint-3", **steps))
+        forget()
+        again = weights(trained(algorithm, folder, size, **steps))
+        shutil.rmtree(folder / "run")
+        return {
+            "resumed_max_difference": largest_difference(resumed, whole),
+            "resumed_equal": all(torch.equal(resumed[name], whole[name]) for name in whole),
+            "two_runs_max_difference": largest_difference(again, whole),
+        }
+
+    found = compare()
+    if not found["resumed_equal"] or found["two_runs_max_difference"]:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            found["with_deterministic_kernels"] = compare()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return found
+
+
+def speed(name: str, folder: Path, size: str, trl_1_12: Path | None) -> dict[str, Any]:
+    """One contender of `ppo_vs_trl.py`; TRL 1.12.0's in a process of its own."""
+    given = ["--model", SIZES[size], "--device", "cuda" if CUDA else "cpu", "--prompts", str(BATCH), "--updates", "4"]
+    asked = ppo_vs_trl.parse([*given, "--new-tokens", str(COMPLETION)])
+    asked.trl_1_12 = trl_1_12
+    if name == "trl_ppo":
+        if asked.trl_1_12 is None:
+            return {"skipped": "no --trl-1-12"}
+        result = ppo_vs_trl.run(asked, name, BATCH)
+    else:
+        set_seed(0)
+        task = SimpleNamespace(**ppo_vs_trl.task_of(asked, name, BATCH))
+        (folder / name).mkdir()
+        result = getattr(contender, name)(task, str(folder / name))
+        shutil.rmtree(folder / name)
+        result = ppo_vs_trl.with_rates(asked, name, result)
+    return {
+        "episodes_per_second": round(result["episodes"], 2),
+        "peak_gb": round(result["memory"] / GIB, 3) if CUDA else None,
+        "mean_tokens": result["mean_tokens"],
+        "split": {phase: round(seconds, 3) for phase, seconds in result["split"].items() if seconds is not None},
+    }
+
+
+def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
+    """One stage of a recipe that is made here: two rollouts of one pass."""
     from rlhf_recipes.planning.stage import launch_of, machine_of, plan_stage
     from rlhf_recipes.recipe.load import load_recipe
-    from rlhf_recipes.runs.folder import read_manifest, read_metrics
+    from rlhf_recipes.stage import run_stage
 
-    with tempfile.TemporaryDirectory() as name:
-        policy, runs = Path(name) / "policy", Path(name) / "runs"
-        make(policy, size)
-        given = overrides(stage, mode, policy, rollouts, runs)
-        subprocess.run([sys.executable, "-m", f"rlhf_recipes.{stage}", "--recipe", "imdb_tiny", *given], check=True)
-        run = runs / "imdb_tiny" / stage
-        rates = [line["episodes_per_second"] for line in read_metrics(run) if "episodes_per_second" in line]
-        machine = machine_of(None)
-        planned = plan_stage(load_recipe("imdb_tiny", given), stage, machine, launch_of(machine, None))
-        return {
-            "episodes_per_second": statistics.median(rates[1:]),
-            "peak_gb": read_manifest(run)["peak_gpu_memory_gib"],
-            "planned_gb": planned.total / 2**30,
-        }
+    if mode == "4bit" and find_spec("bitsandbytes") is None:
+        return {"skipped": "no bitsandbytes"}
+    rows = prompts(4 * BATCH, PROMPT, ppo_vs_trl.MODELS[SIZES[size]]["vocab_size"])
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": row, "completion": " w1"}) + "\n" for row in rows))
+    trainer = {
+        "per_device_train_batch_size": BATCH // 4,
+        "gradient_accumulation_steps": 4,
+        "num_generations": 4,
+        "max_steps": 2,
+        "max_completion_length": COMPLETION,
+        "beta": 0.05,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"name: gpu\ndescription: memory\nruns_dir: {folder / 'runs'}\n"
+        f"data: {{path: {folder / 'rows.jsonl'}, max_prompt_tokens: {PROMPT}}}\nreward_funcs: [{{name: length}}]\n"
+        f"{stage}:\n  policy: {policy_of(folder, size)}\n  trainer: {json.dumps(trainer)}\n",
+        encoding="utf-8",
+    )
+    overrides = [f"{stage}.{override}" for override in MODES[mode]]
+    machine = machine_of(None)
+    planned = plan_stage(load_recipe(str(recipe), overrides), stage, machine, launch_of(machine, None)).total
+    forget()
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    main = importlib.import_module(f"rlhf_recipes.{stage}").main
+    code = run_stage(stage, main, str(recipe), overrides, overwrite=True)
+    if code:
+        raise RuntimeError(f"stage {stage} ended with exit code {code}; its message stands above.")
+    shutil.rmtree(folder / "runs")
+    peak = torch.cuda.max_memory_allocated() - before if CUDA else None
+    return {
+        "peak_gb": peak and round(peak / GIB, 3),
+        "planned_gb": round(planned / GIB, 3),
+        "planned_over_peak": peak and round(planned / peak, 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["gpt2", "410m", "1b"], choices=list(SIZES))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--stages", nargs="+", default=["ppo", "rloo"], choices=["ppo", "rloo"])
-    parser.add_argument("--rollouts", type=int, default=6)
+    parser.add_argument("--minutes", type=float, default=12, help="after which no part begins that would take longer")
+    parser.add_argument("--sizes", nargs="+", default=["410m", "1b"], choices=list(SIZES),
+                        help="the first is for all parts, the others are for memory alone")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=list(SECONDS), choices=list(SECONDS))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="of memory")
+    parser.add_argument("--stages", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), help="not of speed")
+    parser.add_argument("--trl-1-12", type=Path, help="folder of `pip install --target` with TRL 1.12.0")
     options = parser.parse_args()
-    found = {}
-    for size in options.sizes:
-        for mode in options.modes:
-            for stage in options.stages:
-                row = found[f"{size} {mode} {stage}"] = measure(stage, size, mode, options.rollouts)
-                shown = " | ".join("" if value is None else f"{value:.2f}" for value in row.values())
-                print(f"| {size} | {mode} | {stage} | {shown} |", flush=True)
-    print(json.dumps(found))
+    session, size = Session(options.minutes, options.parts), options.sizes[0]
+    name = torch.cuda.get_device_name() if CUDA else "CPU; no GPU, so no GPU memory is measured"
+    print(f"{name}; torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        for half in (True, False) if CUDA else (False,):
+            for algorithm in options.stages:
+                what = f"{algorithm} {size} {'bfloat16' if half else 'float32'}"
+                session.run("identities", what, identities, algorithm, folder, size, half)
+        for algorithm in options.stages:
+            session.run("resume", f"{algorithm} {size}", resume, algorithm, folder, size)
+        for one in CONTENDERS:
+            session.run("speed", f"{one} {size}", speed, one, folder, size, options.trl_1_12)
+        for of_memory, mode, stage in product(options.sizes, options.modes, options.stages):
+            session.run("memory", f"{stage} {of_memory} {mode}", memory, stage, folder, of_memory, mode)
+    print(json.dumps(session.found))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ MODELS = {
         "intermediate_size": 4096,
         "max_position_embeddings": 2048,
     },
+    "pythia-1b": {
+        "model_type": "gpt_neox",
+        "vocab_size": 50304,
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 8,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 2048,
+    },
 }
 OURS = ("ours_ppo_separate", "ours_ppo_shared", "ours_rloo")
 TRLS = ("trl_ppo", "trl_rloo")
@@ -55,14 +64,9 @@ RATIOS = {
 }
 
 
-def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> dict:
-    """One process of one contender.
-
-    Returns:
-        Its own report, and `episodes` (a second), `time` (seconds of an update) and `memory` (bytes above the imports).
-    """
-    # No torch in this process: a child's peak of resident memory starts at its parent's.
-    task = {
+def task_of(options: argparse.Namespace, contender: str, micro_batch: int) -> dict:
+    """What `contender.py` is told."""
+    return {
         "contender": contender,
         "model": MODELS[options.model],
         "device": options.device,
@@ -74,6 +78,28 @@ def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> di
         "ragged": options.ragged,
         "micro_batch": micro_batch,
     }
+
+
+def with_rates(options: argparse.Namespace, contender: str, result: dict) -> dict:
+    """A contender's report, with `episodes` (a second), `time` (seconds of an update), `memory` (bytes above the imports).
+
+    Raises:
+        SystemExit: The contender did not make the optimizer steps that were asked for.
+    """
+    steps = options.updates * options.epochs
+    if result["optimizer_steps"] != steps:
+        raise SystemExit(f"{contender} made {result['optimizer_steps']} optimizer steps, {steps} were asked for.")
+    time = median(result["seconds"])
+    return result | {"time": time, "episodes": options.prompts / time, "memory": result["peak"] - result["imports"]}
+
+
+def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> dict:
+    """One process of one contender.
+
+    Returns:
+        Its report, see `with_rates`.
+    """
+    # No torch in this process: a child's peak of resident memory starts at its parent's.
     environment = os.environ | {
         "OMP_NUM_THREADS": str(options.threads),
         "HF_HUB_OFFLINE": "1",
@@ -82,10 +108,10 @@ def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> di
     }
     if options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    python = trl_venv.venv_python(options.venv) if contender == "trl_ppo" else sys.executable
+    python, variables = trl_venv.python_and_path(options) if contender == "trl_ppo" else (sys.executable, {})
     done = subprocess.run(
-        [python, Path(__file__).with_name("contender.py"), json.dumps(task)],
-        env=environment,
+        [python, Path(__file__).with_name("contender.py"), json.dumps(task_of(options, contender, micro_batch))],
+        env=environment | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -94,12 +120,7 @@ def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> di
         raise SystemExit(f"{contender} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     if contender != "matrix_rate":
-        result["time"] = median(result["seconds"])
-        result["episodes"] = options.prompts / result["time"]
-        result["memory"] = result["peak"] - result["imports"]
-        steps = options.updates * options.epochs
-        if result["optimizer_steps"] != steps:
-            raise SystemExit(f"{contender} made {result['optimizer_steps']} optimizer steps, {steps} were asked for.")
+        result = with_rates(options, contender, result)
         print(
             f"  {contender:<18} micro-batch {micro_batch:>3}   {result['episodes']:6.2f} episodes/s   "
             f"{result['memory'] / 1e9:5.2f} GB above {result['imports'] / 1e9:.2f}",

@@ -14,6 +14,15 @@ TRL = "1.12.0"
 
 def add_venv_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help=f"folder of the environment with TRL {TRL}")
+    parser.add_argument("--trl-1-12", type=Path, help="folder of `pip install --target` with TRL 1.12.0, in its place")
+
+
+def python_and_path(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """The Python that runs TRL 1.12.0, and the environment variables it needs for that."""
+    if options.trl_1_12 is None:
+        return str(venv_python(options.venv)), {}
+    path = [str(options.trl_1_12.absolute()), os.environ.get("PYTHONPATH", "")]
+    return sys.executable, {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def venv_python(folder: Path) -> Path:
@@ -36,10 +45,11 @@ def venv_python(folder: Path) -> Path:
 
 
 def rerun_under_trl_1_12(script: str) -> None:
-    """Run `script` again with the Python of its `--venv` and exit with its status, unless TRL is 1.12.0 already."""
+    """Run `script` again where TRL is 1.12.0 and exit with its status, unless it is already."""
     if version("trl") == TRL:
         return
     parser = argparse.ArgumentParser(add_help=False)
     add_venv_option(parser)
-    python = venv_python(parser.parse_known_args()[0].venv)
-    raise SystemExit(subprocess.run([python, script, *sys.argv[1:]], check=False).returncode)
+    python, variables = python_and_path(parser.parse_known_args()[0])
+    done = subprocess.run([python, script, *sys.argv[1:]], env=os.environ | variables, check=False)
+    raise SystemExit(done.returncode)

@@ -57,11 +57,22 @@ def test_benchmark_runs_and_ends_in_json(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_benchmark_runs_without_one(tmp_path):
-    arguments = ("--sizes", "tiny", "--modes", "lora", "--stages", "rloo", "--rollouts", "2")
+    arguments = ("--sizes", "tiny", "--stages", "rloo", "--modes", "lora", "--parts", "identities", "resume", "memory")
     done = run_python(str(ROOT / "benchmarks/gpu.py"), *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])["tiny lora rloo"]
-    assert row["episodes_per_second"] > 0 and row["planned_gb"] > 0 and row["peak_gb"] is None  # without a GPU
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["identities rloo tiny float32"]["within"]
+    assert found["resume rloo tiny"]["resumed_equal"]
+    memory = found["memory rloo tiny lora"]
+    assert memory["planned_gb"] > 0 and memory["peak_gb"] is None  # without a GPU
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_skips_what_has_no_time_left(tmp_path):
+    done = run_python(str(ROOT / "benchmarks/gpu.py"), "--sizes", "tiny", "--minutes", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 15 and all("skipped" in of_part for of_part in found.values())
 
 
 @pytest.mark.slow
