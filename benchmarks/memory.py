@@ -186,14 +186,14 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
     import transformers
 
     for name in (
-        "adapters",
-        "data",
-        "ppo_trainer",
-        "rloo_trainer",
-        "sft_report",
-        "reward_report",
-        "trainer_args",
-        "callbacks",
+        "models.adapters",
+        "data.rows",
+        "trainers.ppo",
+        "trainers.rloo",
+        "trainers.args",
+        "evaluation.sft_quality",
+        "evaluation.reward_quality",
+        "runs.callbacks",
     ):
         importlib.import_module(f"rlhf_recipes.{name}")
     for name in ("peft", "trl", "bitsandbytes", "pandas", "deepspeed", "torch.distributed"):
