@@ -7,12 +7,12 @@ CHROMIUM_OR_SKIP = test -n "$$(which chromium chromium-browser google-chrome $$C
 	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends chromium; } \
 	|| echo "No Chromium: tests of the report in a browser will be skipped."
 
-.PHONY: quickstart test test-fast clean
+.PHONY: quickstart test test-fast format lint type clean
 
 quickstart: .venv/.installed-offline
 	$(BIN)/rlhf-recipes run imdb_tiny
 
-test: .venv/.installed-test
+test: lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.installed-test
@@ -24,6 +24,17 @@ test-fast: .venv/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	$(if $(filter test,$*),@$(CHROMIUM_OR_SKIP))
 	touch $@
+
+format: .venv/.installed-test
+	$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+lint: .venv/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+type: .venv/.installed-test
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv

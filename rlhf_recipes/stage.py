@@ -110,7 +110,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
             run.stop()
             say(f"{stage:<8} stopped, {_what_is_kept(run)}   {run.path}")
         return leaving.code
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a stage that dies says of what
         lost = _is_distributed() and _lost_company(error)
         message = LOST if lost else _explained(error, stage, given, run)
         _fail(run, RecipeError(message))

@@ -1,6 +1,7 @@
 """The page in a real browser: it draws, obeys its controls, fits every screen, and runs nothing that a model wrote."""
 
 import io
+import itertools
 import os
 import re
 import shutil
@@ -351,7 +352,7 @@ def test_every_table_and_region_has_a_name(opened, report):
     names += page.locator("h2").all_text_contents()
     assert len(names) > 15 and len(names) == len(set(names))
     levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
-    assert all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
+    assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
 
 
 def test_with_colours_forced_intervals_and_choices_show(opened, report):

@@ -1,124 +1,64 @@
-"""The layout: imports point down only, and the command line stays light."""
+"""Contracts about imports, and that each is able to fail: the command line stays light, too."""
 
-import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import rlhf_recipes
+import pytest
 
-LAYERS = [
-    {
-        "recipe.schema",
-        "recipe.trainer_keys",
-        "system.terminal",
-        "system.errors",
-        "system.environment",
-        "planning.memory",
-        "evaluation.intervals",
-        "pages.tables",
-        "evaluation.audit.copying",
-    },
-    {"recipe.named_files", "comparison.verdict", "evaluation.audit.signs"},
-    {
-        "recipe.load",
-        "trainers.advantages",
-        "trainers.kl",
-        "evaluation.metrics",
-        "models.forward",
-        "rewards.calls",
-        "trainers.config",
-        "system.files",
-        "recipe.user_code",
-    }
-    | {"launch.start", "launch.configs", "evaluation.judge.win_rate"},
-    {"launch.setup", "launch.processes"},
-    {
-        "runs.folder",
-        "recipe.headers",
-        "models.sampling",
-        "runs.checkpoints",
-        "experiments.grid",
-        "models.hardware",
-        "runs.trackers",
-    },
-    {"runs.references", "comparison.runs"},
-    {"runs.inputs", "data.rows", "data.tokenizer", "comparison.differences", "pages.plots"},
-    {
-        "models.load",
-        "rewards.reader",
-        "data.shapes",
-        "data.posts",
-        "models.samples",
-        "models.likelihoods",
-        "comparison.held_out",
-        "pages.rows",
-    },
-    {
-        "rewards.functions",
-        "trainers.kl_diagnosis",
-        "trainers.batches",
-        "trainers.state",
-        "trainers.vllm",
-        "trainers.value_network",
-        "models.adapters",
-        "comparison.build",
-    }
-    | {"pages.html", "pages.markdown"},
-    {"planning.stage"},
-    {
-        "trainers.on_policy",
-        "runs.callbacks",
-        "trainers.args",
-        "stage",
-        "rewards.try_out",
-        "evaluation.sft_quality",
-        "evaluation.reward_quality",
-    }
-    | {"evaluation.judge.backends"},
-    {"trainers.rloo", "trainers.ppo"},
-    {
-        "sft",
-        "reward",
-        "ppo",
-        "rloo",
-        "evaluate",
-        "compare",
-        "experiments.sweep",
-        "deploy.export",
-        "planning.plan",
-        "runs.workspace",
-    }
-    | {"evaluation.judge.ask"},
-    {"evaluation.audit.audit"},
-    {"experiments.duel"},
-    {"cli"},
-]
-"""Modules of one layer do not import one another, and none imports a higher one."""
-
-PACKAGE = Path(rlhf_recipes.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_recipes."):
-            module = node.module.removeprefix("rlhf_recipes.")
-            is_package = (PACKAGE / module.replace(".", "/")).is_dir()
-            found |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
-        elif isinstance(node, ast.ImportFrom) and node.module == "rlhf_recipes":
-            found |= {alias.name for alias in node.names}
-    return found
+@pytest.fixture(scope="module")
+def lint(tmp_path_factory):
+    """Add a line to a module of a copy of the package, and check the copy's contracts."""
+    copy = tmp_path_factory.mktemp("lint")
+    shutil.copytree(
+        ROOT / "rlhf_recipes", copy / "rlhf_recipes", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+    )
+    shutil.copy(ROOT / "pyproject.toml", copy)
+
+    def check(module: str = "", line: str = "") -> subprocess.CompletedProcess:
+        file = copy / "rlhf_recipes" / (module or "cli.py")
+        before = file.read_text(encoding="utf-8")
+        file.write_text(f"{before}\n{line}\n", encoding="utf-8")
+        program = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
+        try:
+            return subprocess.run(
+                [sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False
+            )
+        finally:
+            file.write_text(before, encoding="utf-8")
+
+    return check
 
 
-def test_imports_point_down():
-    height = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    files = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
-    modules = {".".join(file.parts) for file in files}
-    assert modules == set(height)
-    for module in modules:
-        for imported in imports(PACKAGE / f"{module.replace('.', '/')}.py"):
-            assert height[imported] < height[module], f"{module} imports {imported}"
+def test_contracts_hold(lint):
+    done = lint()
+    assert done.returncode == 0 and "3 kept, 0 broken" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("recipe/schema.py", "from rlhf_recipes.system import files", "Imports point down the list of packages BROKEN"),
+        (
+            "pages/tables.py",
+            "def late():\n    from rlhf_recipes.runs import folder",
+            "Imports point down the list of packages BROKEN",
+        ),
+        (
+            "experiments/grid.py",
+            "def late():\n    from rlhf_recipes import ppo",
+            "Doors are imported by nobody but the command line BROKEN",
+        ),
+        ("ppo.py", "def late():\n    from rlhf_recipes.planning import plan", "No stage imports the planner BROKEN"),
+    ],
+)
+def test_an_import_that_breaks_a_contract_is_named(lint, module, line, contract):
+    done = lint(module, line)
+    assert done.returncode == 1 and contract in done.stdout, done.stdout + done.stderr
 
 
 def test_help_list_show_and_validate_import_no_torch():

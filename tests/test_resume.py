@@ -191,7 +191,7 @@ def lines(path: Path) -> list[dict]:
 
 def weights(file: Path) -> dict:
     with safe_open(file, framework="np") as tensors:
-        return {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}
+        return {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}  # noqa: SIM118
 
 
 def events(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -203,9 +203,9 @@ def test_a_void_view_keeps_its_numbers_and_loses_its_winner():
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=2, max_size=4))
 def test_bands_lie_around_the_mean_and_within_the_curves(rows):
     low, high = bootstrap_band(rows)
-    for column, l, h in zip(zip(*rows, strict=True), low, high, strict=True):
+    for column, bottom, top in zip(zip(*rows, strict=True), low, high, strict=True):
         mean = sum(column) / len(column)
-        assert min(column) - 1e-9 <= l <= mean + 1e-9 and mean - 1e-9 <= h <= max(column) + 1e-9
+        assert min(column) - 1e-9 <= bottom <= mean + 1e-9 and mean - 1e-9 <= top <= max(column) + 1e-9
 
 
 def test_the_same_numbers_give_the_same_intervals():

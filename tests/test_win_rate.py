@@ -1,5 +1,6 @@
 """Win rates: hand-computed cases, and what must hold when the two sides change places."""
 
+import itertools
 import math
 import random
 
@@ -77,7 +78,7 @@ def test_bins_hold_every_pair_once_in_order(pairs):
     assert 1 <= len(bins) <= 10
     assert sum(part["prompts"] for part in bins) == len(pairs)
     assert sum(part["prompts"] * part["win_rate"] for part in bins) == pytest.approx(sum(outcomes))
-    assert all(one["to"] <= next_one["from"] for one, next_one in zip(bins, bins[1:], strict=False))
+    assert all(one["to"] <= next_one["from"] for one, next_one in itertools.pairwise(bins))
 
 
 def test_bins_by_hand():

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LABELS = {
-    **{value: 1 for value in (1, True, "1", "pos", "positive")},
-    **{value: 0 for value in (0, False, "0", "neg", "negative")},
+    **dict.fromkeys((1, True, "1", "pos", "positive"), 1),
+    **dict.fromkeys((0, False, "0", "neg", "negative"), 0),
 }
 """What a `label` column may hold, in small letters or capitals -> 1 for positive, 0 for negative."""
 

@@ -246,7 +246,7 @@ def _labels_of(key: str, model: str) -> int:
     from safetensors import safe_open
 
     with safe_open(adapter_weights(key, model), framework="pt") as file:
-        for name in file.keys():  # no mapping
+        for name in file.keys():  # noqa: SIM118 - no mapping
             if name.endswith((".score.weight", ".classifier.weight", ".classifier.out_proj.weight")):
                 return file.get_slice(name).get_shape()[0]
     raise RecipeError(f"{key}: {model} is an adapter of a classifier without the classifier's head.")

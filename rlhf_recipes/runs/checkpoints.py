@@ -122,7 +122,7 @@ class Resumable:
         try:
             with writing(what, folder):
                 write()
-        except Exception as caught:  # raised below, once the other ranks know
+        except Exception as caught:  # noqa: BLE001 - raised below, once the other ranks know
             error = caught
         words = [None if error is None else str(error)]
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -168,7 +168,7 @@ class Endpoint:
         limit = RateLimit(self.settings.requests_per_minute)
         try:
             http_client = library.DefaultHttpxClient(event_hooks={"request": [lambda request: limit.wait()]})
-        except Exception as error:  # what is wrong with the environment has many types
+        except Exception as error:  # noqa: BLE001 - what is wrong with the environment has many types
             # Its message, and with `from error` the traceback, may hold a proxy's password; of a package it names which.
             why = f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else type(error).__name__
             raise RecipeError(
@@ -408,7 +408,7 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -
                 return
             try:
                 done.put((item, work(item), None))
-            except BaseException as error:  # whoever waits raises it
+            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
                 stopped.set()  # here: what would fail as well is not asked any more
                 done.put((item, None, error))
 
