@@ -140,7 +140,7 @@ def test_a_coroutine_from_a_function_that_is_not_async_is_said():
         return [1.0, 2.0]
 
     with pytest.raises(RewardError, match="returned a coroutine: make it `async def`"):
-        said(later)
+        said(lambda completions: later(completions))  # noqa: PLW0108 - a plain function that returns a coroutine
 
 
 def test_async_is_seen_through_partials_and_callable_objects():
