@@ -1,0 +1,127 @@
+"""Every command of the README, run as it stands there, with only sizes made smaller."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+from rlhf_recipes.recipe.load import recipe_files
+from support.finished_runs import FEW
+from support.places import ROOT
+from support.processes import cli, run_python
+from support.texts import REVIEWS, write_jsonl
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip() if " # " in line else line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+
+SMALLER = {  # a command as the README has it -> what makes it quick; None: tested elsewhere, said where
+    "make quickstart": None,  # test_makefile_targets; its recipe is the next but two
+    "make test": None,  # what runs this test
+    "source .venv/bin/activate": None,  # the tests run in that environment
+    "accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive": None,  # test_pipeline, with local stand-ins
+    "accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive": None,
+    "python benchmarks/ppo_vs_trl.py": None,  # test_benchmarks runs a small one
+    "tensorboard --logdir runs": None,  # a server; test_pipeline reads its files
+    # Two of three sweeps: test_sweep runs one over keys that change together.
+    **dict.fromkeys((command for command in COMMANDS if "baseline=none" in command or "ppo,rloo" in command), None),
+    "run": FEW,
+    "duel": [*FEW, "episodes=32", "eval.num_prompts=8", "eval.judge_funcs=[]", "--seeds=2"],
+    "audit": ["--prompts=0"],
+    "sweep": [
+        *("--seeds=1", "--no-eval"),
+        *("data.max_rows=400", "episodes=32"),
+        *("ppo.policy=package:rlhf_recipes/base", "ppo.trainer.per_device_train_batch_size=32"),
+        *("rloo.policy=package:rlhf_recipes/base", "rloo.trainer.per_device_train_batch_size=32"),
+    ],
+    "ppo": ["data.max_rows=1500", "episodes=64", "ppo.trainer.per_device_train_batch_size=32"],
+    "rloo": ["data.max_rows=1500", "episodes=64", "rloo.trainer.per_device_train_batch_size=32"],
+}
+
+
+@pytest.mark.slow
+def test_every_command_works(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(
+        re.search(r"```python\n# my_rewards.py\n(.*?)```", README, flags=re.DOTALL)[1]
+    )
+    reviews = [
+        {"review": row["text"].replace("the film", what), "stars": row["label"]}
+        for what in ("the film", "a movie", "this one", "the first half")
+        for row in REVIEWS
+    ]
+    write_jsonl(tmp_path / "reviews.jsonl", reviews)
+    shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
+    ran = 0
+    for command in COMMANDS:
+        if SMALLER.get(command, "") is None:
+            continue
+        words = shlex.split(command)
+        environment = dict(word.split("=") for word in words if re.fullmatch(r"[A-Z_]+=\w+", word))
+        words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
+        if words[:2] == ["accelerate", "launch"]:
+            launch = ["-m", "accelerate.commands.launch", *words[2:], *SMALLER["ppo"]]
+            done = run_python(*launch, cwd=tmp_path, **environment)
+        else:
+            assert words[0] == "rlhf-recipes", f"the README has a command that no test knows: {command}"
+            done = cli(*words[1:], *SMALLER.get(words[1], []), cwd=tmp_path, **environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        ran += 1
+    assert ran >= 12
+    measured = json.loads((tmp_path / "runs/sweet/eval/eval.json").read_text())
+    assert "score/short_and_sweet" in measured["models"]["ppo"]
+
+
+def test_makefile_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "rlhf-recipes run imdb_tiny" in makefile
+    assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not nightly'\n" in makefile
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+def test_recipe_table_is_what_the_command_prints(tmp_path):
+    done = cli("list", "--markdown", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"<!-- recipes -->\n{done.stdout}<!-- /recipes -->" in README, "put in what `list --markdown` prints"
+    for name in recipe_files():
+        assert f"\n| `{name}` |" in done.stdout, name
+
+
+def test_file_tree_is_complete():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+    package = ROOT / "rlhf_recipes"
+    doors = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.rglob("__init__.py")} | {"base/"}
+    assert doors == set(re.findall(r"\b[a-z_]+\.py\b", tree))
+    assert folders <= set(re.findall(r"^ *([a-z_]+/)", tree, flags=re.MULTILINE))
+    for name in re.findall(r"^([a-z_]+/)", tree, flags=re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_every_metric_that_is_logged_is_explained():
+    from support.tiny_trainers import OF_PPO, OF_RLOO, SHARED
+
+    assert len(SHARED) > 20
+    for name in SHARED | OF_PPO | OF_RLOO:
+        assert f"`{name.replace('/length', '/NAME')}`" in README, name
+
+
+@pytest.mark.slow
+def test_the_script_runs_as_it_stands(tmp_path):
+    script = re.search(r"```python\n# my_ppo.py\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert len([line for line in script.splitlines() if line]) <= 15
+    (tmp_path / "my_ppo.py").write_text(script)
+    done = run_python("my_ppo.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-ppo/model.safetensors").is_file() and (tmp_path / "my-ppo/value_model/config.json").is_file()
+    scores = [float(score) for score in re.findall(r"'score_mean': '([-.\de]+)'", done.stdout)]
+    assert len(scores) >= 2 and scores[-1] > scores[0]
+
+
+def test_module_help(tmp_path):
+    done = run_python("-m", "rlhf_recipes.ppo", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--recipe" in done.stdout

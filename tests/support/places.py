@@ -1,0 +1,9 @@
+"""Where this repository and the data of its tests stand."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+DATA = TESTS / "data"
+SAMPLES = TESTS / "hub_samples"
+CONFIGS = ROOT / "accelerate_configs"
