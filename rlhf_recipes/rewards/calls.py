@@ -167,6 +167,30 @@ def call_all(
                 answer.cancel()
 
 
+def call_all_on_every_rank(functions: list[Callable], processes: int, **call: Any) -> list[list[float | None]]:
+    """`call_all` for this process's completions, after which all processes go on, or all stop.
+
+    Args:
+        functions: As `call_all` takes them.
+        processes: Their number; every one of them calls this.
+        call: As `call_all` takes it.
+
+    Raises:
+        RewardError: That of the first process which has one, on all processes: the others would wait for it in vain.
+    """
+    from accelerate.utils import gather_object
+
+    values, error = None, None
+    try:
+        values = call_all(functions, **call)
+    except RewardError as raised:
+        error = raised
+    for rank, message in enumerate(gather_object([error and str(error)])):
+        if message is not None:
+            raise RewardError(message + (f" (process {rank})" if processes > 1 else "")) from error
+    return values
+
+
 def _start(function: Reward, call: dict[str, Any]) -> Future | None:
     """The coming answer of a function that runs beside the others; None for one that does not."""
     if is_async(function):

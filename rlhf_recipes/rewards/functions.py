@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf_recipes.models.load import load_model
 from rlhf_recipes.recipe.schema import Recipe, RecipeError, RewardFunc
@@ -32,9 +32,6 @@ from rlhf_recipes.rewards.calls import (
 )
 from rlhf_recipes.rewards.reader import reader
 from rlhf_recipes.runs.references import loading, resolve_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -352,25 +349,6 @@ def weighted_scores(specs: list[RewardFunc], values: list[list[float | None]]) -
         terms = [spec.weight * value for spec, value in zip(specs, row, strict=True) if value is not None]
         scores.append(sum(terms) if terms else None)
     return scores
-
-
-def apply_missing_eos(
-    scores: "Tensor", finished: "Tensor", mode: Literal["replace", "subtract"], value: float
-) -> "Tensor":
-    """Scores in which a completion without EOS pays for it; NaN, where no reward function applies, stays NaN.
-
-    Source: `replace`, with -1, in Huang et al. 2024 (2403.17031); `subtract` as the `missing_eos_penalty` that TRL had.
-
-    Args:
-        scores: (B,).
-        finished: Whether a completion ended with EOS, boolean (B,).
-        mode: `replace` gives an unfinished completion the score `value`; `subtract` takes `value` away from its own.
-        value: The score, or the penalty.
-    """
-    if mode not in ("replace", "subtract"):
-        raise ValueError(f"missing_eos: mode must be replace or subtract, not {mode!r}")
-    unfinished = scores.new_full((), value) if mode == "replace" else scores - value
-    return unfinished.where(~(finished | scores.isnan()), scores)
 
 
 def score_all(

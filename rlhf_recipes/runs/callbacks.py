@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from rlhf_recipes.launch.setup import confirm
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.trackers import start_wandb
+from rlhf_recipes.runs.trackers import as_cell, as_table, start_wandb
 from rlhf_recipes.system.files import append_lines, step_of, write_whole, writing
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -29,6 +29,9 @@ SHOWN = ("score_mean", "kl", "loss", "accuracy", "mean_token_accuracy")
 
 COMPLETIONS_PER_LOG = 8
 """Sampled completions that are written at every logged step."""
+
+TABLES, TABLE_ROWS = 20, 64
+"""W&B: tables of completions that a training run logs, evenly over its steps, and the completions in each."""
 
 
 class RunCallback(TrainerCallback):
@@ -139,6 +142,44 @@ class EventsCallback(TensorBoardCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "train_runtime" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+class CompletionTables(TrainerCallback):
+    """W&B: draws all curves over episodes, and adds tables of the last rollout's completions.
+
+    It comes before transformers' own callback, so that axes and table are there when that one sends the line.
+
+    Args:
+        trainer: The on-policy trainer, for its sampled completions.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._charted: set[str] = set()
+        self._last_table = -1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "wandb" not in args.report_to or "episodes" not in logs or "train_runtime" in logs:
+            return
+        import wandb
+
+        if wandb.run is None:  # another process than the main one, or W&B is disabled
+            return
+        for name in sorted(logs.keys() - self._charted - {"episodes", "epoch"}):
+            # By name: of `train/*` and transformers' own `*`, either may win.
+            wandb.define_metric(f"train/{name}", step_metric="train/episodes")
+            self._charted.add(name)
+        due = state.global_step * TABLES // state.max_steps
+        if due == self._last_table or args.log_completions:  # with the latter, TRL makes a table itself
+            return
+        self._last_table = due
+        rows = [
+            {"step": row["step"], "prompt": as_cell(row["prompt"]), "completion": as_cell(row["completion"])}
+            | {"advantage": row["advantage"]}
+            | {f"score/{name}": value for name, value in row["scores"].items()}
+            for row in self._trainer.sampled_completions(TABLE_ROWS)
+        ]
+        wandb.log({"completions": as_table(rows)}, commit=False)
 
 
 class SetupCallback(TrainerCallback):

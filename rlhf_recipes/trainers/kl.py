@@ -1,4 +1,8 @@
-"""KL to the reference: estimators per token, and the two ways to keep it near a target. Pure numbers."""
+"""The KL to the reference: estimators per token, its weight beta, and the two ways to keep a KL near its target."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +49,7 @@ def adapted_beta(beta: float, kl: float, target: float, horizon: float, episodes
 
 
 def adapted_lr_factor(factor: float, kl: float, target: float) -> float:
-    """What the learning rate is multiplied with, so that the policy moves by about `target` in each rollout.
+    """The factor on the learning rate with which the policy moves by about `target` in each rollout.
 
     Divided by 1.5 when the policy moved more than twice as far, times 1.5 when less than half as far; kept within
     0.01..10, so that no run of luck takes the learning rate out of reach.
@@ -62,3 +66,88 @@ def adapted_lr_factor(factor: float, kl: float, target: float) -> float:
     elif kl < target / 2:
         factor *= 1.5
     return min(max(factor, 0.01), 10.0)
+
+
+class KLControl:
+    """Owns beta. It estimates the KL penalty, watches the KL, and adapts beta and the learning rate to their targets.
+
+    Args:
+        args: The trainer's settings: `beta`, `kl_estimator`, `kl_target`, `kl_horizon`, `lr_kl_target`.
+    """
+
+    def __init__(self, args: Any):
+        self._args = args
+        self.beta: float = args.beta
+        self.lr_factor = 1.0
+        self.step_kl: Tensor | None = None
+        """The last optimizer step on this process: sum of its tokens' KL to the rollout's policy, and their number."""
+        self.kl_sums: list[list[float]] = []
+        """Of the last rollouts: completions, sum and sum of squares of their KL to the reference."""
+
+    def penalty(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """The KL estimate of every token, without beta, (B, T), from log pi - log pi_ref."""
+        return ESTIMATORS[self._args.kl_estimator](log_ratio) * mask
+
+    def watch(
+        self, log_ratio: Tensor, mask: Tensor, at_start: bool, exact: bool, sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> str | None:
+        """Notes a rollout's KL; a sentence if it is not 0 before the first step, or if its running mean is negative.
+
+        Args:
+            log_ratio: log pi - log pi_ref, 0 outside of completions, (B, T).
+            mask: Completion tokens, (B, T).
+            at_start: True before the first step, when policy and reference are equal.
+            exact: True if the model computes in float32.
+            sum_over_ranks: Adds a tensor up over all processes.
+        """
+        sums = log_ratio.sum(1)
+        local = [
+            torch.ones_like(sums).sum(),
+            sums.sum(),
+            sums.square().sum(),
+            log_ratio.abs().sum(),
+            mask.sum().float(),
+        ]
+        n, total, squares, distance, tokens = sum_over_ranks(torch.stack(local)).tolist()
+        self.kl_sums = (self.kl_sums + [[n, total, squares]])[-20:]
+        seen, mean, square = (sum(column) for column in zip(*self.kl_sums, strict=True))
+        mean, square = mean / seen, square / seen
+        error = math.sqrt(max(square - mean**2, 0.0) / seen)
+        per_token = distance / max(tokens, 1)
+        if at_start and per_token > (1e-4 if exact else 0.05):
+            return f"before the first step the KL to the reference is not 0: {per_token:.2g} nats a token"
+        if not at_start and mean < -0.01 and mean < -4 * error:
+            return f"the mean KL of the last {len(self.kl_sums)} rollouts is negative: {mean:.2g} nats a completion"
+        return None
+
+    def adapt_beta(self, episodes: int) -> None:
+        """Moves beta towards `kl_target`, after a rollout of this many completions."""
+        if self._args.kl_target is not None:
+            n, total, _ = self.kl_sums[-1]
+            self.beta = adapted_beta(self.beta, total / n, self._args.kl_target, self._args.kl_horizon, episodes)
+
+    def add_step_kl(self, moved: Tensor, mask: Tensor) -> None:
+        """Adds a micro-batch to the optimizer step's KL to the rollout's policy, of every token, (B, T)."""
+        sums = torch.stack([(moved * mask).sum(), mask.sum().float()])
+        self.step_kl = sums if self.step_kl is None else self.step_kl + sums
+
+    def adapt_learning_rate(self, optimizer: Any, scheduler: Any, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Moves the learning rate so that the last step of a rollout ends near `lr_kl_target`."""
+        if self._args.lr_kl_target is None or self.step_kl is None:
+            return
+        total, tokens = sum_over_ranks(self.step_kl).tolist()
+        before = self.lr_factor
+        self.lr_factor = adapted_lr_factor(before, total / max(tokens, 1), self._args.lr_kl_target)
+        change = self.lr_factor / before
+        # In the scheduler's own base, which a checkpoint keeps, so that warm-up and decay continue unchanged.
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        scheduler.base_lrs = [lr * change for lr in scheduler.base_lrs]
+        scheduler._last_lr = [lr * change for lr in scheduler.get_last_lr()]
+        for group in optimizer.param_groups:
+            group["lr"] *= change
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_args"}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        vars(self).update(saved)

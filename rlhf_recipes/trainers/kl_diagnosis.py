@@ -7,6 +7,13 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 
+def likely_cause(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tensor, at_start: bool) -> str:
+    """A sentence with the causes that apply to this run, if there are any; arguments as of `kl_suspects`."""
+    if found := kl_suspects(trainer, log_ratio, mask, prompt_mask, at_start):
+        return f"Likely cause: {'; '.join(found)}."
+    return "No cause found: sampling settings, temperature, dropout, padding, adapter and weights look right."
+
+
 def kl_suspects(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tensor, at_start: bool) -> list[str]:
     """Causes that apply to this run, each a clause; empty when none does.
 

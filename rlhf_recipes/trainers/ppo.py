@@ -114,23 +114,23 @@ class PPOTrainer(OnPolicyTrainer):
         return super()._forward(model, input_ids, attention_mask, length, entropy)
 
     def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
-        mask, scores = output["completion_mask"], self._mine(rollout.scores)
+        mask, scores = output["completion_mask"], self._local_rows(rollout.scores)
         values = rollout.policy_pass.values * mask
         # A completion to which no reward function applies teaches nothing: neither policy nor value may move on it.
         counts = mask * ~scores.isnan()[:, None]
         rewards = token_rewards(scores.nan_to_num(), rollout.kl, mask, self.beta)
         if self.args.whiten_rewards:
-            rewards = masked_whiten(rewards, counts, total=self._over_ranks, center=False)
+            rewards = masked_whiten(rewards, counts, total=self._sum_over_ranks, center=False)
         advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
         if self.args.whiten_advantages:
-            advantages = masked_whiten(advantages, counts, total=self._over_ranks)
+            advantages = masked_whiten(advantages, counts, total=self._sum_over_ranks)
         output["advantages"] = advantages * counts
         output["old_values"], output["returns"], output["loss_mask"] = values, returns, counts
-        self._mean("value_mean", values, counts)
-        self._mean("return_mean", returns, counts)
+        self._log_mean("value_mean", values, counts)
+        self._log_mean("return_mean", returns, counts)
         for name, x in (("returns", returns), ("errors", returns - values)):
-            self._mean(f"{name}_1", x, counts)
-            self._mean(f"{name}_2", x.square(), counts)
+            self._log_mean(f"{name}_1", x, counts)
+            self._log_mean(f"{name}_2", x.square(), counts)
         return self.accelerator.gather(output["advantages"].sum(1) / counts.sum(1).clamp(min=1))
 
     def _derive(self, metrics: dict[str, list[float]]) -> None:
@@ -161,8 +161,8 @@ class PPOTrainer(OnPolicyTrainer):
         parts = self.accelerator.num_processes * (self.args.gradient_accumulation_steps if self.model.training else 1)
         loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
 
-        self._mean("value_loss", value_losses, mask)
-        self._mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
+        self._log_mean("value_loss", value_losses, mask)
+        self._log_mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
         self._log_update(log_ratio, mask)
         return self._with_aux_loss(loss, now)
 

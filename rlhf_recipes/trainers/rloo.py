@@ -57,14 +57,14 @@ class RLOOTrainer(OnPolicyTrainer):
             advantages = (advantages - torch.nanmean(advantages)) / (nanstd(advantages) + 1e-4)
         # Neither a completion without a score nor one without a baseline carries a signal.
         advantages = advantages.nan_to_num(nan=0.0)
-        output["advantages"] = self._mine(advantages)
+        output["advantages"] = self._local_rows(advantages)
         no_signal = torch.isclose(advantages, torch.zeros_like(advantages)).view(-1, generations).all(1)
-        self._mean("no_signal_fraction", no_signal.float(), local=False)
+        self._log_mean("no_signal_fraction", no_signal.float(), same_everywhere=True)
         if no_signal.all():
             self._warn_once(
                 "no signal", "All completions of each prompt have the same reward: there is nothing to learn."
             )
-        self._mean("baseline_mean", baselines.nan_to_num(), (~baselines.isnan()).float(), local=False)
+        self._log_mean("baseline_mean", baselines.nan_to_num(), (~baselines.isnan()).float(), same_everywhere=True)
         return advantages
 
     def _baselines(self, rewards: Tensor) -> Tensor:

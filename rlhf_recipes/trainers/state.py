@@ -38,30 +38,18 @@ class Rollout:
 
 @dataclass
 class RunState:
-    """What an on-policy run carries from one rollout to the next, beside weights, optimizer and random numbers."""
+    """What an on-policy run carries from one rollout to the next, beside its weights, KL control and metrics."""
 
-    beta: float
     episodes: int = 0
-    episodes_logged: int = 0
-    lr_factor: float = 1.0
-    step_kl: Tensor | None = None
-    """Sum of KL to the rollout's policy over the last optimizer step's tokens of this process, and their number."""
-    kl_sums: list[list[float]] = field(default_factory=list)
-    """Of the last rollouts: completions, sum and sum of squares of their KL to the reference."""
+    """Completions sampled so far, over all processes."""
     warned_of: list[str] = field(default_factory=list)
     score_moments: RunningMoments = field(default_factory=RunningMoments)
     reward_moments: RunningMoments = field(default_factory=RunningMoments)
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"train": {}, "eval": {}})
-    """Of every metric since the last line: the sum of its values on this process, and of their weights."""
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"score_moments": vars(self.score_moments), "reward_moments": vars(self.reward_moments)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        state = cls(**values)
-        for name in ("score_moments", "reward_moments"):
-            moments = RunningMoments()
-            vars(moments).update(values[name])
-            setattr(state, name, moments)
-        return state
+    def load(self, saved: dict[str, Any]) -> None:
+        self.episodes, self.warned_of = saved["episodes"], saved["warned_of"]
+        vars(self.score_moments).update(saved["score_moments"])
+        vars(self.reward_moments).update(saved["reward_moments"])

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs import trackers, workspace
+from rlhf_recipes.runs.callbacks import TABLES
 from rlhf_recipes.runs.trackers import as_cell
-from rlhf_recipes.trainers.on_policy import TABLES
 from support.processes import TRAINERS, cli, run_python
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, word_tokenizer

@@ -75,5 +75,5 @@ def test_resumed_equals_uninterrupted(trainer_class, several_steps, lora, value_
         for i, of_parameter in again.optimizer.state_dict()["state"].items():
             for name, value in of_parameter.items():
                 assert torch.equal(value, moments[i][name]), (step, i, name)
-        assert again.beta == whole.beta and again._state.lr_factor == whole._state.lr_factor
+        assert again.beta == whole.beta and again._kl.lr_factor == whole._kl.lr_factor
         assert lines(again) == lines(whole), step

@@ -378,7 +378,7 @@ def scores_of(trainer, values, finished):
 
     Given.finished = torch.tensor(finished)
     trainer.model.train()
-    return trainer._shape_scores(Given)
+    return trainer._scores(Given)
 
 
 def test_missing_eos(policy_folder, tmp_path):

@@ -12,11 +12,11 @@ from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, RewardFunc
 from rlhf_recipes.rewards.functions import (
     REWARD_FUNCS,
     RewardError,
-    apply_missing_eos,
     build_reward_funcs,
     check_reward_funcs,
     score_all,
 )
+from rlhf_recipes.rewards.score import apply_missing_eos, shape_scores
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 
 
@@ -266,6 +266,27 @@ def test_none_means_does_not_apply_as_long_as_another_function_does(own):
     alone = recipe({"name": own + "none"})
     with pytest.raises(RewardError, match="'none' returned None for sample 1"):
         build_reward_funcs(alone, alone.reward_funcs)[0](**call())
+
+
+def test_scores_by_hand():
+    """A weighted sum without what does not apply, then missing_eos, normalization and clipping, in this order."""
+    nan = float("nan")
+    values = torch.tensor([[1.0, 4.0], [2.0, nan], [nan, nan], [3.0, 2.0]])
+    weights, finished = torch.tensor([1.0, 0.5]), torch.tensor([True, False, True, False])
+
+    def scores(**more):
+        return shape_scores(values, weights, finished, **more).nan_to_num(99.0).tolist()
+
+    assert scores() == [3.0, 2.0, 99.0, 4.0]
+    assert scores(missing_eos={"mode": "subtract", "value": 5.0}) == [3.0, -3.0, 99.0, -1.0]
+    assert scores(missing_eos={"mode": "replace", "value": -1.0}, clip_range=(0.0, 2.5)) == [2.5, 0.0, 99.0, 0.0]
+    all_of_it = {
+        "missing_eos": {"mode": "replace", "value": -1.0},
+        "normalize": lambda x: 10 * x,
+        "clip_range": (-5, 50),
+    }
+    assert scores(**all_of_it) == [30.0, -5.0, 99.0, -5.0]
+    assert values[1, 1].isnan()  # the given values stay as they are
 
 
 def test_missing_eos_by_hand():

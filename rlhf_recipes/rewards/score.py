@@ -1,0 +1,54 @@
+"""From the answers of the reward functions to one score per completion, in training."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+
+def shape_scores(
+    values: Tensor,
+    weights: Tensor,
+    finished: Tensor,
+    missing_eos: dict | None = None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    clip_range: tuple[float, float] | None = None,
+) -> Tensor:
+    """The score of every completion, (N,): a weighted sum, then missing_eos, normalization and clipping, in this order.
+
+    Args:
+        values: What each reward function says, (N, F); NaN where it does not apply.
+        weights: (F,).
+        finished: True where a completion ended with EOS, (N,).
+        missing_eos: `mode` and `value` of `apply_missing_eos`; None: an unfinished completion keeps its score.
+        normalize: Scores -> scores; None: they stay as they are.
+        clip_range: Lowest and highest score; None: no limits.
+
+    Returns:
+        Scores; NaN where no reward function applies.
+    """
+    scores = (values * weights.to(values.device).unsqueeze(0)).nansum(dim=1)
+    scores[values.isnan().all(dim=1)] = math.nan
+    if missing_eos is not None:
+        scores = apply_missing_eos(scores, finished, **missing_eos)
+    if normalize is not None:
+        scores = normalize(scores)
+    return scores.clamp(*clip_range) if clip_range else scores
+
+
+def apply_missing_eos(scores: Tensor, finished: Tensor, mode: Literal["replace", "subtract"], value: float) -> Tensor:
+    """Scores in which a completion without EOS pays for it; NaN, where no reward function applies, stays NaN.
+
+    Source: `replace`, with -1, in Huang et al. 2024 (2403.17031); `subtract` as the `missing_eos_penalty` that TRL had.
+
+    Args:
+        scores: (B,).
+        finished: Whether a completion ended with EOS, boolean (B,).
+        mode: `replace` gives an unfinished completion the score `value`; `subtract` takes `value` away from its own.
+        value: The score, or the penalty.
+    """
+    if mode not in ("replace", "subtract"):
+        raise ValueError(f"missing_eos: mode must be replace or subtract, not {mode!r}")
+    unfinished = scores.new_full((), value) if mode == "replace" else scores - value
+    return unfinished.where(~(finished | scores.isnan()), scores)

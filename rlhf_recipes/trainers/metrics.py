@@ -1,0 +1,118 @@
+"""The metrics of an on-policy run: means over all that was seen since the last line, and where the time went."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METRIC_NAMES = {
+    "reward": "score_mean",
+    "reward_std": "score_std",
+    "completions/mean_length": "length_mean",
+    "completions/min_length": "length_min",
+    "completions/max_length": "length_max",
+    "num_tokens": "tokens",
+}
+"""TRL's name of a metric -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
+
+LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
+"""Prefixes of TRL metrics that are dropped because one of ours reports the same."""
+
+PHASES = ("generate", "score", "forward", "update")
+"""Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""
+
+
+class MetricLog:
+    """Sums of every metric since the last line: the line's mean is over all tokens or rows, not a mean of means."""
+
+    def __init__(self):
+        self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def add(self, mode: str, name: str, values: Tensor, mask: Tensor | None = None, copies: int = 1) -> None:
+        """Adds values of this process to a metric.
+
+        Args:
+            mode: `train` or `eval`.
+            name: Of the metric.
+            values: Of any shape.
+            mask: Of the same shape; None: all of them count.
+            copies: How many processes add these same values.
+        """
+        mask = torch.ones_like(values) if mask is None else mask
+        sums = torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
+        self.sums[mode][name] = self.sums[mode].get(name, 0.0) + (sums if copies == 1 else sums / copies)
+
+    def take_means(self, mode: str, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """Every metric's mean over all processes, in a list as TRL keeps them; the sums start again from 0."""
+        sums, self.sums[mode] = self.sums[mode], {}
+        if not sums:
+            return {}
+        totals = sum_over_ranks(torch.stack([sums[name] for name in sorted(sums)])).tolist()
+        return {name: [total / n] for name, (total, n) in zip(sorted(sums), totals, strict=True) if n > 0}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.sums
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.sums = saved
+
+
+def rename(metrics: dict[str, list[float]]) -> None:
+    """Gives TRL's metrics our names, in place; drops those that ours report, and those without any value."""
+    for name in list(metrics):
+        values = metrics.pop(name)
+        if all(math.isnan(value) for value in values):
+            continue  # undefined in every batch, such as the mean of a function that never applied
+        if name in METRIC_NAMES:
+            metrics[METRIC_NAMES[name]] = values
+        elif name.startswith("rewards/"):
+            _, function, statistic = name.split("/", 2)
+            metrics[f"score/{function}" + ("" if statistic == "mean" else f"/{statistic}")] = values
+        elif name.split("/")[0] not in LEFT_OUT:
+            metrics[name] = values
+
+
+class PhaseTimer:
+    """Seconds of each phase of training since the last line. It runs from the first `start` on."""
+
+    def __init__(self, device_type: str):
+        self._has_queue = device_type != "cpu"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since: float | None = None
+        self.episodes_logged = 0
+
+    def start(self) -> None:
+        self._since = self._since or time.perf_counter()
+
+    def skip(self) -> None:
+        """Counts the time since the last booking for no phase."""
+        self._since = self._since and time.perf_counter()
+
+    def book(self, phase: str) -> None:
+        """Counts the time since the last booking for a phase."""
+        if self._since is None:
+            return
+        if self._has_queue:
+            torch.accelerator.synchronize()  # or the next phase would wait for this one's work, and be charged for it
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._since
+        self._since = now
+
+    def take(self, episodes: int) -> dict[str, float]:
+        """Seconds of each phase, and episodes per second, since the last line, which ended after `episodes_logged`."""
+        line = {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        new, seconds = episodes - self.episodes_logged, sum(self._seconds.values())
+        if new and seconds:
+            line["episodes_per_second"] = new / seconds
+        self.episodes_logged = episodes
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return line
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"episodes_logged": self.episodes_logged}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.episodes_logged = saved["episodes_logged"]
