@@ -90,7 +90,7 @@ class Evaluator:
         self.prompts = rows["prompt"][:]
         self.columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
         self.score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
-        self.judge_funcs = build_reward_funcs(recipe, recipe.eval.judge_funcs, key="eval.judge_funcs")
+        self.held_out_funcs = build_reward_funcs(recipe, recipe.eval.held_out_funcs, key="eval.held_out_funcs")
         self.reference_name = eval_reference(recipe)
 
     @functools.cached_property
@@ -156,11 +156,11 @@ class Evaluator:
             "finished": samples.finished,
         }
         scores, by_func = score_all(self.recipe.reward_funcs, self.score_funcs, **call)
-        judged, by_judge = score_all(settings.judge_funcs, self.judge_funcs, **call)
+        held_out, by_held_out = score_all(settings.held_out_funcs, self.held_out_funcs, **call)
         tokens = sum(map(len, samples.completion_ids))
         metrics = {
             **_score_metrics(scores, by_func, settings.positive_threshold),
-            **(_judge_metrics(judged, by_judge) if settings.judge_funcs else {}),
+            **(_held_out_metrics(held_out, by_held_out) if settings.held_out_funcs else {}),
             **_text_metrics(samples),
             **(rouge(*_texts(samples.completions, self.columns["reference"])) if "reference" in self.columns else {}),
             **_likelihood_metrics(own, under_reference, tokens),
@@ -170,7 +170,7 @@ class Evaluator:
         lengths, answers = list(map(len, _words(samples))), []
         for i, completion in enumerate(samples.completions):
             answer = {"completion": completion, "score": scores[i], "scores": {f: v[i] for f, v in by_func.items()}}
-            answer |= {"judge": judged[i]} if settings.judge_funcs else {}
+            answer |= {"held_out": held_out[i]} if settings.held_out_funcs else {}
             answers.append(answer | {"tokens": lengths[i], "finished": samples.finished[i]})
         return {"metrics": metrics, "answers": answers, "notes": self._notes(name, metrics, comparable, own)}
 
@@ -302,9 +302,9 @@ def _score_metrics(
     return metrics
 
 
-def _judge_metrics(judged: list[float | None], by_func: dict[str, list[float | None]]) -> dict[str, float | None]:
-    metrics = {"judge_mean": _statistics(judged)["mean"], "judge_positive_share": _share_above(judged, 0)}
-    return metrics | {f"judge/{func}": _statistics(values)["mean"] for func, values in by_func.items()}
+def _held_out_metrics(scores: list[float | None], by_func: dict[str, list[float | None]]) -> dict[str, float | None]:
+    metrics = {"held_out_mean": _statistics(scores)["mean"], "held_out_positive_share": _share_above(scores, 0)}
+    return metrics | {f"held_out/{func}": _statistics(values)["mean"] for func, values in by_func.items()}
 
 
 def _text_metrics(samples: "Samples") -> dict[str, float | None]:

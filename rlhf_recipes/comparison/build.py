@@ -88,10 +88,10 @@ def _views(
         return view_of(view, metric, of_label, at, UNITS.get(view, ""))
 
     views = []
-    for metric in ("score_mean", "judge_mean") if measured else ():
+    for metric in ("score_mean", "held_out_mean") if measured else ():
         scores = {run.name: measured[run.name].metrics.get(metric) for run in runs}
         if None in scores.values():
-            break  # without its score, the judge alone does not decide
+            break  # without its score, the held-out score alone does not decide
         views.append(side_by_side("held_out", metric, scores))
     for axis in UNITS:
         reached = [max((x for x, _ in points(run.curves, axis, "score_mean")), default=None) for run in runs]

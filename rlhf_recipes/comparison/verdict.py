@@ -23,7 +23,7 @@ WHERE = {
 }
 """View -> how a sentence says where the numbers come from; the budget goes into the braces."""
 
-METRICS = {"score_mean": "mean score", "judge_mean": "judge's mean score"}
+METRICS = {"score_mean": "mean score", "held_out_mean": "mean held-out score"}
 """Metric -> how a sentence calls it."""
 
 MUCH_KL = 1.5
@@ -178,12 +178,16 @@ def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
     if winner is None:
         return said
     loser = next(label for label in views[0]["means"] if label != winner)
-    judged = next((view for view in views[1:] if view["metric"] == "judge_mean"), None)
-    if judged is not None and judged["difference"] is not None and judged["means"][winner] < judged["means"][loser]:
-        of_loser = judged["winner"] == loser
-        said += " But the judge, which training did not see, "
+    held_out = next((view for view in views[1:] if view["metric"] == "held_out_mean"), None)
+    if (
+        held_out is not None
+        and held_out["difference"] is not None
+        and held_out["means"][winner] < held_out["means"][loser]
+    ):
+        of_loser = held_out["winner"] == loser
+        said += " But the held-out score, which training does not see, "
         said += f"prefers {name_of(loser)}: " if of_loser else "does not confirm it: "
-        theirs, other = (_digits(judged["means"][label], _decimals(judged)) for label in (winner, loser))
+        theirs, other = (_digits(held_out["means"][label], _decimals(held_out)) for label in (winner, loser))
         said += f"{theirs} with {name_of(winner)} and {other} with {name_of(loser)}."
     if kl is not None and kl[winner] > MUCH_KL * kl[loser] and kl[winner] - kl[loser] > LITTLE_KL:
         said += f" It went much farther from the reference for it: KL {kl[winner]:.1f} against {kl[loser]:.1f} nats."

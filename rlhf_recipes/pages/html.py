@@ -200,7 +200,7 @@ def _sample(line: dict[str, Any], algorithms: list[str]) -> dict[str, Any]:
             "algorithm": algorithm_of(name, algorithms),
             "completion": _text(found["completion"]),
             "score": found.get("score"),
-            "judge": found.get("judge"),
+            "held_out": found.get("held_out"),
             "tokens": found.get("tokens"),
             "finished": found.get("finished"),
         }

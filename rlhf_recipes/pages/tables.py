@@ -14,7 +14,7 @@ COLUMNS = {
     "score_mean": ("score", "{:.2f}", "mean of the score that PPO and RLOO were trained on"),
     "score_std": ("std", "{:.2f}", "standard deviation of that score over the completions"),
     "positive_share": ("positive", "{:.0%}", "share of completions whose score is above the threshold"),
-    "judge_mean": ("judge", "{:.2f}", "mean score of a judge that training did not see"),
+    "held_out_mean": ("held out", "{:.2f}", "mean score of reward functions that training does not see"),
     "kl": ("KL", "{:.1f}", "nats per completion between the model and the reference, on the model's own samples"),
     "kl_per_token": ("KL/token", "{:.3f}", "the same over all tokens of the samples"),
     "perplexity": ("perplexity", "{:.1f}", "of the samples under the reference: lower is more like its language"),
@@ -51,7 +51,10 @@ TEXT = (
 
 SWEEP_COLUMNS = {
     "score_last": ("training score", "{:.2f}"),
-    **{f"eval/{key}": COLUMNS[key][:2] for key in ("score_mean", "positive_share", "judge_mean", "kl", "length_mean")},
+    **{
+        f"eval/{key}": COLUMNS[key][:2]
+        for key in ("score_mean", "positive_share", "held_out_mean", "kl", "length_mean")
+    },
     "eval_perplexity": ("perplexity", "{:.1f}"),
     "eval_accuracy": ("accuracy", "{:.1%}"),
 }
@@ -189,7 +192,8 @@ def print_comparison(comparison: dict[str, Any], page: Path) -> None:
         difference = "" if view["difference"] is None else f"{view['difference']:+.3f}"
         interval = "" if view["interval"] is None else " to ".join(f"{end:+.3f}" for end in view["interval"])
         seeds = " and ".join(str(n) for n in view["seeds"].values()) + (", paired" if view["paired"] else "")
-        name = f"{view['view']} {view['metric']}".replace("_", " ")
+        parts = [view["metric"]] if view["metric"].startswith(view["view"]) else [view["view"], view["metric"]]
+        name = " ".join(parts).replace("_", " ")
         table.add_row(name, at, *means, difference, interval, seeds, view["label"])
     if comparison["views"]:
         console.print(table)

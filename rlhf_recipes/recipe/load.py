@@ -32,6 +32,9 @@ OURS_OF_PEFT = dict.fromkeys(
 ) | dict.fromkeys(("base_model_name_or_path", "revision"), "the stage's model or policy")
 """The same for keys of peft."""
 
+RENAMED = {"eval.judge_funcs": "eval.held_out_funcs"}
+"""Old name of a key -> its name."""
+
 FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are handed on as they are: there, null is a value."""
 
@@ -206,6 +209,8 @@ def _index(override: str, text: str, items: list) -> int:
 def _describe(finding: dict) -> str:
     """One of pydantic's findings in our words."""
     key = ".".join(str(part) for part in finding["loc"])
+    if key in RENAMED:
+        return f"{key}: unknown key; it is called {RENAMED[key]}."
     if finding["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(str(finding['loc'][-1]), _known_keys(finding['loc'][:-1]))}"
     if finding["type"] == "missing":

@@ -270,8 +270,8 @@ class Eval(Section):
     batch_size: int = Field(default=64, gt=0)
     positive_threshold: float = Field(default=0.0, allow_inf_nan=False)
     """A completion is positive when its score is above this."""
-    judge_funcs: list[RewardFunc] = []
-    """Reward functions that training did not see: their weighted sum is `judge_mean`."""
+    held_out_funcs: list[RewardFunc] = []
+    """Reward functions that training did not see: their weighted sum is `held_out_mean`."""
     num_samples: int = Field(default=16, ge=0)
     """Completions shown side by side."""
 

@@ -223,7 +223,7 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
 def check_reward_funcs(recipe: Recipe) -> list[str]:
     """What is wrong with the names and arguments of a recipe's reward functions; no model is loaded."""
     findings = []
-    for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.judge_funcs", recipe.eval.judge_funcs)):
+    for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
         for i, spec in enumerate(specs):
             try:
                 _check_args(spec, _find(spec.name))

@@ -59,7 +59,7 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
             found["eval.perplexity_model"] = (recipe.eval.perplexity_model, "model")
     funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
     if stage == "eval":
-        funcs["eval.judge_funcs"] = recipe.eval.judge_funcs
+        funcs["eval.held_out_funcs"] = recipe.eval.held_out_funcs
     for key, specs in funcs.items():
         for i, spec in enumerate(specs):
             model = spec.args.get("model")
@@ -187,7 +187,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
 def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
     """Dotted key -> `path/to/file.py:function` of what a stage takes from the user's own files."""
     funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
-    funcs |= {"eval.judge_funcs": recipe.eval.judge_funcs} if stage == "eval" else {}
+    funcs |= {"eval.held_out_funcs": recipe.eval.held_out_funcs} if stage == "eval" else {}
     named = {f"{key}.{i}.name": spec.name for key, specs in funcs.items() for i, spec in enumerate(specs)}
     named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}
     return {key: name for key, name in named.items() if name and ".py:" in name}

@@ -176,7 +176,7 @@ def _side_by_side(line: dict[str, Any]) -> dict[str, Any]:
     row = {key: as_cell(line[key]) for key in ("prompt", "reference") if key in line}
     for name, said in line["models"].items():
         row[name] = as_cell(said["completion"])
-        row |= {f"{name} {key}": said[key] for key in ("score", "judge") if key in said}
+        row |= {f"{name} {key}": said[key] for key in ("score", "held_out") if key in said}
     return row
 
 

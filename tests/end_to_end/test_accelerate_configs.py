@@ -226,7 +226,7 @@ def test_run_trains_with_two_processes_and_the_rest_with_one(tmp_path):
     """A recipe of two stages and eval; rloo with ZeRO-2 by another launch is the same rloo."""
     settings = [
         *TINY, "sft=null", "reward=null", "ppo=null", "episodes=128", "rloo.trainer.logging_steps=1",
-        "eval={num_prompts: 16, judge_funcs: []}", "rloo.policy=package:rlhf_recipes/base",
+        "eval={num_prompts: 16, held_out_funcs: []}", "rloo.policy=package:rlhf_recipes/base",
     ]  # fmt: skip
     done = cli("run", "imdb_tiny", *settings, "--accelerate-config", "cpu_ddp_2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ SMALLER = {  # a command as the README has it -> what makes it quick; None: test
     # Two of three sweeps: test_sweep runs one over keys that change together.
     **dict.fromkeys((command for command in COMMANDS if "baseline=none" in command or "ppo,rloo" in command), None),
     "run": FEW,
-    "duel": [*FEW, "episodes=32", "eval.num_prompts=8", "eval.judge_funcs=[]", "--seeds=2"],
+    "duel": [*FEW, "episodes=32", "eval.num_prompts=8", "eval.held_out_funcs=[]", "--seeds=2"],
     "audit": ["--prompts=0"],
     "sweep": [
         *("--seeds=1", "--no-eval"),

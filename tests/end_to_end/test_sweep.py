@@ -121,7 +121,7 @@ def test_stages_that_runs_build_on_are_made_once_for_each_of_their_settings(tmp_
         (sft,) = cell.training.needs
         assert cell.training.recipe.rloo.policy == str(sft.path) and sft.recipe.seed == cell.seed
         (judge,) = (job for job in cell.evaluation.needs if job.stage == "reward")
-        assert cell.evaluation.recipe.eval.judge_funcs[0].args["model"] == str(judge.path)
+        assert cell.evaluation.recipe.eval.held_out_funcs[0].args["model"] == str(judge.path)
         assert judge.recipe.reward.model == str(sft.path)
     other = plan(tmp_path, "rloo.baseline=none,constant", seeds="2")  # another sweep shares them too
     assert {job.path for job in other.jobs if job.stage == "sft"} == {j.path for j in sweep.jobs if j.stage == "sft"}
@@ -289,7 +289,7 @@ TINY = [
     "data.max_rows=400",
     "sft.trainer.max_steps=2",
     "rloo.trainer.per_device_train_batch_size=32",
-    "eval.judge_funcs=[]",
+    "eval.held_out_funcs=[]",
     "eval.num_prompts=16",
 ]
 

@@ -170,7 +170,7 @@ def test_scores_texts_and_lengths_are_those_of_the_completions(tmp_path, policy_
     recipe = recipe_of(
         tmp_path,
         {"sft": policy_folder, "other": other_folder},
-        f"eval.judge_funcs=[{{name: '{tmp_path}/mine.py:dice'}}]",
+        f"eval.held_out_funcs=[{{name: '{tmp_path}/mine.py:dice'}}]",
         "eval.positive_threshold=60",
         "eval.num_samples=3",
         rows=[{"prompt": prompt, "completion": end} for prompt, end in ends.items()],
@@ -190,7 +190,7 @@ def test_scores_texts_and_lengths_are_those_of_the_completions(tmp_path, policy_
         for answer, text in zip(answers, texts, strict=True):
             long = float(len(text)) if len(text) > 20 else None
             assert answer["scores"] == {"length": len(text), "only_long": long}
-            assert answer["score"] == len(text) + 2 * (long or 0) and 0 <= answer["judge"] < 1
+            assert answer["score"] == len(text) + 2 * (long or 0) and 0 <= answer["held_out"] < 1
         assert metrics["score_mean"] == pytest.approx(fmean(scores)) and metrics["score_std"] == pytest.approx(
             pstdev(scores)
         )
@@ -199,7 +199,9 @@ def test_scores_texts_and_lengths_are_those_of_the_completions(tmp_path, policy_
         assert metrics["score/length/min"] == min(lengths) and metrics["score/length/max"] == max(lengths)
         long = [length for length in lengths if length > 20]
         assert metrics["score/only_long"] == pytest.approx(fmean(long)) and metrics["score/only_long/min"] == min(long)
-        assert metrics["judge_mean"] == metrics["judge/dice"] == pytest.approx(fmean(a["judge"] for a in answers))
+        assert (
+            metrics["held_out_mean"] == metrics["held_out/dice"] == pytest.approx(fmean(a["held_out"] for a in answers))
+        )
         assert [answer["finished"] for answer in answers] == made.finished
         words = [ids[:-1] if done else ids for ids, done in zip(made.completion_ids, made.finished, strict=True)]
         assert [answer["tokens"] for answer in answers] == list(map(len, words))

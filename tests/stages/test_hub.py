@@ -263,7 +263,7 @@ def test_a_pinned_model_without_a_pad_token_goes_through_every_stage(hub_cache, 
     settings += [f"{stage}.trainer={{max_steps: 2}}" for stage in ("sft", "reward")]
     batch = "{max_completion_length: 4, per_device_train_batch_size: 8, num_generations: 4}"
     settings += ["episodes=16", f"ppo.trainer={batch}", "ppo.value_model=stage:reward", f"rloo.trainer={batch}"]
-    settings += ["eval={num_prompts: 2, judge_funcs: [{name: length}], models: {base: org/name@v1, ppo: stage:ppo}}"]
+    settings += ["eval={num_prompts: 2, held_out_funcs: [{name: length}], models: {base: org/name@v1, ppo: stage:ppo}}"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache)}
     root = tmp_path / "runs" / "imdb_tiny"
     for stage in ("sft", "reward", "ppo", "eval"):

@@ -103,7 +103,7 @@ def test_eval_and_report(tiny):
     measured = json.loads((folder / "runs/imdb_tiny/eval/eval.json").read_text())
     wanted = {
         "score_mean",
-        "judge_mean",
+        "held_out_mean",
         "positive_share",
         "kl",
         "length_mean",
@@ -124,7 +124,7 @@ def test_eval_and_report(tiny):
     again = cli("eval", "imdb_tiny", *FEW, cwd=folder)
     table = again.stdout.partition("\n")[2]
     assert "nothing to do" in again.stdout and table.strip() in done.stdout
-    assert all(name in table for name in ("positive", "judge", "KL", "perplexity", "distinct-3", "rloo"))
+    assert all(name in table for name in ("positive", "held out", "KL", "perplexity", "distinct-3", "rloo"))
 
 
 def test_terminal_stays_readable(tiny):

@@ -449,7 +449,10 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     (tmp_path / "my duel").mkdir()
     models = {"sft": {"score_mean": 0.1, "kl": 0.0}, "ppo": {"score_mean": 0.7, "kl": None}}
     (tmp_path / "eval" / "eval.json").write_text(json.dumps({"models": models}))
-    said = {"sft": {"completion": " bad", "score": -1.0}, "ppo": {"completion": " good", "score": 0.5, "judge": None}}
+    said = {
+        "sft": {"completion": " bad", "score": -1.0},
+        "ppo": {"completion": " good", "score": 0.5, "held_out": None},
+    }
     write_jsonl(tmp_path / "eval" / "completions.jsonl", [{"prompt": "it was", "reference": " so", "models": said}])
     view = {"view": "held_out", "metric": "score_mean", "at": None, "difference": 0.2, "interval": [0.1, 0.3]}
     view |= {"means": {"ppo": 0.7, "rloo": 0.5}, "label": "PPO better", "sentence": "PPO is better.", "paired": True}
@@ -468,7 +471,7 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     (table,) = tables(tmp_path / "eval", "models")
     assert (table["columns"], table["data"]) == (["model", "score_mean", "kl"], [["sft", 0.1, 0.0], ["ppo", 0.7, None]])
     (table,) = tables(tmp_path / "eval", "completions")
-    assert table["columns"] == ["prompt", "reference", "sft", "sft score", "ppo", "ppo score", "ppo judge"]
+    assert table["columns"] == ["prompt", "reference", "sft", "sft score", "ppo", "ppo score", "ppo held_out"]
     assert table["data"] == [["it was", " so", " bad", -1.0, " good", 0.5, None]]
     found = records(tmp_path / "my duel")
     summary = {}

@@ -131,7 +131,9 @@ def evaluated(folder: Path, runs: dict[str, Path], metrics: dict[str, dict[str, 
         "seed": 42,
         "settings": settings | {"models": paths},
         "inputs": ids,
-        "sources": {"eval.judge_funcs.0.args.model": {"reference": "stage:reward", "revision": "4d", "path": "reward"}},
+        "sources": {
+            "eval.held_out_funcs.0.args.model": {"reference": "stage:reward", "revision": "4d", "path": "reward"}
+        },
     }
     (path / "manifest.json").write_text(json.dumps(manifest | more))
     lines = [

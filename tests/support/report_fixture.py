@@ -138,7 +138,7 @@ def _measured(draw: random.Random, score: float, i: int) -> dict[str, float | No
     return {
         "score_mean": score + draw.gauss(0, 0.02),
         "positive_share": 0.9,
-        "judge_mean": 1.0 + draw.gauss(0, 0.05),
+        "held_out_mean": 1.0 + draw.gauss(0, 0.05),
         "kl": 5.0 * bool(i),
         "length_mean": 10.5,
         "distinct_1": 0.22,
@@ -213,7 +213,7 @@ def _sample(draw: random.Random, names: list[str], words: int) -> dict[str, Any]
         models[name] = {
             "completion": completion,
             "score": round(draw.uniform(-1, 1), 4),
-            "judge": round(draw.gauss(0, 1), 4),
+            "held_out": round(draw.gauss(0, 1), 4),
             "scores": {"vader_sentiment": 0.5},
             "tokens": len(completion.split()),
             "finished": draw.random() < 0.9,
@@ -255,7 +255,7 @@ def _audited(run: dict[str, Any]) -> dict[str, Any]:
         "stage": run["algorithm"],
         "held_out_name": "judge",
         "bins": bins,
-        "checkpoints": [{"name": "final", "step": 60, "score_mean": 0.6, "judge_mean": 0.9, "kl": 5.0}],
+        "checkpoints": [{"name": "final", "step": 60, "score_mean": 0.6, "held_out_mean": 0.9, "kl": 5.0}],
         "peak": {"step": 30, "checkpoint": None, "held_out": 0.25, "by": "completions", "above_end": False},
         "signs": 1,
         "findings": ["the trained score rose by 0.3 while the held-out score fell by 0.1 after step 30"],
@@ -294,7 +294,7 @@ def nothing_known(comparison):
     comparison["cost"] = {name: dict.fromkeys(cost) for name, cost in comparison["cost"].items()}
     for line in comparison["samples"]:
         for found in line["models"].values():
-            found |= {"score": None, "judge": None, "tokens": None, "finished": None}
+            found |= {"score": None, "held_out": None, "tokens": None, "finished": None}
     comparison["evaluation"]["models"] = {
         name: dict.fromkeys(metrics) for name, metrics in comparison["evaluation"]["models"].items()
     }

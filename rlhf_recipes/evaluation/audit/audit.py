@@ -64,13 +64,13 @@ CHECKPOINT_COLUMNS = {
     "name": ("", "{}"),
     "step": ("step", "{}"),
     "score_mean": ("score", "{:.2f}"),
-    "judge_mean": ("held out", "{:.2f}"),
+    "held_out_mean": ("held out", "{:.2f}"),
     **{key: LOG_COLUMNS[key] for key in ("kl", "eos_rate", "length", "repetition", "longest_common_run")},
     **{key: LOG_COLUMNS[key] for key in ("copied_share", "title_copied_share")},
 }
 
 SCORED = (
-    "trained: weighted sum of reward_funcs; held out: of eval.judge_funcs, which training did not see",
+    "trained: weighted sum of reward_funcs; held out: of eval.held_out_funcs, which training did not see",
     "length~score: rank correlation; repeated: word pairs that repeat; run, copied, title: taken from the prompt",
 )
 
@@ -89,9 +89,9 @@ class Audited:
         return getattr(self.recipe, self.stage)
 
     @property
-    def judge_name(self) -> str | None:
+    def held_out_name(self) -> str | None:
         """What the held-out score is called; None without one."""
-        return " + ".join(spec.name.rpartition(":")[2] for spec in self.recipe.eval.judge_funcs) or None
+        return " + ".join(spec.name.rpartition(":")[2] for spec in self.recipe.eval.held_out_funcs) or None
 
     @property
     def is_finished(self) -> bool:
@@ -192,16 +192,18 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
 
     models = run.models()
     # Not kept: a judge may be a large model, and checkpoints are judged by one of their own.
-    moments, notes = _moments(run, build_reward_funcs(run.recipe, run.recipe.eval.judge_funcs, key="eval.judge_funcs"))
+    moments, notes = _moments(
+        run, build_reward_funcs(run.recipe, run.recipe.eval.held_out_funcs, key="eval.held_out_funcs")
+    )
     parts = hacking.split(moments)
     if moments and len(parts) == 1:
         notes.append(
             f"only {len(moments)} rollouts were logged, which is too few to compare parts of the training: set "
             f"{run.stage}.trainer.logging_steps lower"
         )
-    if run.judge_name is None:
+    if run.held_out_name is None:
         notes.append(
-            "no held-out score: set eval.judge_funcs to reward functions that training does not see; without one, an "
+            "no held-out score: set eval.held_out_funcs to reward functions that training does not see; without one, an "
             "audit sees length, copying and repetition, and not whether the score still means anything"
         )
     at, signs = hacking.of_log(parts)
@@ -216,19 +218,24 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
         )
     measured, answers, more = _checkpoints(run, models, prompts) if prompts else ([], [], [])
     notes += more
-    if run.judge_name is not None and len(answers) > 1:
+    if run.held_out_name is not None and len(answers) > 1:
         best, more_signs, more = hacking.of_checkpoints(answers)
         signs, notes = more_signs + signs, more + notes
         if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= FEW):
             row = measured[best.index]
-            peak = {"step": row["step"], "checkpoint": row["name"], "held_out": row["judge_mean"], "by": "checkpoints"}
+            peak = {
+                "step": row["step"],
+                "checkpoint": row["name"],
+                "held_out": row["held_out_mean"],
+                "by": "checkpoints",
+            }
             peak["above_end"] = best.above_end
     notes += _hints(run, models) + _changed_inputs(run)
     return {
         "run": str(run.path),
         "id": run.manifest["id"],
         "stage": run.stage,
-        "held_out_name": run.judge_name,
+        "held_out_name": run.held_out_name,
         "prompts": prompts,
         "bins": bins,
         "checkpoints": measured,
@@ -326,7 +333,7 @@ def _judge_log(run: Audited, judges: list, lines: list[dict[str, Any]]) -> tuple
         "finished": finished,
     }
     try:
-        return score_all(run.recipe.eval.judge_funcs, judges, **call)[0], []
+        return score_all(run.recipe.eval.held_out_funcs, judges, **call)[0], []
     except RewardError as error:  # it may want columns of the data, which no log has
         return [None] * len(lines), [f"logged completions have no held-out score: {error}"]
 
@@ -378,13 +385,13 @@ def _checkpoints(
                     "name": name,
                     "step": steps[name],
                     "score_mean": metrics["score_mean"],
-                    "judge_mean": metrics.get("judge_mean"),
+                    "held_out_mean": metrics.get("held_out_mean"),
                     "kl": metrics["kl"] if "start" in references else None,
                     "eos_rate": metrics["eos_rate"],
                     **{key: mean_of_known([text[key] for text in texts]) for key in texts[0]},
                 }
             )
-            scores, judged = ([answer.get(key) for answer in said] for key in ("score", "judge"))
+            scores, judged = ([answer.get(key) for answer in said] for key in ("score", "held_out"))
             answers.append({"name": name, "scores": scores, "judged": judged})
     return measured, answers, notes
 

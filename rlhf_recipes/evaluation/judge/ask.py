@@ -255,7 +255,7 @@ def _models(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
 def _pair(line: dict[str, Any], a: str, b: str) -> Pair:
     own = {"completion": line.get("reference"), "finished": True}
     first, second = line["models"][a], line["models"].get(b, own)
-    scores = {key: _difference(first.get(key), second.get(key)) for key in ("score", "judge")}
+    scores = {key: _difference(first.get(key), second.get(key)) for key in ("score", "held_out")}
     finished = (first["finished"], second["finished"])
     return Pair(line["prompt"], first["completion"], second["completion"], finished, scores)
 
@@ -363,7 +363,7 @@ def _found(
         "first_share": sum(firsts) / len(firsts) if firsts else None,
         "cut": sum(answer is not None and answer.get("cut", False) for two in answers for answer in two),
         "agreement": _agreement("score", outcomes, [pairs[i] for i in parsed]),
-        "judge_agreement": _agreement("judge", outcomes, [pairs[i] for i in parsed]),
+        "held_out_agreement": _agreement("held_out", outcomes, [pairs[i] for i in parsed]),
         "why_refused": refused[0] if refused else None,
         "pairs": rows,
     }
@@ -411,7 +411,7 @@ def _print(found: dict[str, Any]) -> None:
         say(f"  at equal lengths  {_percent(controlled)}{note}")
     keys = ("wins", "losses", "ties", "inconsistent", "unparsable")
     say("prompts             " + ", ".join(f"{found[key]} {key}" for key in keys))
-    for key, what in (("agreement", "the training's score"), ("judge_agreement", "eval's judge_funcs")):
+    for key, what in (("agreement", "the training's score"), ("held_out_agreement", "eval's held_out_funcs")):
         if found[key] is not None:
             say(f"agrees with {what}: {_percent(found[key], 'share')} of {found[key]['pairs']} decided prompts")
     if found["first_share"] is not None:

@@ -345,7 +345,7 @@ const signed = (value) => value.toFixed(2).replace("-", "−");
 function completionCard(name, found, pattern) {
   const facts = [];
   if (typeof found.score === "number") facts.push(`score\u00a0${signed(found.score)}`);
-  if (typeof found.judge === "number") facts.push(`judge\u00a0${signed(found.judge)}`);
+  if (typeof found.held_out === "number") facts.push(`held\u00a0out\u00a0${signed(found.held_out)}`);
   if (typeof found.tokens === "number") facts.push(`${found.tokens}\u00a0tokens`);
   return make("div", { class: `completion ${data.slots[name] ?? "sft"}` },
     make("h3", {}, make("bdi", {}, name)),

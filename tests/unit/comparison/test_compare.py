@@ -473,7 +473,7 @@ def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
 def test_a_comparison_is_written_as_a_whole(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    found = compared(*duel(tmp_path / "duel", [0.5, 0.6], [0.4, 0.55], metrics={"judge_mean": 0.25}))
+    found = compared(*duel(tmp_path / "duel", [0.5, 0.6], [0.4, 0.55], metrics={"held_out_mean": 0.25}))
     write_comparison(out, found)
     assert json.loads((out / "comparison.json").read_text()) == found
     assert found["verdict"]["sentence"] in (out / "report.md").read_text()
@@ -516,7 +516,7 @@ def test_manifests_say_which_run_made_a_model_and_which_file_a_function(tmp_path
     )
 
 
-METRICS_OF_ONE = {"ppo": {"score_mean": 0.9, "judge_mean": 1.0}, "rloo": {"score_mean": None, "judge_mean": 0.5}}
+METRICS_OF_ONE = {"ppo": {"score_mean": 0.9, "held_out_mean": 1.0}, "rloo": {"score_mean": None, "held_out_mean": 0.5}}
 
 
 def test_a_model_without_a_held_out_score_is_noted(tmp_path):

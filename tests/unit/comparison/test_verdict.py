@@ -164,13 +164,16 @@ def test_a_seed_that_ran_twice_is_one_seed():
 WIN = view([1.1, 1.2, 1.31], [0.1, 0.2, 0.3])
 
 
-def test_a_win_that_the_judge_does_not_share_says_so():
-    against = view([0.1, 0.2, 0.3], [1.1, 1.2, 1.31], metric="judge_mean")
-    weak = view([0.1, 0.2, 0.3], [0.2, 0.1, 0.9], metric="judge_mean")
-    with_it = view([1.1, 1.2, 1.3], [0.1, 0.2, 0.3], metric="judge_mean")
+def test_a_win_that_the_held_out_score_does_not_share_says_so():
+    against = view([0.1, 0.2, 0.3], [1.1, 1.2, 1.31], metric="held_out_mean")
+    weak = view([0.1, 0.2, 0.3], [0.2, 0.1, 0.9], metric="held_out_mean")
+    with_it = view([1.1, 1.2, 1.3], [0.1, 0.2, 0.3], metric="held_out_mean")
     said = [decide([WIN, judged], ["ppo", "rloo"], [])["sentence"] for judged in (against, weak, with_it)]
-    assert "But the judge, which training did not see, prefers RLOO: 0.200 with PPO and 1.203 with RLOO." in said[0]
-    assert "does not confirm it: 0.200 with PPO and 0.400 with RLOO." in said[1] and "judge" not in said[2]
+    assert (
+        "But the held-out score, which training does not see, prefers RLOO: 0.200 with PPO and 1.203 with RLOO."
+        in said[0]
+    )
+    assert "does not confirm it: 0.200 with PPO and 0.400 with RLOO." in said[1] and "held-out score" not in said[2]
 
 
 def test_a_win_by_much_more_kl_says_so():

@@ -269,7 +269,7 @@ reward_funcs:
   - {{name: regex, args: {{pattern: great}}}}
   - {{name: regex, weight: 2.0, args: {{pattern: fun}}}}
 ppo: {{policy: {policy}, trainer: {{max_completion_length: 12}}}}
-eval: {{judge_funcs: [{judge}]}}
+eval: {{held_out_funcs: [{judge}]}}
 """
 
 JUDGE = "{name: regex, args: {pattern: the plot}}"
@@ -373,7 +373,7 @@ def test_a_judge_that_wants_columns_of_the_data_judges_checkpoints_only(planted,
     found = audit_runs([run], prompts=4)[run]
     assert all(part["held_out"] is None for part in found["bins"])
     assert any("logged completions have no held-out score" in sentence for sentence in found["findings"])
-    assert [row["name"] for row in found["checkpoints"]] == ["start"] and found["checkpoints"][0]["judge_mean"] > 20
+    assert [row["name"] for row in found["checkpoints"]] == ["start"] and found["checkpoints"][0]["held_out_mean"] > 20
 
 
 def test_every_whole_checkpoint_is_measured_and_others_are_skipped_with_a_reason(planted, policy_folder):
@@ -479,7 +479,7 @@ ppo:
     per_device_train_batch_size: 32
     num_generations: 4
 rloo: {policy: POLICY, trainer: *trainer}
-eval: {judge_funcs: [{name: "rewards.py:variety"}]}
+eval: {held_out_funcs: [{name: "rewards.py:variety"}]}
 """
 
 REWARDS = """
@@ -512,7 +512,7 @@ def test_a_real_training_that_is_fooled_is_seen_through(tmp_path, policy_folder)
     assert last["score"] > first["score"] + 1 and last["held_out"] < first["held_out"]
     assert "the trained score rose" in " ".join(found["findings"][: found["signs"]])
     start, *_, final = found["checkpoints"]
-    assert final["score_mean"] > start["score_mean"] + 1 and final["judge_mean"] < start["judge_mean"]
+    assert final["score_mean"] > start["score_mean"] + 1 and final["held_out_mean"] < start["held_out_mean"]
     assert start["kl"] == 0 and final["kl"] > 1
     assert found["peak"]["by"] == "checkpoints" and found["peak"]["checkpoint"] != "final"
     assert "sign: " in printed and "checkpoint-40" in printed

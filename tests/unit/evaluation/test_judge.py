@@ -188,7 +188,7 @@ def write_eval(folder, rows, finished=True):
             name: {"completion": row[name], "score": score, "scores": {}, "tokens": 2, "finished": finished}
             for name, score in zip(("ppo", "rloo"), row["scores"], strict=True)
         }
-        models["ppo"]["judge"], models["rloo"]["judge"] = -row["scores"][0], -row["scores"][1]
+        models["ppo"]["held_out"], models["rloo"]["held_out"] = -row["scores"][0], -row["scores"][1]
         lines.append({"prompt": f"prompt {i}", "reference": row["reference"], "models": models})
     write_jsonl(folder / "completions.jsonl", lines)
     (folder / "manifest.json").write_text(json.dumps({"status": "finished", "id": "of-this-eval"}))
@@ -262,9 +262,9 @@ def test_both_orders_are_asked_and_counted(backend, server, recipe, capsys):
     )
     assert found["prompts"] == 5 and [row["outcome"] for row in found["pairs"]] == ["win", "loss", "win", "tie", "tie"]
     assert sum(part["prompts"] for part in found["by_length"]) == 5
-    # ppo scores more in all three decided pairs, of which it wins two; eval's judge_funcs say the opposite.
+    # ppo scores more in all three decided pairs, of which it wins two; eval's held_out_funcs say the opposite.
     assert [found["agreement"][key] for key in ("with", "share", "pairs")] == ["score", pytest.approx(2 / 3), 3]
-    assert found["judge_agreement"]["share"] == pytest.approx(1 / 3)
+    assert found["held_out_agreement"]["share"] == pytest.approx(1 / 3)
     assert found["cost"] == {
         "answers": 8, "asked": 8, "input_tokens": 800, "output_tokens": 16, "price": pytest.approx(0.88),
     }  # fmt: skip

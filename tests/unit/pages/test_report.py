@@ -208,12 +208,12 @@ def test_a_judge_s_disagreeing_orders_are_counted(tmp_path):
     judged = comparison["judge"][0]
     judged |= {"wins": 40, "losses": 20, "ties": 8, "inconsistent": 30, "unparsable": 2}
     judged |= {"length_controlled": dict.fromkeys(("win_rate", "interval", "slope", "extrapolated"))}
-    judged |= {"judge_agreement": {"with": "judge", "share": 0.8, "pairs": 50, "interval": None}}
+    judged |= {"held_out_agreement": {"with": "held_out", "share": 0.8, "pairs": 50, "interval": None}}
     judged["by_length"][0]["prompts"] = 12.5
     page = page_of(comparison, tmp_path)
     assert 'class="ppo" style="width:40.82%"' in page and 'class="ties" style="width:38.78%"' in page
     assert "ppo won 40, rloo won 20, neither 38" in page and "<td>12.5</td>" in page
-    assert "the score of training on 70%" in page and "the judge of eval on 80%" in page
+    assert "the score of training on 70%" in page and "the held-out functions of eval on 80%" in page
     assert "At equal length" not in page
     write_markdown(comparison, tmp_path / "report.md")
     assert "| 40 | 8 | 30 | 20 | 2 | 100 |" in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -203,6 +203,12 @@ def test_what_is_wrong_is_said_with_key_and_remedy(write, override, expected):
     assert all(part in found for part in expected), found
 
 
+def test_an_old_name_is_answered_with_the_new_one(write):
+    assert "eval.judge_funcs: unknown key; it is called eval.held_out_funcs." in message(
+        write(MINIMAL), "eval.judge_funcs=[]"
+    )
+
+
 def test_all_findings_come_at_once(write):
     found = message(write(MINIMAL), "ppo.trainer.bata=1", "sed=3", "data.pth=x")
     assert len(found.splitlines()) == 3 and all("mine.yaml" in line for line in found.splitlines())

@@ -154,7 +154,7 @@ def test_a_classifier_with_two_labels_is_no_reward_model(classifier_folder):
         values({"name": "reward_model", "args": {"model": str(classifier_folder)}})
 
 
-@pytest.mark.parametrize("key", ["reward_funcs", "eval.judge_funcs"])
+@pytest.mark.parametrize("key", ["reward_funcs", "eval.held_out_funcs"])
 def test_what_is_wrong_with_a_model_names_its_key(key, classifier_folder):
     model = {"model": str(classifier_folder)}
     for spec, expected in (
