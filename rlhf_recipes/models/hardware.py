@@ -1,7 +1,6 @@
 """What a training stage makes of the machine it runs on: precision, attention, gradient checkpointing, vLLM."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,6 @@ from rlhf_recipes.recipe.schema import RecipeError, Trained
 
 logger = logging.getLogger(__name__)
 
-MOST_OF_FREE = 0.9
-"""The share of a GPU's free memory that training may need: what is estimated leaves out fragments and libraries."""
-
 ALL_TRAINED = frozenset(
     ("albert", "bert", "bloom", "deberta-v2", "distilbert", "electra", "falcon", "gemma", "gemma2", "gpt2", "gpt_neo")
     + ("gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "stablelm")
@@ -22,9 +18,7 @@ ALL_TRAINED = frozenset(
 """Architectures of which every weight has a part in every loss; a mixture of experts is none of them."""
 
 
-def settings(
-    stage: str, section: Trained, asked_precision: str | None = None, needed: Callable[[bool], int | None] | None = None
-) -> dict[str, Any]:
+def settings(stage: str, section: Trained, asked_precision: str | None = None) -> dict[str, Any]:
     """A trainer's arguments that follow from the hardware, and a line in the log that says why.
 
     What the stage's own `trainer` says counts first, then the precision of accelerate's configuration, then what the
@@ -34,8 +28,6 @@ def settings(
         stage: Name of the stage.
         section: Its settings.
         asked_precision: `mixed_precision` of accelerate's configuration; None: it has none.
-        needed: Says, in half precision or not, how many bytes of a GPU training takes without gradient checkpointing;
-            None: nobody knows.
 
     Raises:
         RecipeError: The hardware has not the precision, or vLLM is asked for with a quantized base.
@@ -47,7 +39,7 @@ def settings(
     values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
     if on_cpu:  # accelerate runs several CPU processes as one run only with use_cpu
         values |= {"use_cpu": True, "dataloader_pin_memory": False}
-    checkpointing, reason = _checkpointing(given, on_cpu, lambda: needed and needed(precision != "no"))
+    checkpointing, reason = _checkpointing(given, on_cpu)
     if checkpointing is not None:
         values["gradient_checkpointing"] = checkpointing
     dtype = (given.get("model_init_kwargs") or {}).get("dtype")
@@ -96,24 +88,14 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator().type
 
 
-def _checkpointing(given: dict[str, Any], on_cpu: bool, needed: Callable[[], int | None]) -> tuple[bool | None, str]:
+def _checkpointing(given: dict[str, Any], on_cpu: bool) -> tuple[bool | None, str]:
     """Whether to compute activations twice instead of keeping them, and why; None: as the recipe says."""
     own = [name for name in ("gradient_checkpointing", "activation_checkpointing") if given.get(name) is not None]
     if own:
         return None, f"{'on' if given[own[0]] else 'off'}: the recipe says so"
     if on_cpu:
         return False, "it trades time for a GPU's memory"
-    without = needed() if torch.cuda.is_available() else None
-    if without is None:
-        return True, "not known what is needed without"
-    free, total = torch.cuda.mem_get_info()
-    sizes = f"{without / 2**30:.1f} GiB needed without, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    return checkpointing_needed(without, free), sizes
-
-
-def checkpointing_needed(needed: int, free: int) -> bool:
-    """Whether `needed` bytes, those of training without gradient checkpointing, are too many for `free` ones."""
-    return needed > MOST_OF_FREE * free
+    return True, "the default on a GPU; rlhf-recipes plan says whether it fits without, which is faster"
 
 
 def has_flash_attention(on_cpu: bool, precision: str) -> tuple[bool, str]:

@@ -228,14 +228,13 @@ def _gigabytes(value: float, signed: bool = False) -> str:
 
 def _lines(recipe: Recipe, plan: StagePlan, throughput: float | None) -> Iterator[str]:
     flag = "on" if plan.batch.checkpointing else "off"
-    said = (
-        ", as it fits without" if plan.chosen and not plan.batch.checkpointing and plan.machine.device != "cpu" else ""
-    )
     verdict = "fits" if plan.fits else "does not fit"
     yield (
         f"{plan.stage:<8} {verdict}: {plan.total / GIB:.2f} GB, headroom {plan.headroom / GIB:.2f} GB; "
-        f"gradient checkpointing {flag}{said} ({'without' if plan.batch.checkpointing else 'with'}: {plan.otherwise / GIB:.2f} GB)"
+        f"gradient checkpointing {flag} ({'without' if plan.batch.checkpointing else 'with'}: {plan.otherwise / GIB:.2f} GB)"
     )
+    if plan.fits_without:
+        yield f"{'':<8} it fits without gradient checkpointing, and is faster: {plan.stage}.trainer.gradient_checkpointing=false"
     work, unit = plan.work, {"sft": "texts", "reward": "pairs"}.get(plan.stage, "episodes")
     if work.rows is None:
         yield f"{'':<8} as many steps as the data has rows"

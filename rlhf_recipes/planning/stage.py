@@ -305,8 +305,6 @@ class StagePlan:
     machine: Machine
     launch: Launch
     batch: Batch
-    chosen: bool
-    """Whether `gradient_checkpointing` is not the recipe's word, but what fits."""
     moments: dict[str, Estimate]
     otherwise: float
     """Total with gradient checkpointing, if it is off, or without, if it is on."""
@@ -320,6 +318,11 @@ class StagePlan:
     @property
     def headroom(self) -> float:
         return self.machine.bytes - self.machine.reserve - self.total
+
+    @property
+    def fits_without(self) -> bool:
+        """True if gradient checkpointing is on, and the stage fits without it."""
+        return self.batch.checkpointing and self.otherwise <= self.machine.bytes - self.machine.reserve
 
     @property
     def fits(self) -> bool:
@@ -404,14 +407,12 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     }
     given = section.trainer.get("gradient_checkpointing")
     totals = {flag: max(moment.total for moment in of_flag.values()) for flag, of_flag in found.items()}
-    room = machine.bytes - machine.reserve
-    checkpointing = given if given is not None else machine.device != "cpu" and totals[False] > room
+    checkpointing = given if given is not None else machine.device != "cpu"
     return StagePlan(
         stage=stage,
         machine=machine,
         launch=launch,
         batch=replace(batch, checkpointing=checkpointing),
-        chosen=given is None,
         moments=found[checkpointing],
         otherwise=totals[not checkpointing],
         work=_work(recipe, stage, settings, batch, machine.count),

@@ -1,27 +1,24 @@
-"""From a recipe's `trainer:` to the trainer's own arguments: the recipe's word, then what fits this machine."""
+"""From a recipe's `trainer:` to the trainer's own arguments: the recipe's word first, then what suits this machine."""
 
 import logging
 import math
 import os
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_recipes.launch.setup import asked, check_setup, launched
 from rlhf_recipes.models import hardware as machine
-from rlhf_recipes.planning.memory import Launch
-from rlhf_recipes.planning.stage import Machine, plan_stage
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 
 logger = logging.getLogger(__name__)
 
-# Ten checkpoints a run: to be killed costs a tenth of it at most.
+# Ten checkpoints a run: a run that is killed loses a tenth of its work at most.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
-"""What we prefer to TRL's defaults, unless the recipe says otherwise."""
+"""Defaults that replace TRL's, unless the recipe says otherwise."""
 
 
 def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
@@ -33,7 +30,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     section, wanted = getattr(run.recipe, run.stage), asked()
     given = section.trainer | run.recipe.batches(run.stage, launched().num_processes)
     precision = wanted and wanted.mixed_precision
-    fitting = machine.settings(run.stage, section, precision, lambda half: _bytes_needed(run, half))
+    fitting = machine.settings(run.stage, section, precision)
     values = DEFAULTS | fitting | {"save_total_limit": 2} | given
     values |= {
         "output_dir": str(run.path),
@@ -70,23 +67,6 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         if run.recipe.episodes is not None:
             _set_budget(run, args, given)
     return args
-
-
-def _bytes_needed(run: Run, half: bool) -> int | None:
-    """What the stage takes of each GPU without gradient checkpointing; None where plan has no numbers for it."""
-    setup, given = launched(), getattr(run.recipe, run.stage).trainer
-    if given.get("use_vllm") and given.get("vllm_mode", "colocate") == "colocate":  # an engine's share is not in them
-        return None
-    if setup.kind == "FSDP" or (setup.zero_stage or 0) > 2:
-        return None
-    gpu = Machine(setup.num_processes, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
-    launch = Launch(processes=setup.num_processes, zero_stage=setup.zero_stage or 0, half=half)
-    try:
-        plan = plan_stage(run.recipe, run.stage, gpu, launch)
-    except RecipeError as error:  # a model that plan cannot follow may train; what is really wrong is said there
-        logger.info("no plan for gradient checkpointing: %s", error)
-        return None
-    return math.ceil(plan.otherwise if plan.batch.checkpointing else plan.total)
 
 
 def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from rlhf_recipes.models.adapters import starting_point
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.trainers.args import _bytes_needed, trainer_args
+from rlhf_recipes.trainers.args import trainer_args
 from support.places import ROOT
 from support.processes import run_python
 from support.ranks import two_ranks
@@ -169,25 +169,18 @@ def test_a_stages_arguments_follow(tmp_path):
 # Gradient checkpointing
 
 
-def test_checkpointing_is_for_what_does_not_fit():
-    assert not machine.checkpointing_needed(70 * GIB, 79 * GIB)
-    assert machine.checkpointing_needed(75 * GIB, 79 * GIB)
-
-
 @pytest.mark.parametrize(
-    ("given", "needed", "expected", "why"),
+    ("given", "expected", "why"),
     [
-        ({}, 9, False, "off: 9.0 GiB needed without, 70.0 of 80.0 GiB free"),
-        ({}, 69, True, "on: 69.0 GiB needed without, 70.0 of 80.0 GiB free"),
-        ({}, None, True, "on: not known what is needed without"),
-        ({"gradient_checkpointing": True}, 9, None, "on: the recipe says so"),
-        ({"gradient_checkpointing": False}, 69, None, "off: the recipe says so"),
-        ({"activation_checkpointing": True}, 9, None, "on: the recipe says so"),
+        ({}, True, "on: the default on a GPU; rlhf-recipes plan says whether it fits without, which is faster"),
+        ({"gradient_checkpointing": True}, None, "on: the recipe says so"),
+        ({"gradient_checkpointing": False}, None, "off: the recipe says so"),
+        ({"activation_checkpointing": True}, None, "on: the recipe says so"),
     ],
 )
-def test_checkpointing_on_a_gpu(given, needed, expected, why, gpu, caplog):
+def test_checkpointing_on_a_gpu(given, expected, why, gpu, caplog):
     gpu()
-    values = machine.settings("ppo", section(given), needed=lambda half: needed and needed * GIB)
+    values = machine.settings("ppo", section(given))
     assert values.get("gradient_checkpointing") is expected
     assert said(caplog).endswith(f"gradient checkpointing {why}")
 
@@ -235,61 +228,6 @@ def test_sampling_keeps_the_cache_where_training_is_checkpointed(
     assert sampled[1:] == [(True, 1)] * 5
     assert trained == [False, False]
     assert len(layers) == 2  # inside of a checkpoint there is no gradient in the first pass: these are the second ones
-
-
-@pytest.fixture
-def planned(gpu, monkeypatch, tmp_path, policy_folder, caplog):
-    """What a stage takes of a GPU that is played, on tiny models; and the arguments that follow."""
-    gpu()
-    memory = SimpleNamespace(total_memory=80 * GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level("INFO", logger="rlhf_recipes.trainers.args")
-
-    def planned(stage, *overrides):
-        models = [f"sft={{model: {policy_folder}}}", f"reward.model={policy_folder}"]
-        policies = [f"{name}.policy={policy_folder}" for name in ("ppo", "rloo")]
-        recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *models, *policies, *overrides])
-        needed = _bytes_needed(Run(recipe, stage), True)
-        return needed, machine.settings(stage, getattr(recipe, stage), needed=lambda half: needed)
-
-    return planned
-
-
-@pytest.mark.parametrize("peft", ["null", "{r: 4}"], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rloo"])
-def test_what_a_gpu_needs_is_known_for_every_stage(stage, peft, planned, caplog, recwarn):
-    needed, values = planned(stage, f"{stage}.peft={peft}")
-    assert 0 < needed < GIB and values["gradient_checkpointing"] is False
-    assert "70.0 of 80.0 GiB free" in said(caplog)
-    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
-
-
-def test_a_plan_that_fails_is_no_error(planned, caplog, tmp_path):
-    AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path / "ssm")
-    for override, why in [
-        (
-            f"rloo.policy={tmp_path}/ssm",
-            "no plan for gradient checkpointing: rloo: plan cannot follow one of its models (AttributeError",
-        ),
-        (
-            "rloo.policy=nobody/knows-it",
-            "no plan for gradient checkpointing: rloo.policy: the config.json",
-        ),
-        ("rloo.peft={r: 4, target_modules: [nothing]}", "no plan for gradient checkpointing: rloo.peft"),
-        ("rloo.trainer.use_vllm=true", ""),  # which takes a share of the GPU that nobody plans
-    ]:
-        caplog.clear()
-        assert planned("rloo", override)[1]["gradient_checkpointing"] is True
-        assert why in caplog.text and "on: not known what is needed without" in said(caplog)
-    caplog.clear()
-    assert planned("rloo", "rloo.trainer.use_vllm=true", "rloo.trainer.vllm_mode=server")[0] > 0
-
-
-def test_on_a_cpu_nothing_is_planned(monkeypatch, tmp_path):
-    monkeypatch.setattr("rlhf_recipes.trainers.args.plan_stage", lambda *arguments: 1 / 0)
-    recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}"])
-    assert trainer_args(Run(recipe, "ppo"), PPOConfig).gradient_checkpointing is False
 
 
 # Attention

@@ -359,11 +359,14 @@ def test_nothing_makes_it_fit():
     assert smallest_change("tldr_6.9b", [], plan, None, "2") is None
 
 
-def test_gradient_checkpointing_is_on_where_memory_needs_it():
+def test_plan_advises_to_turn_gradient_checkpointing_off_where_it_fits_without(capsys):
     roomy, tight = (planned("imdb_12gb", "sft", gpu) for gpu in ("24", "5"))
-    assert (roomy.batch.checkpointing, tight.batch.checkpointing) == (False, True)
-    assert roomy.otherwise == tight.total < roomy.total
-    assert planned("imdb_12gb", "sft", "24", "sft.trainer.gradient_checkpointing=true").total == tight.total
+    assert roomy.batch.checkpointing and roomy.total == tight.total < roomy.otherwise
+    assert (roomy.fits_without, tight.fits_without) == (True, False)
+    without = planned("imdb_12gb", "sft", "24", "sft.trainer.gradient_checkpointing=false")
+    assert without.total == roomy.otherwise and not without.fits_without and without.fits
+    run_plan("imdb_12gb", [], "24", None, None)
+    assert "and is faster: sft.trainer.gradient_checkpointing=false" in capsys.readouterr().out
 
 
 def test_output(capsys):
