@@ -186,7 +186,7 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
     import transformers
 
     for name in (
-        "models.adapters",
+        "models.start",
         "data.rows",
         "trainers.ppo",
         "trainers.rloo",

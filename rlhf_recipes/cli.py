@@ -16,7 +16,7 @@ from rlhf_recipes.pages.tables import print_table
 from rlhf_recipes.recipe.headers import recipe_table
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.functions import REWARD_FUNCS
+from rlhf_recipes.rewards.registry import REWARD_FUNCS
 from rlhf_recipes.runs.folder import Run, run_path, stages_to_run
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json

@@ -28,8 +28,8 @@ from rlhf_recipes.evaluation.metrics import (
     unique_token_ratio,
 )
 from rlhf_recipes.pages.tables import markdown_tables
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.calls import as_text
 from rlhf_recipes.runs.folder import PARTS, Run, eval_models, eval_reference, training_length
 from rlhf_recipes.runs.trackers import log_eval
 from rlhf_recipes.stage import stage_command
@@ -84,7 +84,7 @@ class Evaluator:
     """
 
     def __init__(self, recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", new_tokens: int):
-        from rlhf_recipes.rewards.functions import build_reward_funcs
+        from rlhf_recipes.rewards.registry import build_reward_funcs
 
         self.recipe, self.tokenizers, self.new_tokens = recipe, tokenizers, new_tokens
         self.prompts = rows["prompt"][:]
@@ -124,7 +124,7 @@ class Evaluator:
 
         from rlhf_recipes.models.likelihoods import sequence_logps, text_logps
         from rlhf_recipes.models.samples import Samples, sample
-        from rlhf_recipes.rewards.functions import score_all
+        from rlhf_recipes.rewards.calls import score_all
 
         settings, tokenizer = self.recipe.eval, self.tokenizers[name]
         comparable = tokenizer.get_vocab() == self.tokenizers[self.reference_name].get_vocab()

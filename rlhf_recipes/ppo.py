@@ -14,19 +14,18 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.models.load import check_context
-    from rlhf_recipes.rewards.functions import build_reward_funcs
+    from rlhf_recipes.models.start import Start
+    from rlhf_recipes.rewards.registry import build_reward_funcs
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
-    from rlhf_recipes.runs.references import loading, resolve_model
+    from rlhf_recipes.runs.references import resolve_model
     from rlhf_recipes.trainers.args import check_enough_prompts, trainer_args
     from rlhf_recipes.trainers.ppo import PPOConfig, PPOTrainer
 
     recipe, ppo = run.recipe, run.recipe.ppo
     args = trainer_args(run, PPOConfig)
-    adapter = adapter_args(run, args)
-    policy = resolve_model(recipe, "ppo.policy", ppo.policy)
+    start = Start(run, args, "policy")
     value_model = ppo.value_model
     if value_model not in OWN_VALUE_MODELS:
         value_model = resolve_model(recipe, "ppo.value_model", value_model)
@@ -35,17 +34,9 @@ def main(run: Run) -> str:
     train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
     check_context(recipe, "ppo.policy", ppo.policy, train, tokenizer, args.max_completion_length)
-    with loading("ppo.policy", ppo.policy):
-        start = starting_point(run, args, "policy", policy, adapter)
-        trainer = PPOTrainer(
-            **start,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train,
-            processing_class=tokenizer,
-            value_model=value_model,
-        )
-    settle(trainer, start, policy, ppo.policy)
+    trainer = start.trainer(
+        PPOTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=train, value_model=value_model
+    )
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

@@ -18,23 +18,22 @@ def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
     from trl.data_utils import is_conversational
 
+    from rlhf_recipes.data.pairs import pairs
     from rlhf_recipes.data.rows import load_rows
-    from rlhf_recipes.data.shapes import pairs, warn_of_copies
+    from rlhf_recipes.data.shapes import warn_of_copies
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.reward_quality import REPORT, kept, measure, own_references, scorer
-    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
-    from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, scale_head
+    from rlhf_recipes.models.load import config_of, fit_length, scale_head
+    from rlhf_recipes.models.start import Start
     from rlhf_recipes.rewards.reader import trained_scoring
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
-    from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.system.terminal import expected
     from rlhf_recipes.trainers.args import effective_batch, trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
-    adapter = adapter_args(run, args)
-    model = resolve_model(recipe, "reward.model", reward.model)
+    start = Start(run, args, "model")
     config = config_of(recipe, "reward.model", reward.model, classifier=True)
     tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
     fit_length(recipe, "reward", config, tokenizer, args)
@@ -52,16 +51,11 @@ def main(run: Run) -> str:
         train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
     # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
-    with loading("reward.model", reward.model), expected("LOAD REPORT"):  # the scalar head is new
-        start = starting_point(run, args, "model", model, adapter)
-        trainer = resumable(RewardTrainer)(
-            **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-        )
-    fit_embeddings("reward.model", trainer.model, tokenizer)
+    with expected("LOAD REPORT"):  # the scalar head is new
+        trainer = start.trainer(resumable(RewardTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
     train, held_out = kept(train, trainer.train_dataset, args), kept(held_out, trainer.eval_dataset, args)
     if reward.scale_head:
         scale_head(trainer.model, recipe.seed)
-    settle(trainer, start, model, reward.model)
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]

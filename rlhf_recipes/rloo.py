@@ -14,29 +14,22 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
     from rlhf_recipes.models.load import check_context
-    from rlhf_recipes.rewards.functions import build_reward_funcs
+    from rlhf_recipes.models.start import Start
+    from rlhf_recipes.rewards.registry import build_reward_funcs
     from rlhf_recipes.runs.callbacks import attach, save_model
-    from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.trainers.args import check_enough_prompts, trainer_args
     from rlhf_recipes.trainers.rloo import RLOOConfig, RLOOTrainer
 
     recipe, rloo = run.recipe, run.recipe.rloo
     args = trainer_args(run, RLOOConfig)
-    adapter = adapter_args(run, args)
-    policy = resolve_model(recipe, "rloo.policy", rloo.policy)
+    start = Start(run, args, "policy")
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer(recipe, "rloo.policy", rloo.policy)
     train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
     check_enough_prompts(run, args, train)
     check_context(recipe, "rloo.policy", rloo.policy, train, tokenizer, args.max_completion_length)
-    with loading("rloo.policy", rloo.policy):
-        start = starting_point(run, args, "policy", policy, adapter)
-        trainer = RLOOTrainer(
-            **start, reward_funcs=reward_funcs, args=args, train_dataset=train, processing_class=tokenizer
-        )
-    settle(trainer, start, policy, rloo.policy)
+    trainer = start.trainer(RLOOTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=train)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     save_model(trainer, run)

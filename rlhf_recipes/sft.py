@@ -24,25 +24,23 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.shapes import corpus, texts, warn_of_copies
     from rlhf_recipes.data.tokenizer import load_tokenizer, make_tokenizer
     from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
-    from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
-    from rlhf_recipes.models.load import config_of, fit_embeddings, fit_length, make_model
+    from rlhf_recipes.models.load import config_of, fit_length, make_model
+    from rlhf_recipes.models.start import Start
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
-    from rlhf_recipes.runs.references import loading, resolve_model
     from rlhf_recipes.trainers.args import effective_batch, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
     if args.dataset_text_field != "text":
         raise RecipeError("sft.trainer.dataset_text_field: leave it out; data.columns.text names the column of texts.")
-    adapter = adapter_args(run, args)
+    start = Start(run, args, "model")
     train, held_out = load_rows(recipe.data, recipe.seed)
     if sft.scratch is not None:
         tokenizer = make_tokenizer(sft.scratch, corpus(recipe.data, train, sft.labels))
-        model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
-        config = model.config
+        start.model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
+        config = start.model.config
     else:
-        model = resolve_model(recipe, "sft.model", sft.model)
         config = config_of(recipe, "sft.model", sft.model)
         tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
@@ -52,15 +50,9 @@ def main(run: Run) -> str:
         warn_of_copies(train, held_out, "data")
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.shuffle(seed=recipe.seed).select(range(min(len(train), args.max_steps * effective_batch(args))))
-    with loading("sft.model", str(sft.model)):
-        start = {"model": model} if sft.scratch is not None else starting_point(run, args, "model", model, adapter)
-        trainer = resumable(SFTTrainer)(
-            **start, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
-        )
+    trainer = start.trainer(resumable(SFTTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
     check_rows(trainer, train, held_out)
-    fit_embeddings("sft.model", trainer.model, tokenizer)
     new_tokens = tokens_needed(trainer, asked) if asked else 0
-    settle(trainer, start, model, str(sft.model))
     attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     loss = trainer.evaluate()["eval_loss"]

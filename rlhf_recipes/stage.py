@@ -16,7 +16,7 @@ from rlhf_recipes.launch.setup import check_launch, launched, prepare
 from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOPPED, USER_ERROR, end_with_parent
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.functions import check_reward_funcs
+from rlhf_recipes.rewards.registry import check_reward_funcs
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
 from rlhf_recipes.system.errors import explain

@@ -3,25 +3,15 @@
 Rows keep every column that they came with, so that reward functions can read them by name.
 """
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.recipe.schema import Data, RecipeError, Sentences
+from rlhf_recipes.recipe.schema import Data, RecipeError
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
 from rlhf_recipes.runs.references import FILE_FORMATS, PARQUET, hub_arguments, locate_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_BREAK = re.compile(r"<br\s*/?>")
-_WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
-_TITLE = re.compile(r"\b(mr|mrs|ms|dr|st|vs)\.")
-_MARKS = re.compile(r"([.!?])[.!?]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
-"""Brackets, markup and other scripts would leave holes where they are dropped."""
 
 
 def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dataset"]:
@@ -61,19 +51,10 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
         transform = find_function(data.transform, f"{key}.transform")
         train, held_out = (_transform(data, transform, part, key) for part in (train, held_out))
     train, held_out = (_with_our_names(data, part, key) for part in (train, held_out))
-    if data.sentences is not None:
-        if "text" not in train.column_names:
-            raise missing_column(data, train, "text", f"{key}.sentences cuts texts", key)
-        for text in (text for part in (train, held_out) for text in part["text"]):
-            if not isinstance(text, str | None):
-                raise RecipeError(f"{key}.sentences cuts texts, but the column text of {data.path} holds {text!r:.60}.")
-        vocabulary = common_words(filter(None, train["text"]), data.sentences.vocabulary)
-        train, held_out = (_cut_sentences(part, data.sentences, vocabulary) for part in (train, held_out))
     for part, name in ((train, "training"), (held_out, "held-out")):
         if len(part) == 0:
             raise RecipeError(
-                f"{key}: no {name} rows are left of {data.path}; look at {key}.filter, {key}.transform and "
-                f"{key}.sentences."
+                f"{key}: no {name} rows are left of {data.path}; look at {key}.filter and {key}.transform."
             )
     return train, held_out
 
@@ -105,19 +86,6 @@ def missing_column(data: Data, rows: "Dataset", column: str, why: str, key: str)
         f"{key}: {data.path} has no column {column} ({why}); it has: {', '.join(rows.column_names)}. "
         f"If one of them is meant, say so: {key}.columns.{column.split()[0]}=NAME."
     )
-
-
-def whole_sentences(text: str) -> list[list[str]]:
-    """Lower-case words and marks of every sentence of a text, but for those that would have holes."""
-    return [_words(s) for s in _SENTENCE_END.split(_plain(text)) if _WHOLE_SENTENCE.fullmatch(s)]
-
-
-def common_words(texts: Iterable[str], size: int) -> set[str]:
-    """The most common lower-case words and marks of texts, `size` of them."""
-    counts = Counter()
-    for text in texts:
-        counts.update(_words(_plain(text)))
-    return {word for word, _ in counts.most_common(size)}
 
 
 def _load(data: Data, key: str):
@@ -210,27 +178,3 @@ def _inside(value: Any, path: list[str], where: str, column: str) -> Any:
                 found = f"it is a list of {len(value)}" if isinstance(value, list) else f"it is {str(value)[:60]!r}"
             raise RecipeError(f"{where}: {outer} has no {step!r} inside; {found}.")
     return value
-
-
-def _plain(text: str) -> str:
-    """Lower case, without markup, with no dot but at the end of a sentence, and with one mark there."""
-    return _MARKS.sub(r"\1", _TITLE.sub(r"\1", _BREAK.sub(" ", text).lower()))
-
-
-def _words(text: str) -> list[str]:
-    return _WORD_OR_MARK.findall(text)
-
-
-def _cut_sentences(rows: "Dataset", sentences: Sentences, vocabulary: set[str]) -> "Dataset":
-    shortest, longest = sentences.words
-
-    def cut(batch: dict) -> dict:
-        made = defaultdict(list)
-        for i, text in enumerate(batch["text"]):
-            for words in whole_sentences(text or ""):
-                if shortest <= len(words) <= longest and vocabulary.issuperset(words):
-                    for column in batch:
-                        made[column].append(" ".join(words) if column == "text" else batch[column][i])
-        return dict(made) or {column: [] for column in batch}
-
-    return rows.map(cut, batched=True)

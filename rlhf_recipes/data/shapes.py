@@ -1,17 +1,17 @@
-"""What stages train on, made of rows: one function per use, `texts`, `pairs` and `prompts`."""
+"""Texts and prompts, made of rows: one function per use, `texts` and `prompts`; `pairs.py` makes pairs."""
 
 import logging
 import random
 import re
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.rows import missing_column, put_column
 from rlhf_recipes.data.tokenizer import token_ids
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Data, RecipeError
-from rlhf_recipes.rewards.calls import as_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,50 +41,13 @@ def texts(
         labels: Keep only rows with one of these labels; None keeps all.
     """
     rows, columns = _texts(data, rows, labels)
-    return _short_enough(data, rows, tokenizer, "data").select_columns(columns)
+    return short_enough(data, rows, tokenizer, "data").select_columns(columns)
 
 
 def corpus(data: Data, rows: "Dataset", labels: list[int] | None = None) -> list[str]:
     """The texts of `texts`, prompt and completion joined, for a tokenizer that is yet to be made."""
     rows, columns = _texts(data, rows, labels)
     return ["".join(map(as_text, parts)) for parts in zip(*(rows[column] for column in columns), strict=True)]
-
-
-def pairs(
-    data: Data,
-    rows: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    limit: int | None,
-    seed: int,
-    chosen_label: int = 1,
-    apart_from: "Dataset | None" = None,
-    key: str = "data",
-) -> "Dataset":
-    """Pairs for the reward model: `chosen` and `rejected` (and `prompt`, where the data has one).
-
-    Where the data has labels instead of pairs, a text with the one label is chosen over a text with the other that has
-    as many words, so that length tells nothing. No text is used twice.
-
-    Args:
-        data: What the rows were loaded by.
-        rows: From `load_rows`.
-        tokenizer: Measures prompts, where `data.max_prompt_tokens` limits them.
-        limit: Number of pairs at most; None for all.
-        seed: Draws the pairs of texts with labels.
-        chosen_label: Which texts with labels are chosen: positive ones (1) or negative ones (0).
-        apart_from: Rows whose texts no pair of texts with labels may have: the training rows, for held-out pairs.
-        key: Where `data` stands in the recipe, for messages.
-    """
-    rows = _with_prompts(data, rows, key)
-    if "chosen" in rows.column_names and "rejected" in rows.column_names:
-        made = rows
-    elif all(column in rows.column_names for column in ("completion_0", "completion_1", "choice")):
-        made = _by_choice(data, rows, key)
-    else:
-        made = _by_label(data, rows, seed, chosen_label, apart_from, key)
-    columns = [column for column in ("prompt", "chosen", "rejected") if column in made.column_names]
-    made = _short_enough(data, _valid(data, made, columns, key), tokenizer, key).select_columns(columns)
-    return made.select(range(min(len(made), limit))) if limit else made
 
 
 def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", seed: int) -> "Dataset":
@@ -99,10 +62,10 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
         tokenizer: Cuts and measures prompts.
         seed: Draws lengths.
     """
-    rows = _with_prompts(data, rows, "data")
+    rows = with_prompts(data, rows, "data")
     if "prompt" in rows.column_names:
         columns = [column for column in ("prompt", "completion") if column in rows.column_names]
-        made = _short_enough(data, _valid(data, rows, columns, "data"), tokenizer, "data")
+        made = short_enough(data, valid_rows(data, rows, columns, "data"), tokenizer, "data")
     else:
         made = _beginnings(data, rows, tokenizer, random.Random(seed))
     if "completion" in made.column_names:
@@ -130,22 +93,22 @@ def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str) -> None:
 
 def _texts(data: Data, rows: "Dataset", labels: list[int] | None) -> tuple["Dataset", list[str]]:
     if labels is not None:
-        _need(data, rows, "label", "sft.labels selects by it", "data")
-        read = _label_reader(data, "data")
+        need_column(data, rows, "label", "sft.labels selects by it", "data")
+        read = label_reader(data, "data")
         rows = rows.filter(lambda row: read(row["label"]) in labels)
         if len(rows) == 0:
             raise RecipeError(
                 f"sft.labels: no training row of {data.path}, or no held-out one, has one of the labels {labels}; set "
                 "others, or hold out more rows with data.eval_fraction."
             )
-    rows = _with_prompts(data, rows, "data")
+    rows = with_prompts(data, rows, "data")
     for columns in (["prompt", "completion"], ["messages"], ["text"]):
         if all(column in rows.column_names for column in columns):
-            return _valid(data, rows, columns, "data"), columns
+            return valid_rows(data, rows, columns, "data"), columns
     raise missing_column(data, rows, "text (or prompt and completion, or messages)", "sft needs it", "data")
 
 
-def _with_prompts(data: Data, rows: "Dataset", key: str) -> "Dataset":
+def with_prompts(data: Data, rows: "Dataset", key: str) -> "Dataset":
     """Rows with the `prompt` of `data.prompt_template`, and with completions that begin with `data.completion_prefix`.
 
     A null in one of the template's columns makes the prompt null.
@@ -199,7 +162,7 @@ def _is_answer(data: Data, field: str) -> bool:
     return field in COMPLETIONS or any(f"{answer}.".startswith(f"{source}.") for answer in answers)
 
 
-def _short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> "Dataset":
+def short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> "Dataset":
     """Rows whose prompts have at most `data.max_prompt_tokens` tokens, after `data.truncate`.
 
     Raises:
@@ -243,7 +206,7 @@ def _fitting(data: Data, row: dict[str, Any], tokenizer: "PreTrainedTokenizerBas
     return prompt
 
 
-def _valid(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Dataset":
+def valid_rows(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Dataset":
     """Rows with something in each of `columns`, and with two texts in a pair; others as `data.invalid_rows` says.
 
     Raises:
@@ -300,58 +263,10 @@ def _is_blank(value: str | list[dict] | None) -> bool:
     return not value or value.isspace()
 
 
-def _by_choice(data: Data, rows: "Dataset", key: str) -> "Dataset":
-    for choice in rows["choice"]:
-        if choice not in (0, 1):
-            raise RecipeError(
-                f"{key}: the choice column of {data.path} holds {choice!r}; it must be 0 or 1: which of completion_0 "
-                "and completion_1 was chosen."
-            )
-    both = list(zip(rows["completion_0"], rows["completion_1"], rows["choice"], strict=True))
-    rows = put_column(rows, "chosen", [second if choice else first for first, second, choice in both])
-    return put_column(rows, "rejected", [first if choice else second for first, second, choice in both])
-
-
-def _by_label(
-    data: Data, rows: "Dataset", seed: int, chosen_label: int, apart_from: "Dataset | None", key: str
-) -> "Dataset":
-    from datasets import Dataset
-
-    _need(
-        data, rows, "text", "or chosen and rejected, or completion_0, completion_1 and choice: reward makes pairs", key
-    )
-    _need(data, rows, "label", "reward makes pairs of positive and negative texts", key)
-    rows = _valid(data, rows, ["text"], key)
-    read = _label_reader(data, key)
-    others = set() if apart_from is None else set(apart_from["text"])
-    used = set(others)
-    by_label: dict[int, list[str]] = {0: [], 1: []}
-    for text, label in zip(rows["text"], rows["label"], strict=True):
-        if text not in used:
-            used.add(text)
-            by_label[read(label)].append(text)
-    made, seen = [], set(others)
-    for pair in _match_lengths(by_label[chosen_label], by_label[1 - chosen_label], random.Random(seed)):
-        if pair["chosen"] != pair["rejected"] and seen.isdisjoint(pair.values()):  # two that were cut may be one
-            seen.update(pair.values())
-            made.append(pair)
-    if not made:
-        found = f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative"
-        if apart_from is None:
-            raise RecipeError(
-                f"{found} texts; pairs need both: look at {key}.columns, {key}.filter and {key}.max_rows."
-            )
-        raise RecipeError(
-            f"{found} held-out texts that no training row has; pairs need both: hold out more rows with "
-            f"{key}.eval_fraction, or another {key}.eval_split."
-        )
-    return Dataset.from_list(made)
-
-
 def _beginnings(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", lengths: random.Random) -> "Dataset":
     """Rows with the first words or tokens of `text` as `prompt`, in its place."""
-    _need(data, rows, "text", "prompts are cut from it (or name a prompt column)", "data")
-    rows = _valid(data, rows, ["text"], "data")
+    need_column(data, rows, "text", "prompts are cut from it (or name a prompt column)", "data")
+    rows = valid_rows(data, rows, ["text"], "data")
     unit, (shortest, longest) = (
         ("tokens", data.prompt_tokens) if data.prompt_words is None else ("words", data.prompt_words)
     )
@@ -359,7 +274,7 @@ def _beginnings(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase
     def cut(batch: dict) -> dict:
         wanted = [lengths.randint(shortest, longest) for _ in batch["text"]]
         if unit == "words":
-            found = [_first_words(text, n) for text, n in zip(batch["text"], wanted, strict=True)]
+            found = [first_words(text, n) for text, n in zip(batch["text"], wanted, strict=True)]
         else:
             # Only the beginning is needed; a token is at most a few dozen characters long.
             ids = tokenizer([text[: 64 * longest] for text in batch["text"]], add_special_tokens=False)["input_ids"]
@@ -372,12 +287,15 @@ def _beginnings(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase
     return made.remove_columns("text")
 
 
-def _need(data: Data, rows: "Dataset", column: str, why: str, key: str) -> None:
+def need_column(data: Data, rows: "Dataset", column: str, why: str, key: str) -> None:
+    """Refuse rows without a column; arguments as in `missing_column`."""
     if column not in rows.column_names:
         raise missing_column(data, rows, column, why, key)
 
 
-def _label_reader(data: Data, key: str) -> Callable[[object], int]:
+def label_reader(data: Data, key: str) -> Callable[[object], int]:
+    """A function from a value of the `label` column to 1 (positive) or 0 (negative); it refuses any other value."""
+
     def read(label: object) -> int:
         known = label.lower() if isinstance(label, str) else label
         if not isinstance(known, str | int | float) or known not in LABELS:
@@ -390,29 +308,7 @@ def _label_reader(data: Data, key: str) -> Callable[[object], int]:
     return read
 
 
-def _match_lengths(chosen: list[str], rejected: list[str], order: random.Random) -> list[dict[str, str]]:
-    """Pair texts with the same number of words; what has no partner is cut to the length of the nearest."""
-    buckets = []
-    for texts in (chosen, rejected):
-        by_length = defaultdict(list)
-        for text in order.sample(texts, len(texts)):
-            by_length[len(text.split())].append(text)
-        buckets.append(by_length)
-    made, left = [], ([], [])
-    for length in sorted(buckets[0].keys() | buckets[1].keys()):
-        both = [bucket[length] for bucket in buckets]
-        paired = min(map(len, both))
-        made += [{"chosen": c, "rejected": r} for c, r in zip(both[0][:paired], both[1][:paired], strict=True)]
-        for rest, texts in zip(left, both, strict=True):
-            rest += texts[paired:]
-    for c, r in zip(*left, strict=False):
-        length = min(len(c.split()), len(r.split()))
-        made.append({"chosen": _first_words(c, length), "rejected": _first_words(r, length)})
-    order.shuffle(made)
-    return made
-
-
-def _first_words(text: str, number: int) -> str:
+def first_words(text: str, number: int) -> str:
     """The beginning of a text up to its last of `number` words; empty where it has fewer."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     return text[: ends[number - 1]] if len(ends) >= number else ""

@@ -8,8 +8,8 @@ from rlhf_recipes.data.shapes import prompts
 from rlhf_recipes.data.tokenizer import context_length, eos_token_ids, longest_prompt
 from rlhf_recipes.evaluation.metrics import rouge
 from rlhf_recipes.models.samples import sample, shared_out
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.calls import as_text
 from rlhf_recipes.runs.folder import Run
 
 if TYPE_CHECKING:

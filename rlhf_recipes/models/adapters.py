@@ -6,36 +6,27 @@ transformers would look for whole weights beside it instead of following `base_m
 
 import copy
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import is_peft_model
-from peft import LoraConfig, PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
-    set_seed,
 )
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_recipes.models import hardware as machine
-from rlhf_recipes.models.load import MERGED_BASE, adapter_of, base_of, load_adapter, load_config, load_model
+from rlhf_recipes.models.load import load_config
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.references import is_hub_model, loading
-from rlhf_recipes.system.files import writing
+from rlhf_recipes.runs.references import loading
 
 INTO_BASE = ("pissa", "olora", "corda", "loftq")
 """Beginnings of values of `init_lora_weights` by which peft changes the model's own weights."""
@@ -85,101 +76,6 @@ def quantization_of(stage: str, settings: dict[str, Any], compute: str) -> BitsA
         return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | settings)
 
 
-def starting_point(run: Run, args: TrainingArguments, key: str, model: str, adapter: dict[str, Any]) -> dict[str, Any]:
-    """What a TRL trainer starts from, as its arguments `model`, `peft_config` and `quantization_config`.
-
-    A whole model is handed on by name. Of a start that is an adapter itself, training without `peft` takes the merged
-    model; with it, a language model's training goes on with this very adapter, and a reward model gets a new one on
-    the merged model, which is written to the run's folder, where the new adapter finds it.
-
-    Args:
-        run: The stage's run.
-        args: The trainer's arguments; how the model is loaded is put into them.
-        key: `model` or `policy`, where the stage names its start.
-        model: Folder or Hub id that it stands for.
-        adapter: What `adapter_args` made.
-
-    Raises:
-        RecipeError: The model cannot be loaded, or `peft` does not fit it.
-    """
-    where, reference = f"{run.stage}.{key}", getattr(getattr(run.recipe, run.stage), key)
-    is_reward, peft_config = run.stage == "reward", adapter["peft_config"]
-    auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-    trusted = reference in run.recipe.trust_remote_code
-    config = load_config(where, model, trusted)
-    settings = {"dtype": "float32"} | machine.attention(args, auto_class, config)
-    settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
-    settings |= {"use_safetensors": True, "trust_remote_code": trusted}
-    start = adapter_of(where, model)
-    _require_whole_numbers(where, reference, config)
-    set_seed(args.seed)  # a new head is random
-    if start is not None and peft_config is not None and is_reward:
-        model, start = _merged_on_disk(run, where, model, settings), None
-    if start is None:
-        if peft_config is not None:
-            _fit(run, where, model, trusted, auto_class, adapter)
-        args.model_init_kwargs, args.trust_remote_code = settings, trusted
-        return adapter | {"model": model}
-    args.model_init_kwargs = None
-    if getattr(args, "sync_ref_model", False):
-        raise RecipeError(
-            f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and only a whole model's reference can be synced."
-        )
-    if peft_config is None:
-        return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
-    _require_same(run, where, reference, peft_config, start, _shape(where, model, trusted, auto_class))
-    base = base_of(where, model, start)
-    if not is_hub_model(start.base_model_name_or_path or ""):
-        start.base_model_name_or_path = base  # which may have moved with the run's folder
-    with loading(where, base):
-        whole = auto_class.from_pretrained(base, quantization_config=adapter["quantization_config"], **settings)
-    return {"model": load_adapter(where, whole, model, start, is_trainable=True)[0]}
-
-
-def settle(trainer: Any, start: dict[str, Any], model: str, reference: str) -> None:
-    """Mend what TRL makes of a model, above all of an adapter; call it before training.
-
-    An adapter names its base so that it is found from everywhere: by its Hub id and commit, or by its whole path.
-
-    On a quantized model it casts the adapter to bf16, where an update below 1/256 of a weight is lost, as those of a
-    small learning rate are, and where an adapter that training goes on with differs from its frozen copy, and layers
-    that are trained whole from what they were. And on a CPU,
-    bitsandbytes rounds the base's scales to bf16 whenever it is evaluated between two checkpoints.
-
-    Args:
-        trainer: The trainer, just made.
-        start: What `starting_point` returned.
-        model: Folder of the start.
-        reference: How the recipe names it.
-    """
-    machine.expect_all_gradients(trainer)
-    adapted = trainer.model
-    if not is_peft_model(adapted):
-        return
-    for config in adapted.peft_config.values():
-        base = Path(config.base_model_name_or_path)
-        if is_hub_model(reference) and base == Path(model):
-            config.base_model_name_or_path, config.revision = reference.partition("@")[0], base.name
-        elif base.is_dir():
-            config.base_model_name_or_path = str(base.resolve())
-    if getattr(adapted, "is_loaded_in_4bit", False) or getattr(adapted, "is_loaded_in_8bit", False):
-        for name, parameter in adapted.named_parameters():
-            if any(f".{adapter}" in name for adapter in adapted.peft_config):
-                parameter.data = parameter.data.float()
-        for part in adapted.modules():
-            if hasattr(part, "support_avx512bf16_for_cpu"):
-                part.support_avx512bf16_for_cpu = False
-        if start.get("peft_config") is not None:
-            for part in adapted.modules():
-                if isinstance(part, ModulesToSaveWrapper):
-                    for trained in part.modules_to_save.values():
-                        trained.load_state_dict(part.original_module.state_dict())
-        else:
-            weights = load_peft_weights(model, device=str(adapted.device))
-            for adapter in adapted.peft_config:
-                set_peft_model_state_dict(adapted, weights, adapter)
-
-
 @contextmanager
 def _refusals(key: str) -> Iterator[None]:
     """Turn a library's refusal of settings into a `RecipeError`."""
@@ -189,10 +85,10 @@ def _refusals(key: str) -> Iterator[None]:
         raise RecipeError(f"{key}: {str(error)[:400]}") from error
 
 
-def _fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapter: dict[str, Any]) -> None:
+def fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapter: dict[str, Any]) -> None:
     """Train the new layers of a classifier whole, and refuse what the model cannot be adapted with."""
     peft_config, quantization_config = adapter["peft_config"], adapter["quantization_config"]
-    shape = _shape(where, model, trusted, auto_class)
+    shape = shape_of(where, model, trusted, auto_class)
     if auto_class is AutoModelForSequenceClassification:
         # All that is not in the backbone is new: score; or pooler, pre_classifier, classifier of BERT's relatives.
         new = [n for n, part in shape.named_children() if n != shape.base_model_prefix and list(part.parameters())]
@@ -257,19 +153,7 @@ def _require_tokens(run: Run, model: str, peft_config: LoraConfig, shape: PreTra
             )
 
 
-def _require_whole_numbers(where: str, reference: str, config: PreTrainedConfig) -> None:
-    """Refuse a model whose weights are stored quantized: its reference, merged and exported model would be others."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
-        raise RecipeError(
-            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so that "
-            "training cannot start from them; start from the unquantized original, with peft and quantization, which "
-            "quantizes it when it is loaded."
-        )
-
-
-def _shape(where: str, model: str, trusted: bool, auto_class: Any) -> PreTrainedModel:
+def shape_of(where: str, model: str, trusted: bool, auto_class: Any) -> PreTrainedModel:
     """A model without weights, for its names."""
     config = load_config(where, model, trusted)
     with loading(where, model), torch.device("meta"):
@@ -292,7 +176,7 @@ def _matched(targets: str | set[str], shape: PreTrainedModel) -> set[str]:
     return {name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)}
 
 
-def _require_same(
+def require_same(
     run: Run, where: str, reference: str, peft_config: LoraConfig, start: PeftConfig, shape: PreTrainedModel
 ) -> None:
     """Refuse to go on with an adapter under settings that are not its own."""
@@ -317,17 +201,3 @@ def _require_same(
                 f"{run.stage}.peft.{name} is {shown[0]}, but the adapter {reference}, with which training goes on, has "
                 f"{str(shown[1])[:200]}; set it to that, or leave it out: peft: {{}} takes all of the adapter's settings."
             )
-
-
-def _merged_on_disk(run: Run, where: str, model: str, settings: dict[str, Any]) -> str:
-    """The folder of a run in which the start, an adapter, stands as a whole classifier; written by the main process."""
-    folder = run.path / MERGED_BASE
-    with PartialState().main_process_first():
-        if not folder.exists():
-            part = folder.with_name(f".{MERGED_BASE}")
-            shutil.rmtree(part, ignore_errors=True)
-            with writing("the merged start of the adapter", part):
-                merged = load_model(AutoModelForSequenceClassification, where, model, new_head=True, **settings)
-                merged.save_pretrained(part)
-                part.rename(folder)
-    return str(folder)

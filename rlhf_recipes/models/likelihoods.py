@@ -6,7 +6,7 @@ import torch
 
 from rlhf_recipes.data.tokenizer import context_length, token_ids
 from rlhf_recipes.models.forward import completion_logits, pad_batch, sampled_logps
-from rlhf_recipes.rewards.calls import as_text
+from rlhf_recipes.recipe.messages import as_text
 
 
 @torch.inference_mode()

@@ -46,6 +46,12 @@ def recipe_folders() -> list[Path]:
     return [Path("recipes"), shipped]
 
 
+def code_file(name: str) -> Path:
+    """The Python file that a recipe names, seen from the current folder, or else from `recipe_folders`; it may not exist."""
+    places = (folder / Path(name).expanduser() for folder in (Path(), *recipe_folders()))
+    return next((path for path in places if path.is_file()), Path(name)).resolve()
+
+
 def recipe_files() -> dict[str, Path]:
     """Name -> file of every recipe that can be run by name; files named `_*.yaml` exist only to be extended."""
     files = {}
@@ -122,7 +128,23 @@ def _read(path: Path) -> dict:
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}."
         )
-    return _unshared(values)
+    return _with_code_beside(_unshared(values), path.parent)
+
+
+def _with_code_beside(values: Any, folder: Path) -> Any:
+    """The values of a recipe's file, with `file.py:function` made a whole path where only the recipe's folder has that file.
+
+    A file in `recipe_folders` keeps its short name, which is the same on every machine.
+    """
+    if isinstance(values, dict):
+        return {key: _with_code_beside(value, folder) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_code_beside(item, folder) for item in values]
+    file, _, function = values.rpartition(":") if isinstance(values, str) else ("", "", "")
+    beside = (folder / file).resolve()
+    if file.endswith(".py") and beside.is_file() and code_file(file) != beside:
+        return f"{beside}:{function}"
+    return values
 
 
 def _unshared(values: Any) -> Any:

@@ -29,18 +29,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Sentences(Section):
-    """Cut texts into lower-case sentences of words and marks, joined by single blanks.
-
-    A model trained from scratch in minutes can only learn a small language: short sentences of common words.
-    """
-
-    words: Range = [5, 22]
-    """Shortest and longest sentence to keep, in words and marks."""
-    vocabulary: int = Field(default=3000, gt=0)
-    """Only sentences that lie wholly inside this many most common words and marks are kept."""
-
-
 class Data(Section):
     """Where rows come from and what is made of them.
 
@@ -67,10 +55,9 @@ class Data(Section):
     max_rows: int | None = Field(default=None, gt=0)
     """Use this many rows of each split, drawn with the recipe's seed. None: all."""
     transform: str | None = None
-    """`module:function` or `path/to/file.py:function` of your own that makes rows of ours from a batch of the data's: it
-    takes and returns a dictionary of column name -> list. It is called before `columns` are looked for."""
-    sentences: Sentences | None = None
-    """None: texts stay as they are."""
+    """`module:function` or `path/to/file.py:function` of your own that makes rows of a batch of the data's: it takes and
+    returns a dictionary of column name -> list. The file may stand beside the recipe, as `recipes/film_reviews.py` does.
+    `columns` are looked for in the rows that it makes."""
     prompt_template: str | None = None
     """Makes `prompt` from other columns, such as `"TITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:"`."""
     completion_prefix: str = ""
@@ -92,7 +79,6 @@ class Data(Section):
         for name, bounds in (
             ("prompt_tokens", self.prompt_tokens),
             ("prompt_words", self.prompt_words),
-            ("sentences.words", self.sentences and self.sentences.words),
         ):
             if bounds and not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"{name} must be two numbers with 1 <= shortest <= longest, not {bounds}")

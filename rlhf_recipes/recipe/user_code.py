@@ -1,4 +1,7 @@
-"""Functions of the user's own that a recipe names: `module:function`, or `path/to/file.py:function`."""
+"""Functions of the user's own that a recipe names: `module:function`, or `path/to/file.py:function`.
+
+A path starts from the folder of the recipe, or from the current folder.
+"""
 
 import importlib
 import importlib.util
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_recipes.recipe.load import code_file
 from rlhf_recipes.recipe.schema import RecipeError
 
 
@@ -48,7 +52,7 @@ def running_user_code(failure: str) -> Iterator[None]:
 
 
 def _module_from_file(file: str, what: str):
-    path = Path(file).expanduser().resolve()
+    path = code_file(file)
     if not path.is_file():
         raise RecipeError(f"{what}: {file} does not exist (looked from {Path.cwd()}).")
     name = f"rlhf_recipes_user_{path.stem}"

@@ -15,7 +15,9 @@ from concurrent.futures import Future
 from numbers import Real
 from typing import Any
 
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.messages import as_text
+from rlhf_recipes.recipe.schema import RecipeError, RewardFunc
+from rlhf_recipes.rewards.score import weighted_sum
 
 Reward = Callable[..., list[float | None]]
 
@@ -25,11 +27,6 @@ _background: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 
 class RewardError(RecipeError):
     """A reward function raised, hung, or returned something that is not one finite number per completion."""
-
-
-def as_text(message: str | list[dict]) -> str:
-    """A prompt or completion as plain text; of chat messages, their contents, which a call of a tool has none of."""
-    return message if isinstance(message, str) else "\n".join(part["content"] or "" for part in message)
 
 
 def callable_name(function: Callable) -> str:
@@ -189,6 +186,30 @@ def call_all_on_every_rank(functions: list[Callable], processes: int, **call: An
         if message is not None:
             raise RewardError(message + (f" (process {rank})" if processes > 1 else "")) from error
     return values
+
+
+def score_all(
+    specs: list[RewardFunc], functions: list[Reward], **call: Any
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Call every reward function outside a trainer.
+
+    Args:
+        specs: The recipe's list of reward functions, for the weights.
+        functions: One for each entry of `specs`.
+        call: As in `call_all`.
+
+    Returns:
+        B scores, None where no function applies, and each function's own B values by its name.
+    """
+    import torch
+
+    values = call_all(functions, **call)
+    by_name = {function.__name__: value for function, value in zip(functions, values, strict=True)}
+    table = [[math.nan if value is None else value for value in column] for column in values]
+    table = torch.tensor(table, dtype=torch.float64).reshape(len(functions), len(call["completions"]))
+    weights = torch.tensor([spec.weight for spec in specs], dtype=torch.float64)
+    scores = weighted_sum(table.T, weights).tolist()
+    return [None if math.isnan(score) else score for score in scores], by_name
 
 
 def _start(function: Reward, call: dict[str, Any]) -> Future | None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from rlhf_recipes.data.tokenizer import context_length
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError, Section
-from rlhf_recipes.rewards.calls import RewardError, as_text
+from rlhf_recipes.rewards.calls import RewardError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

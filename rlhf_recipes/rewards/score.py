@@ -1,20 +1,21 @@
-"""From the answers of the reward functions to one score per completion, in training."""
+"""From the answers of the reward functions to one score per completion."""
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def shape_scores(
-    values: Tensor,
-    weights: Tensor,
-    finished: Tensor,
+    values: "Tensor",
+    weights: "Tensor",
+    finished: "Tensor",
     missing_eos: dict | None = None,
-    normalize: Callable[[Tensor], Tensor] | None = None,
+    normalize: "Callable[[Tensor], Tensor] | None" = None,
     clip_range: tuple[float, float] | None = None,
-) -> Tensor:
+) -> "Tensor":
     """The score of every completion, (N,): a weighted sum, then missing_eos, normalization and clipping, in this order.
 
     Args:
@@ -28,8 +29,7 @@ def shape_scores(
     Returns:
         Scores; NaN where no reward function applies.
     """
-    scores = (values * weights.to(values.device).unsqueeze(0)).nansum(dim=1)
-    scores[values.isnan().all(dim=1)] = math.nan
+    scores = weighted_sum(values, weights)
     if missing_eos is not None:
         scores = apply_missing_eos(scores, finished, **missing_eos)
     if normalize is not None:
@@ -37,7 +37,21 @@ def shape_scores(
     return scores.clamp(*clip_range) if clip_range else scores
 
 
-def apply_missing_eos(scores: Tensor, finished: Tensor, mode: Literal["replace", "subtract"], value: float) -> Tensor:
+def weighted_sum(values: "Tensor", weights: "Tensor") -> "Tensor":
+    """Scores (N,): the sum over functions of weight times value; NaN where no function applies.
+
+    Args:
+        values: (N, F), NaN where a function does not apply.
+        weights: (F,), the recipe's `reward_funcs[].weight`.
+    """
+    scores = (values * weights.to(values.device).unsqueeze(0)).nansum(dim=1)
+    scores[values.isnan().all(dim=1)] = math.nan
+    return scores
+
+
+def apply_missing_eos(
+    scores: "Tensor", finished: "Tensor", mode: Literal["replace", "subtract"], value: float
+) -> "Tensor":
     """Scores in which a completion without EOS pays for it; NaN, where no reward function applies, stays NaN.
 
     Source: `replace`, with -1, in Huang et al. 2024 (2403.17031); `subtract` as the `missing_eos_penalty` that TRL had.

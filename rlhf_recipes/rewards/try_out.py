@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.calls import as_text
 from rlhf_recipes.runs.folder import is_finished, run_path
 from rlhf_recipes.runs.inputs import check_references
 from rlhf_recipes.system.terminal import hush_libraries, log_to, say
@@ -30,7 +30,8 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
         raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo, so nothing scores its texts.")
     log_to(None)
     check_references(recipe, stage)
-    from rlhf_recipes.rewards.functions import build_reward_funcs, score_all
+    from rlhf_recipes.rewards.calls import score_all
+    from rlhf_recipes.rewards.registry import build_reward_funcs
 
     hush_libraries()
     functions = build_reward_funcs(recipe, recipe.reward_funcs)

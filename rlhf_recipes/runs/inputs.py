@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe.load import code_file
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
 from rlhf_recipes.runs.folder import eval_models, read_manifest
 from rlhf_recipes.runs.references import (
@@ -177,7 +178,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
         )
         found[key] = {"reference": reference} | source
     for key, name in _own_code(recipe, stage).items():
-        path = Path(name.rpartition(":")[0]).expanduser().resolve()
+        path = code_file(name.rpartition(":")[0])
         if path.is_file():  # or the stage says so, when it looks for the function
             checksum = sha256_of(path)
             found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": checksum}

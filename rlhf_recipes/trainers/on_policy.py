@@ -21,7 +21,7 @@ from rlhf_recipes.data.tokenizer import continuation
 from rlhf_recipes.models.forward import completion_logits, longest, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
 from rlhf_recipes.rewards.calls import call_all_on_every_rank, checked
-from rlhf_recipes.rewards.functions import as_reward_func
+from rlhf_recipes.rewards.registry import as_reward_func
 from rlhf_recipes.rewards.score import shape_scores
 from rlhf_recipes.runs.callbacks import CompletionTables
 from rlhf_recipes.runs.checkpoints import Resumable

@@ -136,6 +136,7 @@ def test_sources_say_which_commit_run_and_file(hub_cache, policy_folder, tmp_pat
     settings = [
         f"runs_dir={tmp_path / 'runs'}",
         f"data.path={data}",
+        "data.transform=null",
         "ppo.policy=org/name@v1",
         "ppo.value_model=stage:sft",
     ]
@@ -217,7 +218,7 @@ def cached_data(hub_cache, tmp_path, monkeypatch):
 def test_sources_say_the_commit_of_a_data_set(cached_data, hub_cache, tmp_path):
     from rlhf_recipes.data.rows import load_rows
 
-    recipe = load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v1, sentences: null}"])
+    recipe = load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v1, transform: null}"])
     check_references(recipe, "sft")
     assert len(load_rows(recipe.data, recipe.seed)[0]) > 20
     found = sources(recipe, "sft")["data.path"]
@@ -225,7 +226,7 @@ def test_sources_say_the_commit_of_a_data_set(cached_data, hub_cache, tmp_path):
     (tmp_path / "card" / "README.md").write_text("other reviews")
     put_into_cache(hub_cache, "org/reviews", tmp_path / "card", "v2", kind="dataset")
     with pytest.raises(RecipeError, match=f"data.path: .* at {cached_data}, not at the pinned revision v2"):
-        sources(load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v2, sentences: null}"]), "sft")
+        sources(load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v2, transform: null}"]), "sft")
     with pytest.raises(RecipeError, match="data.path: org/nowhere is not to be had"):
         sources(load_recipe("imdb_tiny", ["data.path=org/nowhere"]), "sft")
 
@@ -256,7 +257,7 @@ def test_a_pinned_model_without_a_pad_token_goes_through_every_stage(hub_cache, 
     data = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
     settings = [
         "runs_dir=runs",
-        f"data={{path: {data}, sentences: null, eval_fraction: 0.4}}",
+        f"data={{path: {data}, transform: null, eval_fraction: 0.4}}",
         'special_tokens={pad_token: "[PAD]"}',
     ]
     settings += ["sft.model=org/name@v1", "reward_funcs=[{name: reward_model, args: {model: stage:reward}}]"]

@@ -16,7 +16,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RLOOTrainer
 from rlhf_recipes.models import hardware as machine
-from rlhf_recipes.models.adapters import starting_point
+from rlhf_recipes.models.start import Start
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
@@ -263,7 +263,7 @@ def test_attention(played, given, expected, line, gpu, caplog, policy_folder, tm
         model_init_kwargs=given.get("model_init_kwargs"),
     )  # fmt: skip
     run = Run(load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", f"rloo.policy={policy_folder}"]), "rloo")
-    starting_point(run, args, "policy", str(policy_folder), {"peft_config": None, "quantization_config": None})
+    Start(run, args, "policy").arguments()
     assert args.model_init_kwargs.get("attn_implementation") == expected
 
 

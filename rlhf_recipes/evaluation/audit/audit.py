@@ -28,8 +28,9 @@ from rlhf_recipes.evaluation.audit.copying import (
 from rlhf_recipes.evaluation.audit.signs import mean_of_known
 from rlhf_recipes.launch.setup import prepare
 from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.calls import RewardError, as_text
+from rlhf_recipes.rewards.calls import RewardError
 from rlhf_recipes.runs.folder import audit_file, read_audit, read_manifest, run_path
 from rlhf_recipes.runs.inputs import go_offline, hub_references
 from rlhf_recipes.system.files import MARKER, checkpoints, step_of, write_whole, writing
@@ -188,7 +189,7 @@ def _open(path: Path) -> Audited:
 
 
 def _audit(run: Audited, prompts: int) -> dict[str, Any]:
-    from rlhf_recipes.rewards.functions import build_reward_funcs
+    from rlhf_recipes.rewards.registry import build_reward_funcs
 
     models = run.models()
     # Not kept: a judge may be a large model, and checkpoints are judged by one of their own.
@@ -320,7 +321,7 @@ def _judge_log(run: Audited, judges: list, lines: list[dict[str, Any]]) -> tuple
     """
     if not judges:
         return [None] * len(lines), []
-    from rlhf_recipes.rewards.functions import score_all
+    from rlhf_recipes.rewards.calls import score_all
 
     tokenizer = run.tokenizer()
     longest = run.new_tokens()

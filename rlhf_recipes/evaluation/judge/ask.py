@@ -24,8 +24,8 @@ from rlhf_recipes.evaluation.judge.win_rate import (
     win_rate,
     win_rate_by_length,
 )
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.calls import as_text
 from rlhf_recipes.runs.folder import is_finished, read_manifest, require_stage
 from rlhf_recipes.system.files import read_lines, write_whole, writing
 from rlhf_recipes.system.terminal import log_to, say

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from rlhf_recipes.data.rows import load_rows
-from rlhf_recipes.recipe.schema import Data, RecipeError, Sentences
+from rlhf_recipes.recipe.schema import Data, RecipeError
 from support.texts import REVIEWS, write_jsonl
 
 
@@ -107,22 +107,6 @@ def test_an_empty_csv_and_a_file_of_unknown_kind(tmp_path):
     assert "e.csv is empty" in error(load_rows, Data(path=str(tmp_path / "e.csv")), 0)
     (tmp_path / "notes.txt").write_text("x")
     assert ".jsonl" in error(load_rows, Data(path=str(tmp_path / "notes.txt")), 0)
-
-
-def test_sentences_are_whole_short_and_within_the_vocabulary(tmp_path):
-    rows = [
-        {
-            "text": "Mr. Bean was FUN...<br /><br />I liked it (a lot). Was it good?!? xylophone was fun. Too long "
-            + "very " * 30
-            + ".",
-            "label": 1,
-        }
-    ] * 3
-    file = write_jsonl(tmp_path / "r.jsonl", rows)
-    train, _ = load_rows(Data(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=1000)), 0)
-    assert set(train["text"]) == {"mr bean was fun .", "was it good ?", "xylophone was fun ."}
-    few, _ = load_rows(Data(path=str(file), eval_fraction=0.3, sentences=Sentences(words=[3, 6], vocabulary=9)), 0)
-    assert "xylophone was fun ." not in set(few["text"])
 
 
 def test_columns_are_copied_and_may_be_swapped(tmp_path):
@@ -264,12 +248,3 @@ def test_neither_part_is_ever_empty(tmp_path, fraction, held_out):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(5)])
     parts = load_rows(Data(path=str(file), eval_fraction=fraction), 0)
     assert list(map(len, parts)) == [5 - held_out, held_out]
-
-
-def test_sentences_of_nothing_and_of_numbers(tmp_path):
-    whole = "the film was very good ."
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": whole}, {"text": None}] * 4)
-    data = Data(path=str(file), eval_fraction=0.5, sentences={"words": [2, 9]})
-    assert {text for part in load_rows(data, 0) for text in part["text"]} == {whole}
-    write_jsonl(file, [{"text": 5}] * 4)
-    assert "data.sentences cuts texts, but the column text of" in error(load_rows, data, 0)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from rlhf_recipes.data.pairs import pairs
 from rlhf_recipes.data.rows import load_rows
-from rlhf_recipes.data.shapes import pairs, prompts, texts
+from rlhf_recipes.data.shapes import prompts, texts
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Data, RecipeError
 from support.places import SAMPLES

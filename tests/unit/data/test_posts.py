@@ -1,11 +1,16 @@
-"""Posts, summaries and comparisons made of reviews."""
+"""Sentences, posts, summaries and comparisons made of film reviews: the example of `data.transform`."""
 
 import pytest
 
-from rlhf_recipes.data.posts import comparisons, posts
+from rlhf_recipes.data.pairs import pairs
 from rlhf_recipes.data.rows import load_rows
-from rlhf_recipes.data.shapes import pairs, texts
+from rlhf_recipes.data.shapes import texts
 from rlhf_recipes.recipe.schema import Data
+from rlhf_recipes.recipe.user_code import find_function
+
+sentences, posts, comparisons = (
+    find_function(f"film_reviews.py:{n}", "") for n in ("sentences", "posts", "comparisons")
+)
 
 REVIEW = (
     "I saw this movie twice. The acting in this movie was wonderful.<br />The story was not so good! "
@@ -16,6 +21,13 @@ OTHER = (
     "I left before the end."
 )
 TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+
+
+def test_sentences_are_whole_short_and_of_common_words():
+    text = "Mr. Smith was really FUN...<br /><br />I liked it (a lot). Was it really good?!? A zyzzyva was very fun. "
+    made = sentences({"text": [text + "Too long " + "very " * 30 + ".", None], "label": [1, 0]})
+    assert made == {"text": ["mr smith was really fun .", "was it really good ?"], "label": [1, 1]}
+    assert sentences({"text": [None], "label": [1]}) == {"text": [], "label": []}
 
 
 def test_the_summary_is_the_sentence_that_shares_most_and_leaves_the_post():
@@ -48,7 +60,7 @@ def test_the_packaged_reviews_give_posts_and_comparisons():
     data = Data(
         **reviews,
         **template,
-        transform="rlhf_recipes.data.posts:posts",
+        transform="film_reviews.py:posts",
         columns={"completion": "summary"},
         completion_prefix=" ",
     )
@@ -60,7 +72,7 @@ def test_the_packaged_reviews_give_posts_and_comparisons():
         assert row["completion"].startswith(" ") and 5 <= len(row["completion"].split()) <= 16
     columns = {name: f"info.{name}" for name in ("subreddit", "title", "post")}
     columns |= {f"completion_{i}": f"summaries.{i}.text" for i in (0, 1)}
-    data = Data(**reviews, **template, transform="rlhf_recipes.data.posts:comparisons", columns=columns)
+    data = Data(**reviews, **template, transform="film_reviews.py:comparisons", columns=columns)
     rows, _ = load_rows(data, 0)
     assert 0.4 < sum(rows["choice"]) / len(rows) < 0.6
     own = {row["prompt"]: row["completion"] for row in made}

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from rlhf_recipes.data.shapes import corpus, pairs, prompts, texts, warn_of_copies
+from rlhf_recipes.data.pairs import pairs
+from rlhf_recipes.data.shapes import corpus, prompts, texts, warn_of_copies
 from rlhf_recipes.data.tokenizer import token_ids
 from rlhf_recipes.recipe.schema import Data, RecipeError
 from support.texts import REVIEWS

@@ -13,8 +13,9 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards import try_out as score
 from rlhf_recipes.rewards.calls import RewardError
-from rlhf_recipes.rewards.functions import as_reward_func, reward_model
+from rlhf_recipes.rewards.functions import reward_model
 from rlhf_recipes.rewards.reader import FILE, trained_scoring
+from rlhf_recipes.rewards.registry import as_reward_func
 from support.processes import cli
 from support.texts import WORDS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer

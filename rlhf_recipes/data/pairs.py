@@ -1,0 +1,120 @@
+"""Preference pairs for the reward model, from pairs, from choices, or from texts with labels."""
+
+import random
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.data.rows import put_column
+from rlhf_recipes.data.shapes import first_words, label_reader, need_column, short_enough, valid_rows, with_prompts
+from rlhf_recipes.recipe.schema import Data, RecipeError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def pairs(
+    data: Data,
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    seed: int,
+    chosen_label: int = 1,
+    apart_from: "Dataset | None" = None,
+    key: str = "data",
+) -> "Dataset":
+    """Pairs for the reward model: `chosen` and `rejected` (and `prompt`, where the data has one).
+
+    Where the data has labels instead of pairs, a text with the one label is chosen over a text with the other that has
+    as many words, so that length tells nothing. No text is used twice.
+
+    Args:
+        data: What the rows were loaded by.
+        rows: From `load_rows`.
+        tokenizer: Measures prompts, where `data.max_prompt_tokens` limits them.
+        limit: Number of pairs at most; None for all.
+        seed: Draws the pairs of texts with labels.
+        chosen_label: Which texts with labels are chosen: positive ones (1) or negative ones (0).
+        apart_from: Rows whose texts no pair of texts with labels may have: the training rows, for held-out pairs.
+        key: Where `data` stands in the recipe, for messages.
+    """
+    rows = with_prompts(data, rows, key)
+    if "chosen" in rows.column_names and "rejected" in rows.column_names:
+        made = rows
+    elif all(column in rows.column_names for column in ("completion_0", "completion_1", "choice")):
+        made = _by_choice(data, rows, key)
+    else:
+        made = _by_label(data, rows, seed, chosen_label, apart_from, key)
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in made.column_names]
+    made = short_enough(data, valid_rows(data, made, columns, key), tokenizer, key).select_columns(columns)
+    return made.select(range(min(len(made), limit))) if limit else made
+
+
+def _by_choice(data: Data, rows: "Dataset", key: str) -> "Dataset":
+    for choice in rows["choice"]:
+        if choice not in (0, 1):
+            raise RecipeError(
+                f"{key}: the choice column of {data.path} holds {choice!r}; it must be 0 or 1: which of completion_0 "
+                "and completion_1 was chosen."
+            )
+    both = list(zip(rows["completion_0"], rows["completion_1"], rows["choice"], strict=True))
+    rows = put_column(rows, "chosen", [second if choice else first for first, second, choice in both])
+    return put_column(rows, "rejected", [first if choice else second for first, second, choice in both])
+
+
+def _by_label(
+    data: Data, rows: "Dataset", seed: int, chosen_label: int, apart_from: "Dataset | None", key: str
+) -> "Dataset":
+    from datasets import Dataset
+
+    need_column(
+        data, rows, "text", "or chosen and rejected, or completion_0, completion_1 and choice: reward makes pairs", key
+    )
+    need_column(data, rows, "label", "reward makes pairs of positive and negative texts", key)
+    rows = valid_rows(data, rows, ["text"], key)
+    read = label_reader(data, key)
+    others = set() if apart_from is None else set(apart_from["text"])
+    used = set(others)
+    by_label: dict[int, list[str]] = {0: [], 1: []}
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        if text not in used:
+            used.add(text)
+            by_label[read(label)].append(text)
+    made, seen = [], set(others)
+    for pair in _match_lengths(by_label[chosen_label], by_label[1 - chosen_label], random.Random(seed)):
+        if pair["chosen"] != pair["rejected"] and seen.isdisjoint(pair.values()):  # two that were cut may be one
+            seen.update(pair.values())
+            made.append(pair)
+    if not made:
+        found = f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative"
+        if apart_from is None:
+            raise RecipeError(
+                f"{found} texts; pairs need both: look at {key}.columns, {key}.filter and {key}.max_rows."
+            )
+        raise RecipeError(
+            f"{found} held-out texts that no training row has; pairs need both: hold out more rows with "
+            f"{key}.eval_fraction, or another {key}.eval_split."
+        )
+    return Dataset.from_list(made)
+
+
+def _match_lengths(chosen: list[str], rejected: list[str], order: random.Random) -> list[dict[str, str]]:
+    """Pair texts with the same number of words; what has no partner is cut to the length of the nearest."""
+    buckets = []
+    for texts in (chosen, rejected):
+        by_length = defaultdict(list)
+        for text in order.sample(texts, len(texts)):
+            by_length[len(text.split())].append(text)
+        buckets.append(by_length)
+    made, left = [], ([], [])
+    for length in sorted(buckets[0].keys() | buckets[1].keys()):
+        both = [bucket[length] for bucket in buckets]
+        paired = min(map(len, both))
+        made += [{"chosen": c, "rejected": r} for c, r in zip(both[0][:paired], both[1][:paired], strict=True)]
+        for rest, texts in zip(left, both, strict=True):
+            rest += texts[paired:]
+    for c, r in zip(*left, strict=False):
+        length = min(len(c.split()), len(r.split()))
+        made.append({"chosen": first_words(c, length), "rejected": first_words(r, length)})
+    order.shuffle(made)
+    return made

@@ -1,0 +1,190 @@
+"""The model that a stage starts from: found, loaded, put into a TRL trainer, and mended there.
+
+start = Start(run, args, "policy")
+trainer = start.trainer(PPOTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=prompts)
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from peft import load_peft_weights, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    TrainingArguments,
+    set_seed,
+)
+
+from rlhf_recipes.models import hardware
+from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_of
+from rlhf_recipes.models.load import (
+    MERGED_BASE,
+    adapter_of,
+    base_of,
+    fit_embeddings,
+    load_adapter,
+    load_config,
+    load_model,
+)
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.references import is_hub_model, loading, resolve_model
+from rlhf_recipes.system.files import writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Start:
+    """A stage's starting model. Making this object checks the settings; `trainer` loads the weights.
+
+    Args:
+        run: The stage's run.
+        args: The trainer's arguments; `trainer` writes into them how the model is loaded.
+        key: `model` or `policy`: the stage's key that names its start. It may be None, for a model from scratch.
+
+    Raises:
+        RecipeError: There is no such model; or peft or transformers refuses a value of `peft` or `quantization`.
+    """
+
+    def __init__(self, run: Run, args: TrainingArguments, key: str) -> None:
+        self._run, self._args, self._key = run, args, f"{run.stage}.{key}"
+        self._reference = getattr(getattr(run.recipe, run.stage), key)
+        self._adapter = adapter_args(run, args)
+        self.model: Any = None if self._reference is None else resolve_model(run.recipe, self._key, self._reference)
+        """Folder of the model; or a model made from scratch, which a stage puts here."""
+
+    def trainer(self, trainer_class: type, tokenizer: "PreTrainedTokenizerBase", **more: Any) -> Any:
+        """A trainer with the model in it, ready to train.
+
+        Args:
+            trainer_class: Of TRL, or a subclass.
+            tokenizer: The embeddings get a row for each of its tokens.
+            more: Other arguments of the trainer: data sets, reward functions.
+
+        Raises:
+            RecipeError: The model cannot be loaded, or `peft` does not fit it.
+        """
+        with loading(self._key, str(self._reference)):
+            arguments = {"model": self.model} if self._reference is None else self.arguments()
+            trainer = trainer_class(**arguments, args=self._args, processing_class=tokenizer, **more)
+        fit_embeddings(self._key, trainer.model, tokenizer)
+        hardware.expect_all_gradients(trainer)
+        if is_peft_model(trainer.model):
+            _name_bases(trainer.model, self.model, self._reference)
+            if getattr(trainer.model, "is_loaded_in_4bit", False) or getattr(trainer.model, "is_loaded_in_8bit", False):
+                _undo_casts(trainer.model, None if arguments.get("peft_config") is not None else self.model)
+        return trainer
+
+    def arguments(self) -> dict[str, Any]:
+        """What a TRL trainer starts from: its arguments `model`, `peft_config` and `quantization_config`.
+
+        A whole model goes to the trainer by name. A start may be an adapter itself. Without `peft`, training then takes the
+        merged model. With `peft`, a language model trains this very adapter on. A reward model gets a new adapter on the
+        merged model, which is written to the run's folder, where the new adapter finds it.
+        """
+        run, args, where, reference = self._run, self._args, self._key, self._reference
+        model, peft_config = self.model, self._adapter["peft_config"]
+        is_reward = run.stage == "reward"
+        auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+        trusted = reference in run.recipe.trust_remote_code
+        config = load_config(where, model, trusted)
+        settings = {"dtype": "float32"} | hardware.attention(args, auto_class, config)
+        settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
+        settings |= {"use_safetensors": True, "trust_remote_code": trusted}
+        start = adapter_of(where, model)
+        _require_whole_numbers(where, reference, config)
+        set_seed(args.seed)  # a new head is random
+        if start is not None and peft_config is not None and is_reward:
+            model, start = _merged_on_disk(run, where, model, settings), None
+        if start is None:
+            if peft_config is not None:
+                fit(run, where, model, trusted, auto_class, self._adapter)
+            args.model_init_kwargs, args.trust_remote_code = settings, trusted
+            return self._adapter | {"model": model}
+        args.model_init_kwargs = None
+        if getattr(args, "sync_ref_model", False):
+            raise RecipeError(
+                f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and only a whole model's reference can be "
+                "synced."
+            )
+        if peft_config is None:
+            return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
+        require_same(run, where, reference, peft_config, start, shape_of(where, model, trusted, auto_class))
+        base = base_of(where, model, start)
+        if not is_hub_model(start.base_model_name_or_path or ""):
+            start.base_model_name_or_path = base  # it may have moved with the run's folder
+        with loading(where, base):
+            whole = auto_class.from_pretrained(
+                base, quantization_config=self._adapter["quantization_config"], **settings
+            )
+        return {"model": load_adapter(where, whole, model, start, is_trainable=True)[0]}
+
+
+def _name_bases(adapted: Any, model: str, reference: str) -> None:
+    """Let an adapter name its base so that it is found from everywhere: by Hub id and commit, or by its whole path."""
+    for config in adapted.peft_config.values():
+        base = Path(config.base_model_name_or_path)
+        if is_hub_model(reference) and base == Path(model):
+            config.base_model_name_or_path, config.revision = reference.partition("@")[0], base.name
+        elif base.is_dir():
+            config.base_model_name_or_path = str(base.resolve())
+
+
+def _undo_casts(adapted: Any, trained_on: str | None) -> None:
+    """Take back what TRL and bitsandbytes do to the precision of an adapter on a quantized model.
+
+    TRL casts the adapter to bf16. There an update below 1/256 of a weight is lost, as those of a small learning rate
+    are; an adapter that training goes on with differs from its frozen copy, and layers that are trained whole differ from
+    what they were. On a CPU, bitsandbytes rounds the base's scales to bf16 at every evaluation between two checkpoints.
+
+    Args:
+        adapted: The model with its adapter.
+        trained_on: Folder of the adapter with which training goes on; None: the adapter is new.
+    """
+    for name, parameter in adapted.named_parameters():
+        if any(f".{adapter}" in name for adapter in adapted.peft_config):
+            parameter.data = parameter.data.float()
+    for part in adapted.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+    if trained_on is None:
+        for part in adapted.modules():
+            if isinstance(part, ModulesToSaveWrapper):
+                for trained in part.modules_to_save.values():
+                    trained.load_state_dict(part.original_module.state_dict())
+    else:
+        weights = load_peft_weights(trained_on, device=str(adapted.device))
+        for adapter in adapted.peft_config:
+            set_peft_model_state_dict(adapted, weights, adapter)
+
+
+def _require_whole_numbers(where: str, reference: str, config: PreTrainedConfig) -> None:
+    """Refuse a model whose weights are stored quantized: its reference, merged and exported model would be others."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
+        raise RecipeError(
+            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so that "
+            "training cannot start from them; start from the unquantized original, with peft and quantization, which "
+            "quantizes it when it is loaded."
+        )
+
+
+def _merged_on_disk(run: Run, where: str, model: str, settings: dict[str, Any]) -> str:
+    """The folder of a run in which the start, an adapter, stands as a whole classifier; written by the main process."""
+    folder = run.path / MERGED_BASE
+    with PartialState().main_process_first():
+        if not folder.exists():
+            part = folder.with_name(f".{MERGED_BASE}")
+            shutil.rmtree(part, ignore_errors=True)
+            with writing("the merged start of the adapter", part):
+                merged = load_model(AutoModelForSequenceClassification, where, model, new_head=True, **settings)
+                merged.save_pretrained(part)
+                part.rename(folder)
+    return str(folder)

@@ -1,0 +1,6 @@
+"""Chat messages as plain text."""
+
+
+def as_text(message: str | list[dict]) -> str:
+    """A prompt or completion as plain text: of chat messages, their contents, one a line; a tool call has none."""
+    return message if isinstance(message, str) else "\n".join(part["content"] or "" for part in message)
