@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +14,8 @@ from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
 from rlhf_recipes.launch.configs import config_files, kind, launchable, purpose, read_config
 from rlhf_recipes.launch.start import STOPPED, TRAINED, USER_ERROR, launch_stage
 from rlhf_recipes.pages.tables import print_table
-from rlhf_recipes.recipe.headers import recipe_table
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Expected, Recipe, RecipeError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
 from rlhf_recipes.runs.folder import Run, run_path, stages_to_run
 from rlhf_recipes.stage import load_checked
@@ -30,6 +30,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(metadata.version("rlhf-recipes"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as ppo.trainer.beta=0.1")]
 Config = Annotated[
@@ -43,21 +59,41 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with 
 
 @app.command("list")
 def list_recipes(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="the table of the README, from the headers of the recipes' files")
-    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table of the README")] = False,
 ) -> None:
-    """List the recipes, with their stages."""
+    """List the recipes, with their stages, hardware and minutes."""
     if markdown:
-        say(recipe_table())
+        say(_recipe_table())
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("recipe", "stages", ""):
+    for heading in ("recipe", "stages", "hardware", "minutes", ""):
         table.add_column(heading)
     for name in recipe_files():
         recipe = load_recipe(name)
-        table.add_row(name, " ".join(recipe.stages()), recipe.description)
+        about = recipe.about
+        minutes = "" if about.minutes is None else f"{about.minutes:g}"
+        table.add_row(name, " ".join(recipe.stages()), about.hardware or "", minutes, recipe.description)
     Console().print(table)
+
+
+def _recipe_table() -> str:
+    """Markdown table of all recipes that have a name."""
+    rows = ["| recipe | what | hardware | minutes | expected | source |", "|---|---|---|---|---|---|"]
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        about = recipe.about
+        minutes = "not measured" if about.minutes is None else f"{about.minutes:g}"
+        expected = "; ".join(map(_expectation, about.expected)) or "not measured"
+        source = (about.source or "").partition(";")[0]
+        cells = [recipe.description, about.hardware or "not known", minutes, expected, source]
+        rows.append(" | ".join([f"| `{name}`", *(cell.replace("|", "\\|") for cell in cells)]) + " |")
+    return "\n".join(rows)
+
+
+def _expectation(expected: Expected) -> str:
+    end = " to ".join(f"{value:g}" for value in expected.end) if isinstance(expected.end, list) else f"{expected.end:g}"
+    start = "" if expected.start is None else f"{expected.start:g} -> "
+    return f"{expected.stage + ' ' if expected.stage else ''}{expected.metric} {start}{end} ({expected.by})"
 
 
 @app.command()

@@ -170,7 +170,8 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     except RecipeError as error:
         raise RecipeError(f"{path}: extends: {error}") from error
     merged = _read_with_parents(parent_path, (*seen, path.resolve()))
-    merged.pop("name", None)  # a name is one recipe's own: it decides the run folder
+    for own in ("name", "about"):  # they are true of one recipe only; the name decides the run folder
+        merged.pop(own, None)
     return _merge(merged, values)
 
 

@@ -20,6 +20,9 @@ STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
 TRANSFORMERS_BATCH_SIZE = 8
 """transformers' default of `per_device_train_batch_size`."""
 
+RENAMED_METRICS = {"judge_mean": "held_out_mean", "judge_positive_share": "held_out_positive_share"}
+"""Old name of a metric -> its name."""
+
 Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -331,6 +334,48 @@ def check_url(url: str) -> None:
         )
 
 
+class Expected(Section):
+    """One number that a run of the recipe should reach."""
+
+    stage: Literal["sft", "reward", "ppo", "rloo"] | None = None
+    """The stage whose model has it. None: ppo and rloo alike."""
+    metric: str
+    """Name of a metric, such as `score_mean`."""
+    start: float | None = None
+    """Its value before training. None: not known."""
+    end: float | Annotated[list[float], Field(min_length=2, max_length=2)]
+    """Its value after training, or `[low, high]`."""
+    by: Literal["theirs", "ours"]
+    """Who measured it: `theirs`, the source; `ours`, this code."""
+    source: str | None = None
+    """Where the number comes from. None: the recipe's source."""
+
+    @field_validator("metric")
+    @classmethod
+    def _current_name(cls, metric: str) -> str:
+        if metric in RENAMED_METRICS:
+            raise ValueError(f"the metric {metric} is called {RENAMED_METRICS[metric]}")
+        return metric
+
+
+class About(Section):
+    """Facts about a recipe for its reader, which no stage depends on."""
+
+    hardware: str | None = None
+    """The machine that it fits. None: not known."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Time of all stages on this machine. None: not measured."""
+    source: str | None = None
+    """Where its numbers are from. The table of recipes shows the part before the first semicolon."""
+    expected: list[Expected] = []
+    """Results of a run; a single one needs no list."""
+
+    @field_validator("expected", mode="before")
+    @classmethod
+    def _one_or_several(cls, expected: Any) -> Any:
+        return [expected] if isinstance(expected, dict) else expected
+
+
 class Recipe(Section):
     """One task: its data, its score and its stages."""
 
@@ -338,6 +383,8 @@ class Recipe(Section):
     """Also the name of the run folder."""
     description: str
     """One line, shown by `rlhf-recipes list`."""
+    about: About = About()
+    """Not part of any stage's settings: a change makes no run another one. Children do not inherit it."""
     seed: int = 42
     runs_dir: str = "runs"
     """Runs are written to `<runs_dir>/<name>/<stage>/`."""

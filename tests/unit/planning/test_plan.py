@@ -21,7 +21,6 @@ from rlhf_recipes.planning.stage import (
     plan_stage,
     settings_of,
 )
-from rlhf_recipes.recipe.headers import recipe_header
 from rlhf_recipes.recipe.load import load_recipe, recipe_files
 from rlhf_recipes.recipe.schema import RecipeError
 from support.processes import cli
@@ -92,7 +91,7 @@ def test_architectures_hold_every_hub_model_of_the_recipes(hub_cache):
 
 
 HARDWARE = {
-    # What the headers of recipes say, up to the bracket -> `--gpu` and `--accelerate-config` that mean it.
+    # `about.hardware` of recipes, up to the bracket -> `--gpu` and `--accelerate-config` that mean it.
     r"2 CPU cores, (\d+) GB": (r"cpu-\1", None),
     r"one (\d+) GB GPU": (r"\1", None),
     r"one H200": ("1xH200", None),
@@ -102,18 +101,18 @@ HARDWARE = {
 
 
 @pytest.mark.slow  # 40 s
-def test_every_shipped_recipe_fits_the_hardware_that_its_header_names(hub_cache):
+def test_every_shipped_recipe_fits_the_hardware_that_it_names(hub_cache):
     files = {name: path for name, path in recipe_files().items() if not name.startswith("_")}
     assert len(files) > 10
-    for name, path in files.items():
-        said = recipe_header(path).hardware.partition(" (")[0]
+    for name in files:
+        said = load_recipe(name).about.hardware.partition(" (")[0]
         gpu, config = next(
             (re.sub(form, gpu, said), config) for form, (gpu, config) in HARDWARE.items() if re.fullmatch(form, said)
         )
         for stage in PLANNED:
             if getattr(load_recipe(name), stage) is not None:
                 plan = planned(name, stage, gpu, accelerate_config=config)
-                assert plan.fits, f"{name}: {stage} needs {plan.total / GIB:.1f} GB, and its header says {said}"
+                assert plan.fits, f"{name}: {stage} needs {plan.total / GIB:.1f} GB, and about.hardware says {said}"
 
 
 @pytest.mark.parametrize(

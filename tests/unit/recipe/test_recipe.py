@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from pathlib import Path
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -10,9 +10,10 @@ import trl
 from peft import LoraConfig
 from ruamel.yaml import YAML
 from transformers import BitsAndBytesConfig
+from typer.testing import CliRunner
 
 from rlhf_recipes import PPOConfig, RLOOConfig
-from rlhf_recipes.recipe.headers import recipe_header, recipe_table
+from rlhf_recipes.cli import _recipe_table, app
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trainer_keys import adapter_fields, quantization_fields, trainer_fields
@@ -49,61 +50,50 @@ def test_every_shipped_recipe_is_valid():
         assert recipe.name == path.stem and recipe_files()[path.stem].resolve() == path.resolve()
 
 
-HEADER = """\
-# mine: does one thing.
-# Some words,
-#   and an example: of code
-# Source: a paper; its table 2
-# goes on here
-# Hardware: a GPU | or two
-# Minutes: not measured
-# Expected: 1 -> 2
-#   rlhf-recipes sft mine
-#   rlhf-recipes run mine
+def test_every_shipped_recipe_says_hardware_source_and_commands():
+    for name, path in recipe_files().items():
+        about = load_recipe(name).about
+        assert about.hardware and about.source, name
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert head[0].startswith(f"# {name}: ") and any(line.startswith("#   ") and name in line for line in head)
+
+
+ABOUT = """
+about:
+  hardware: a GPU | or two
+  source: a paper; its table 2
+  expected: {metric: score_mean, start: 1, end: [2, 2.5], by: theirs}
 """
 
 
-def test_header_of_every_shipped_recipe():
-    files = [path for path in recipe_folders()[1].rglob("*.yaml") if not path.name.startswith("_")]
-    assert len(files) >= 3
-    for path in files:
-        header = recipe_header(path)
-        assert all(path.stem in command for command in header.commands)
-
-
-def test_header_is_read(write):
-    header = recipe_header(Path(write(HEADER + MINIMAL)))
-    assert header.what == "does one thing." and header.text == "Some words,\n  and an example: of code"
-    assert header.source == "a paper; its table 2 goes on here" and header.hardware == "a GPU | or two"
-    assert (header.minutes, header.expected) == ("not measured", "1 -> 2")
-    assert header.commands == ["rlhf-recipes sft mine", "rlhf-recipes run mine"]
-
-
-def test_table_shows_the_source_up_to_its_semicolon(write, tmp_path, monkeypatch):
+def test_the_table_of_recipes_shows_about(write, tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
-    write(HEADER + MINIMAL, "recipes/mine.yaml")
+    write(MINIMAL + ABOUT, "recipes/mine.yaml")
+    write("extends: mine\n", "recipes/child.yaml")
     monkeypatch.chdir(tmp_path)
-    assert "| `mine` | a test | a GPU \\| or two | not measured | 1 -> 2 | a paper |" in recipe_table().splitlines()
+    lines = _recipe_table().splitlines()
+    shown = "| a test | a GPU \\| or two | not measured | score_mean 1 -> 2 to 2.5 (theirs) | a paper |"
+    assert f"| `mine` {shown}" in lines
+    assert "| `child` | a test | not known | not measured | not measured |  |" in lines
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("override", "expected"),
     [
-        (("# mine: ", "# yours: "), ["# mine: what it does"]),
-        (("# Minutes: not measured\n", ""), ["# Minutes: ..."]),
-        (("# Minutes: not measured\n# Expected: 1 -> 2\n", ""), ["# Minutes: ...", "# Expected: ..."]),
-        (("Minutes: not measured", "Minutes: "), ["# Minutes: ..."]),
-        (("#   rlhf-recipes sft mine\n#   rlhf-recipes run mine\n", ""), ["#   rlhf-recipes run mine"]),
-        (("# Minutes: not measured\n# Expected: 1 -> 2\n", "# Expected: 2\n# Minutes: 1\n"), ["the order Source"]),
-        ((HEADER, ""), ["# mine: what it does", "# Source: ...", "#   rlhf-recipes run mine"]),
+        ("about.minutes=0", "about.minutes"),
+        ("about.expected={metrics: a, end: 1, by: ours}", "about.expected.0.metrics: unknown key; nearest: metric"),
+        ("about.hours=1", "about.hours: unknown key"),
+        ("about.expected={metric: judge_mean, end: 1, by: ours}", "the metric judge_mean is called held_out_mean"),
+        ("about.expected={metric: score_mean, end: [1], by: ours}", "about.expected"),
     ],
 )
-def test_what_a_header_lacks_is_said(write, change, expected):
-    assert change[0] in HEADER
-    path = Path(write((HEADER + MINIMAL).replace(*change)))
-    with pytest.raises(RecipeError) as caught:
-        recipe_header(path)
-    assert all(part in str(caught.value) for part in [*expected, "mine.yaml"]), str(caught.value)
+def test_what_is_wrong_in_about_is_said(write, override, expected):
+    assert expected in message(write(MINIMAL), override)
+
+
+def test_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.stdout.strip() == metadata.version("rlhf-recipes")
 
 
 def test_numbers_are_yaml_1_2(write):
