@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
 from rlhf_recipes.launch.configs import config_files, kind, launchable, purpose, read_config
 from rlhf_recipes.launch.start import STOPPED, TRAINED, USER_ERROR, launch_stage
-from rlhf_recipes.pages.tables import print_table
+from rlhf_recipes.pages.tables import print_models
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.recipe.schema import Expected, Recipe, RecipeError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
 from rlhf_recipes.runs.folder import Run, run_path, stages_to_run
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json
-from rlhf_recipes.system.terminal import complain, log_to, say
+from rlhf_recipes.system.terminal import complain, log_to, print_table, say
 
 app = typer.Typer(
     help="PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL.",
@@ -65,15 +63,13 @@ def list_recipes(
     if markdown:
         say(_recipe_table())
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("recipe", "stages", "hardware", "minutes", ""):
-        table.add_column(heading)
+    rows = []
     for name in recipe_files():
         recipe = load_recipe(name)
-        about = recipe.about
-        minutes = "" if about.minutes is None else f"{about.minutes:g}"
-        table.add_row(name, " ".join(recipe.stages()), about.hardware or "", minutes, recipe.description)
-    Console().print(table)
+        minutes = "" if recipe.about.minutes is None else f"{recipe.about.minutes:g}"
+        rows.append((name, " ".join(recipe.stages()), recipe.about.hardware or "", minutes, recipe.description))
+    headings = ("recipe", "stages", "hardware", "minutes", "")
+    print_table(headings, rows, left=headings, wrap=True)
 
 
 def _recipe_table() -> str:
@@ -137,16 +133,15 @@ def rewards() -> None:
 @app.command()
 def configs() -> None:
     """List accelerate's configurations: what `--accelerate-config` takes."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("configuration", "processes", "type", ""):
-        table.add_column(heading)
+    rows = []
     for name, path in config_files().items():
         try:
             values = read_config(path)
-            table.add_row(name, str(values.get("num_processes", 1)), kind(values), purpose(path))
+            rows.append((name, str(values.get("num_processes", 1)), kind(values), purpose(path)))
         except RecipeError as error:
-            table.add_row(name, "", "cannot be used", str(error).splitlines()[0])
-    Console().print(table)
+            rows.append((name, "", "cannot be used", str(error).splitlines()[0]))
+    headings = ("configuration", "processes", "type", "")
+    print_table(headings, rows, left=headings, wrap=True)
 
 
 @app.command()
@@ -177,7 +172,7 @@ def run(
 def _show_measured(recipe: Recipe) -> None:
     measured = read_json(run_path(recipe, "eval") / "eval.json")
     say()
-    print_table(measured["models"], measured["notes"])
+    print_models(measured["models"], measured["notes"])
 
 
 def _stage_command(stage: str, doc: str) -> None:

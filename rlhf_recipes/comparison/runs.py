@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.pages.metrics import FROM_TRL, our_name
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import read_manifest, read_metrics
 from rlhf_recipes.system.files import checkpoints
@@ -15,25 +16,6 @@ TRAINER_STATE = "trainer_state.json"
 
 AXES = ("step", "episodes", "tokens", "seconds")
 """Columns that every run has, where need be without a value in them: what training is measured by."""
-
-TRL_NAMES = {
-    "reward": "score_mean",
-    "reward_std": "score_std",
-    "kl": "kl_per_token",  # TRL's RLOO and GRPO log the mean of tokens; ours is the sum of a completion
-    "num_tokens": "tokens",
-    "completions/mean_length": "length_mean",
-    "completions/min_length": "length_min",
-    "completions/max_length": "length_max",
-    "episode": "episodes",
-    "objective/scores": "score_mean",
-    "objective/kl": "kl",
-    "policy/entropy_avg": "entropy",
-    "policy/approxkl_avg": "approx_kl",
-    "policy/clipfrac_avg": "clip_fraction",
-    "loss/policy_avg": "policy_loss",
-    "loss/value_avg": "value_loss",
-}
-"""What TRL 1.16's RLOO and GRPO, and TRL 1.12's PPO, log -> our name for the same number."""
 
 
 @dataclass
@@ -141,18 +123,11 @@ def _our_names(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         line = dict(entry)
         if "score_mean" not in entry:
-            line = {_our_name(key): value for key, value in entry.items()}
+            line = {our_name(key, FROM_TRL) or key: value for key, value in entry.items()}
             if isinstance(cut_off := entry.get("completions/clipped_ratio"), (int, float)):
                 line["eos_rate"] = 1 - cut_off
         lines.append(line)
     return lines
-
-
-def _our_name(key: str) -> str:
-    func = re.fullmatch(r"rewards/(.+)/(mean|std)", key)
-    if func:
-        return f"score/{func[1]}" + ("/std" if func[2] == "std" else "")
-    return TRL_NAMES.get(key, key)
 
 
 def columns(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:

@@ -99,7 +99,7 @@ def _context(comparison: dict[str, Any]) -> dict[str, Any]:
         "differences": difference_rows(comparison),
         "settings": setting_rows(comparison),
         "algorithms": algorithms,
-        "meanings": {heading: meaning for heading, _, meaning in COLUMNS.values()},
+        "meanings": {column.heading: column.meaning for column in COLUMNS.values()},
         "number": number,
     }
 

@@ -1,18 +1,14 @@
 """Pictures for papers and pages: curves, lengths, sweeps."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlhf_recipes.comparison.runs import points
+from rlhf_recipes.pages.metrics import TRAINING
 
-CURVES = {
-    "score_mean": "score (mean of a rollout)",
-    "kl": "KL to the reference, nats per completion",
-    "entropy": "entropy, nats per token",
-    "length_mean": "completion length, tokens",
-}
-"""Metrics of `metrics.jsonl` that are drawn over episodes."""
+CURVES = {name: TRAINING[name].title for name in ("score_mean", "kl", "entropy", "length_mean")}
+"""Metrics of `metrics.jsonl` that are drawn over episodes -> title."""
 
 COLORS = {"ppo": "#d1495b", "rloo": "#00798c", "sft": "#8d96a3"}
 OTHER_COLORS = ("#b07d12", "#5b5f97", "#66a182", "#b56576")
@@ -58,7 +54,7 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
     figure, axes = _pyplot().subplots(2, 2, figsize=(10, 6), constrained_layout=True)
     for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
         for run in runs:
-            known = points(run["curves"], axis_name, metric)
+            known = _known(zip(run["curves"].get(axis_name, ()), run["curves"].get(metric, ()), strict=False))
             if known:
                 x, y = zip(*known, strict=True)
                 alone = sum(other["algorithm"] == run["algorithm"] for other in runs) == 1
@@ -74,6 +70,11 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
     if handles:
         axes.flat[0].legend(handles, labels, frameon=False)
     _save(figure, file)
+
+
+def _known(points: Iterable[Sequence[float | None]]) -> list[tuple[float, float]]:
+    """Points (x, y) without those that lack either."""
+    return [(x, y) for x, y in points if x is not None and y is not None]
 
 
 def _x_of(runs: list[dict[str, Any]]) -> str:
@@ -103,7 +104,7 @@ def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
         look = looks[run["algorithm"]]
         label = {} if run["algorithm"] in named else {"label": run["algorithm"]}
         named.add(run["algorithm"])
-        known = [point for point in run["training"] if None not in point]
+        known = _known(run["training"])
         if known:
             x, y = zip(*known, strict=True)
             axis.plot(_smooth(x), _smooth(y), linewidth=1.2, alpha=0.7, **look, **label)
@@ -176,7 +177,7 @@ def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> Non
         file: PNG to write.
     """
     pyplot = _pyplot()
-    panels = {("episodes", "score_mean"): {}, ("step", "loss"): {}}
+    panels: dict[tuple[str, str], dict[str, Any]] = {("episodes", "score_mean"): {}, ("step", "loss"): {}}
     for label, runs in curves.items():
         on_policy = any("score_mean" in line for lines in runs for line in lines)
         x, y = ("episodes", "score_mean") if on_policy else ("step", "loss")

@@ -6,19 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_recipes.pages.metrics import COST
 from rlhf_recipes.pages.plots import algorithm_of
 from rlhf_recipes.pages.tables import COLUMNS
 
 ABSENT = "–"
-
-COST = {
-    "seconds": ("training time", "s"),
-    "peak_memory_gib": ("peak memory", "GiB"),
-    "peak_gpu_memory_gib": ("peak GPU memory", "GiB"),
-    "tokens": ("tokens sampled", ""),
-    "episodes_per_second": ("episodes per second", ""),
-}
-"""What is shown of `cost`: heading and unit."""
 
 VIEWS = {
     "held_out": "on held-out prompts",
@@ -94,7 +86,7 @@ def view_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for view in comparison["views"]:
         low, high = view["interval"] or (None, None)
-        metric = COLUMNS[view["metric"]][0] if view["metric"] in COLUMNS else view["metric"]
+        metric = COLUMNS[view["metric"]].heading if view["metric"] in COLUMNS else view["metric"]
         unit = " s" if view["view"] == "seconds" else ""
         at = "" if view["at"] is None else f" ({number(view['at'])}{unit})"
         rows.append(
@@ -124,7 +116,8 @@ def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str,
     known = {**metrics, **dict.fromkeys(key for row in models.values() for key in row)}
     rows = []
     for key in sorted(known, key=lambda key: list(COLUMNS).index(key) if key in COLUMNS else len(COLUMNS)):
-        heading, form, meaning = COLUMNS.get(key, (key, None, ""))
+        metric = COLUMNS.get(key)
+        heading, form, meaning = (metric.heading, metric.form, metric.meaning) if metric else (key, None, "")
 
         def show(value: float | None, form: str | None = form) -> str:
             return number(value, form)
@@ -139,12 +132,14 @@ def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str,
 def cost_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a measure, with each algorithm's share of the largest for a bar."""
     rows = []
-    for key, (heading, unit) in COST.items():
+    for key, metric in COST.items():
         found = [comparison["cost"].get(name, {}).get(key) for name in comparison["algorithms"]]
         means = [item["mean"] if item and item.get("mean") is not None else 0.0 for item in found]
         if any(item for item in means):
             shares = [100 * item / max(means) for item in means]
-            rows.append({"heading": heading, "unit": unit, "cells": [*map(spread, found)], "shares": shares})
+            rows.append(
+                {"heading": metric.heading, "unit": metric.unit, "cells": [*map(spread, found)], "shares": shares}
+            )
     return rows
 
 

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rich.console import Console
-from rich.table import Table
-
 from rlhf_recipes.launch.configs import config_files, find_config, offloads, read_config, zero_stage
 from rlhf_recipes.planning.memory import GIB, Launch
 from rlhf_recipes.planning.stage import PLANNED, Machine, StagePlan, launch_of, machine_of, plan_stage, settings_of
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.folder import is_finished, read_manifest, read_metrics, run_path
-from rlhf_recipes.system.terminal import say
+from rlhf_recipes.system.terminal import print_table, say
 
 
 def rates_of(recipe: Recipe, stage: str) -> list[float]:
@@ -204,20 +201,16 @@ def _described(launch: Launch) -> str:
 
 def _print_memory(plans: list[StagePlan]) -> None:
     columns = [(plan, name, moment) for plan in plans for name, moment in plan.moments.items()]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("GB on each")
-    for plan, name, _ in columns:
-        table.add_column(f"{plan.stage}\n{name}", justify="right")
+    rows = []
     for field, label in ITEMS.items():
         values = [getattr(moment, field) for _, _, moment in columns]
         if any(values):
-            table.add_row(label, *(_gigabytes(value) for value in values))
-    table.add_section()
-    table.add_row("sum", *(_gigabytes(moment.total) for _, _, moment in columns))
+            rows.append((label, *(_gigabytes(value) for value in values)))
+    rows.append(("sum", *(_gigabytes(moment.total) for _, _, moment in columns)))
     room = [plan.machine.bytes - plan.machine.reserve for plan, _, _ in columns]
-    table.add_row("headroom", *(_gigabytes(r - c[2].total, True) for r, c in zip(room, columns, strict=True)))
-    console = Console()
-    Console(width=max(console.width, 160)).print(table)
+    rows.append(("headroom", *(_gigabytes(r - c[2].total, True) for r, c in zip(room, columns, strict=True))))
+    head = "GB on each"
+    print_table([head, *(f"{plan.stage}\n{name}" for plan, name, _ in columns)], rows, left=[head])
 
 
 def _gigabytes(value: float, signed: bool = False) -> str:

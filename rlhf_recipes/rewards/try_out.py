@@ -3,14 +3,11 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.folder import is_finished, run_path
 from rlhf_recipes.runs.inputs import check_references
-from rlhf_recipes.system.terminal import hush_libraries, log_to, say
+from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
 
 
 def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
@@ -44,15 +41,12 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
         completion_ids=_completion_ids(recipe, stage, [as_text(completion) for completion in completions]),
         finished=[True] * len(rows),
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("score", *by_func):
-        table.add_column(heading, justify="right")
-    table.add_column("text")
+    shown = []
     for i, (prompt, completion) in enumerate(rows):
         values = [scores[i], *(values[i] for values in by_func.values())]
         text = as_text(prompt) + as_text(completion)
-        table.add_row(*("" if value is None else f"{value:.3f}" for value in values), text[:200])
-    Console().print(table)
+        shown.append([*("" if value is None else f"{value:.3f}" for value in values), text[:200]])
+    print_table(["score", *by_func, "text"], shown, left=["text"], wrap=True)
 
 
 def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[list[int]]:

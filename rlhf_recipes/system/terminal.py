@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,30 @@ def say(line: str = "") -> None:
 def complain(message: str) -> None:
     """Print an error of the user's on stderr."""
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = ("",), wrap: bool = False
+) -> None:
+    """Print a table without lines: the headings in bold, then the rows.
+
+    Args:
+        headings: One a column.
+        rows: Cells as they are shown; rich's markup is not read in them.
+        left: Headings of the columns that hold words; the others hold numbers, which end at the right.
+        wrap: Whether cells wrap where the terminal is too narrow. False: the table is as wide as it needs.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(Text(heading), justify="left" if heading in left else "right", no_wrap=not wrap)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    needed = 0 if wrap else Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, needed), highlight=False).print(table)
 
 
 def log_to(file: Path | None) -> None:

@@ -8,15 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METRIC_NAMES = {
-    "reward": "score_mean",
-    "reward_std": "score_std",
-    "completions/mean_length": "length_mean",
-    "completions/min_length": "length_min",
-    "completions/max_length": "length_max",
-    "num_tokens": "tokens",
-}
-"""TRL's name of a metric -> ours, the same for both algorithms; `rewards/NAME/mean` becomes `score/NAME`."""
+from rlhf_recipes.pages.metrics import RENAMED, our_name
 
 LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
 """Prefixes of TRL metrics that are dropped because one of ours reports the same."""
@@ -66,11 +58,8 @@ def rename(metrics: dict[str, list[float]]) -> None:
         values = metrics.pop(name)
         if all(math.isnan(value) for value in values):
             continue  # undefined in every batch, such as the mean of a function that never applied
-        if name in METRIC_NAMES:
-            metrics[METRIC_NAMES[name]] = values
-        elif name.startswith("rewards/"):
-            _, function, statistic = name.split("/", 2)
-            metrics[f"score/{function}" + ("" if statistic == "mean" else f"/{statistic}")] = values
+        if ours := our_name(name, RENAMED):
+            metrics[ours] = values
         elif name.split("/")[0] not in LEFT_OUT:
             metrics[name] = values
 

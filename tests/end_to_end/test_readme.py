@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from rlhf_recipes.pages.metrics import EVAL, TRAINING, markdown
 from rlhf_recipes.recipe.load import recipe_files
 from support.finished_runs import FEW
 from support.places import ROOT
@@ -102,12 +103,13 @@ def test_file_tree_is_complete():
         assert (ROOT / name).is_dir(), name
 
 
-def test_every_metric_that_is_logged_is_explained():
+def test_metric_tables_are_the_registrys_and_have_every_metric_that_is_logged():
     from support.tiny_trainers import OF_PPO, OF_RLOO, SHARED
 
-    assert len(SHARED) > 20
-    for name in SHARED | OF_PPO | OF_RLOO:
-        assert f"`{name.replace('/length', '/NAME')}`" in README, name
+    for table in (markdown(TRAINING), markdown(EVAL)):
+        assert f"\n\n{table}\n" in README, f"put this in:\n{table}"
+    logged = SHARED | OF_PPO | OF_RLOO
+    assert len(SHARED) > 20 and {name.replace("/length", "/NAME") for name in logged} <= TRAINING.keys()
 
 
 @pytest.mark.slow

@@ -13,9 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rlhf_recipes.evaluation.audit import signs as hacking
 from rlhf_recipes.evaluation.audit.copying import (
     copied_share,
@@ -27,6 +24,8 @@ from rlhf_recipes.evaluation.audit.copying import (
 )
 from rlhf_recipes.evaluation.audit.signs import mean_of_known
 from rlhf_recipes.launch.setup import prepare
+from rlhf_recipes.pages.metrics import AUDIT, Metric
+from rlhf_recipes.pages.tables import cells
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
@@ -34,7 +33,7 @@ from rlhf_recipes.rewards.calls import RewardError
 from rlhf_recipes.runs.folder import audit_file, read_audit, read_manifest, run_path
 from rlhf_recipes.runs.inputs import go_offline, hub_references
 from rlhf_recipes.system.files import MARKER, checkpoints, step_of, write_whole, writing
-from rlhf_recipes.system.terminal import hush_libraries, log_to, say
+from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,31 +43,15 @@ NOTHING = "nothing found by this audit, which is no proof that there is nothing:
 FEW = 3
 """Checkpoints, the final model among them, below which they are too few to say when the held-out score was highest."""
 
-LOG_COLUMNS = {
-    "step": ("step", "{}"),
-    "episodes": ("episodes", "{}"),
-    "score": ("score", "{:.2f}"),
-    "held_out": ("held out", "{:.2f}"),
-    "kl": ("KL", "{:.1f}"),
-    "entropy": ("entropy", "{:.2f}"),
-    "eos_rate": ("EOS", "{:.0%}"),
-    "length": ("words", "{:.1f}"),
-    "length_score_correlation": ("length~score", "{:.2f}"),
-    "repetition": ("repeated", "{:.0%}"),
-    "longest_common_run": ("run", "{:.1f}"),
-    "copied_share": ("copied", "{:.0%}"),
-    "title_copied_share": ("title", "{:.0%}"),
+CHECKPOINT = {
+    "name": Metric("folder of the checkpoint", form="{}"),
+    "step": AUDIT["step"],
+    "score_mean": AUDIT["score"],
+    "held_out_mean": AUDIT["held_out"],
+    **{key: AUDIT[key] for key in ("kl", "eos_rate", "length", "repetition", "longest_common_run")},
+    **{key: AUDIT[key] for key in ("copied_share", "title_copied_share")},
 }
-"""Of a part of the training, in the table: heading and format. Columns without any value are left out."""
-
-CHECKPOINT_COLUMNS = {
-    "name": ("", "{}"),
-    "step": ("step", "{}"),
-    "score_mean": ("score", "{:.2f}"),
-    "held_out_mean": ("held out", "{:.2f}"),
-    **{key: LOG_COLUMNS[key] for key in ("kl", "eos_rate", "length", "repetition", "longest_common_run")},
-    **{key: LOG_COLUMNS[key] for key in ("copied_share", "title_copied_share")},
-}
+"""Of a checkpoint, in the table; columns without a value in any row are left out."""
 
 SCORED = (
     "trained: weighted sum of reward_funcs; held out: of eval.held_out_funcs, which training did not see",
@@ -157,20 +140,13 @@ def is_audited(path: Path) -> bool:
 
 def print_audit(found: dict[str, Any]) -> None:
     """Print one audit: a table of the training, one of the checkpoints, and the findings as sentences."""
-    console = Console()
-    wide = Console(width=max(console.width, 120), highlight=False)
     say(f"\n{found['run']}")
-    for rows, columns in ((found["bins"], LOG_COLUMNS), (found["checkpoints"], CHECKPOINT_COLUMNS)):
+    for rows, columns in ((found["bins"], AUDIT), (found["checkpoints"], CHECKPOINT)):
         shown = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for key, (heading, _) in shown.items():
-            table.add_column(heading, justify="left" if key == "name" else "right")
-        for row in rows:
-            table.add_row(*("" if row[key] is None else form.format(row[key]) for key, (_, form) in shown.items()))
         if rows:
-            wide.print(table)
+            print_table([column.heading for column in shown.values()], [cells(row, shown) for row in rows])
     for line in SCORED:
-        wide.print(line, style="dim")
+        say(line)
     for i, sentence in enumerate(found["findings"]):
         say(f"{'sign:' if i < found['signs'] else 'note:'} {sentence}")
 

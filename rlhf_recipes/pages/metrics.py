@@ -1,0 +1,246 @@
+"""Every metric that the project logs or reports: add a metric here, and tables, plots and reports know it.
+
+A metric stands in the table of the place that reports it, under the name it has there. `NAME` in a name is the name of
+a reward function. The README's tables are `markdown(TRAINING)` and `markdown(EVAL)`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that the project logs or reports.
+
+    Attributes:
+        meaning: What the number says, for someone who has not seen it before.
+        heading: Column of a table, or title of a plot. Metrics without a heading stand in files only.
+        unit: "" for numbers without a unit.
+        form: How a table prints it.
+        better: Which direction is good; None where neither is.
+        trl: TRL's name of the same number, which our trainers replace by ours.
+        elsewhere: Names in the logs of plain TRL trainers: RLOO and GRPO of 1.16, PPO of 1.12.
+        of_text: True if it describes the texts, which have a table of their own.
+        only: The algorithm that logs it; "" where every one does.
+    """
+
+    meaning: str
+    heading: str = ""
+    unit: str = ""
+    form: str = "{:.3g}"
+    better: Literal["higher", "lower"] | None = None
+    trl: str | None = None
+    elsewhere: tuple[str, ...] = ()
+    of_text: bool = False
+    only: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.heading}, {self.unit}" if self.unit else self.heading
+
+
+TRAINING = {
+    "score_mean": Metric(
+        "weighted sum of the reward functions, mean over completions",
+        "score (mean of a rollout)",
+        better="higher",
+        trl="reward",
+        elsewhere=("objective/scores",),
+    ),
+    "score_std": Metric("standard deviation of that score", trl="reward_std"),
+    "score/NAME": Metric("mean of one reward function", better="higher"),
+    "score/NAME/std": Metric("its standard deviation"),
+    "reward_mean": Metric(
+        "what is trained on: the score after `missing_eos`, normalization and clipping, minus `beta` times the KL",
+        better="higher",
+    ),
+    "kl": Metric(
+        "log pi - log pi_ref of the sampled tokens (k1), summed over a completion; without a reference (`beta: 0`) "
+        "there is no KL metric",
+        "KL to the reference",
+        "nats per completion",
+        better="lower",
+        elsewhere=("objective/kl",),
+    ),
+    # TRL's RLOO and GRPO log the mean over tokens as `kl`.
+    "kl_per_token": Metric("the same, mean over tokens", unit="nats per token", better="lower", elsewhere=("kl",)),
+    "kl_k3": Metric("the KL by the k3 estimate, which is never negative", unit="nats per completion", better="lower"),
+    "kl_k3_per_token": Metric("the same, mean over tokens", unit="nats per token", better="lower"),
+    "beta": Metric("weight of the KL in the reward"),
+    "entropy": Metric(
+        "of the policy's distribution over the next token, mean over completion tokens",
+        "entropy",
+        "nats per token",
+        elsewhere=("policy/entropy_avg",),
+    ),
+    "length_mean": Metric(
+        "length of a completion, EOS counted", "completion length", "tokens", trl="completions/mean_length"
+    ),
+    "length_min": Metric("shortest completion", unit="tokens", trl="completions/min_length"),
+    "length_max": Metric("longest completion", unit="tokens", trl="completions/max_length"),
+    "eos_rate": Metric("share of completions that end with EOS; the others are cut off", "EOS", form="{:.0%}"),
+    "loss": Metric("the loss of the optimizer step"),
+    "policy_loss": Metric("the policy's part of the loss", elsewhere=("loss/policy_avg",)),
+    "ratio": Metric("probability ratio to the rollout's policy, mean over tokens (PPO) or completions (RLOO)"),
+    "clip_fraction": Metric("share of ratios whose clipped value decides the loss", elsewhere=("policy/clipfrac_avg",)),
+    "approx_kl": Metric("KL to the rollout's policy (k3)", unit="nats per token", elsewhere=("policy/approxkl_avg",)),
+    "grad_norm": Metric("norm of the gradient before clipping, of the last optimizer step"),
+    "learning_rate": Metric("step size of the last optimizer step"),
+    "tokens": Metric("tokens so far, prompts counted", unit="tokens", trl="num_tokens"),
+    "episodes": Metric("completions sampled so far", unit="episodes", elsewhere=("episode",)),
+    "episodes_per_second": Metric("completions per second of training", unit="1/s", better="higher"),
+    "seconds_generate": Metric("time since the last line that went into sampling", unit="s"),
+    "seconds_score": Metric("into reward functions", unit="s"),
+    "seconds_forward": Metric("into passes without gradient", unit="s"),
+    "seconds_update": Metric("into passes with gradient and optimizer steps", unit="s"),
+    "value_loss": Metric("the value network's loss", better="lower", elsewhere=("loss/value_avg",), only="ppo"),
+    "value_clip_fraction": Metric("share of values that leave the clip range", only="ppo"),
+    "value_mean": Metric("mean of the predicted returns", only="ppo"),
+    "return_mean": Metric("mean of the returns", only="ppo"),
+    "explained_variance": Metric(
+        "how well values predict returns: 1 is perfect, 0 no better than the mean", better="higher", only="ppo"
+    ),
+    "baseline_mean": Metric("mean of the baseline", only="rloo"),
+    "no_signal_fraction": Metric(
+        "share of prompts whose completions all have advantage 0: nothing is learned from them",
+        better="lower",
+        only="rloo",
+    ),
+}
+"""In `metrics.jsonl` of PPO and RLOO: means over all processes since the last line."""
+
+EVAL = {
+    "score_mean": Metric("mean of the score that PPO and RLOO are trained on", "score", form="{:.2f}", better="higher"),
+    "score_std": Metric("standard deviation of that score over the completions", "std", form="{:.2f}"),
+    "score_min": Metric("smallest score"),
+    "score_max": Metric("largest score"),
+    "score/NAME": Metric("mean of one reward function; `/std`, `/min` and `/max` stand beside it", better="higher"),
+    "positive_share": Metric(
+        "share of completions whose score is above `eval.positive_threshold`",
+        "positive",
+        form="{:.0%}",
+        better="higher",
+    ),
+    "held_out_mean": Metric(
+        "mean score of reward functions that training does not see (`eval.held_out_funcs`)",
+        "held out",
+        form="{:.2f}",
+        better="higher",
+    ),
+    "held_out_positive_share": Metric("share of completions whose score by them is above 0", better="higher"),
+    "held_out/NAME": Metric("mean of one of them", better="higher"),
+    "kl": Metric(
+        "KL between the model and the reference (`eval.reference`), on the model's own samples",
+        "KL",
+        "nats per completion",
+        "{:.1f}",
+        "lower",
+    ),
+    "kl_per_token": Metric("the same over all tokens of the samples", "KL/token", "nats per token", "{:.3f}", "lower"),
+    "perplexity": Metric(
+        "of the samples under the reference: lower is more like its language", "perplexity", form="{:.1f}"
+    ),
+    "perplexity_other": Metric(
+        "of the samples' texts under another model (`eval.perplexity_model`), per token of its own",
+        "other perplexity",
+        form="{:.1f}",
+    ),
+    "rouge1": Metric(
+        "F1 of the words that a completion shares with the data's own, no stemming",
+        "ROUGE-1",
+        form="{:.3f}",
+        better="higher",
+    ),
+    "rouge2": Metric("the same for pairs of words", "ROUGE-2", form="{:.3f}", better="higher"),
+    "rougeL": Metric("the same for the longest common subsequence of words", "ROUGE-L", form="{:.3f}", better="higher"),
+    "length_mean": Metric("tokens per completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True),
+    "length_std": Metric("standard deviation of that length", unit="tokens"),
+    "eos_rate": Metric("share of completions that end before they are cut off", "EOS", form="{:.0%}", of_text=True),
+    "empty_share": Metric("share of completions without a word", "empty", form="{:.0%}", better="lower", of_text=True),
+    "distinct_1": Metric(
+        "different tokens over all tokens of the samples", "distinct-1", form="{:.2f}", better="higher", of_text=True
+    ),
+    "distinct_2": Metric("the same for pairs of tokens", "distinct-2", form="{:.2f}", better="higher", of_text=True),
+    "distinct_3": Metric(
+        "the same for three tokens in a row", "distinct-3", form="{:.2f}", better="higher", of_text=True
+    ),
+    "unique_token_ratio": Metric(
+        "different tokens over all tokens of a completion, mean",
+        "unique",
+        form="{:.2f}",
+        better="higher",
+        of_text=True,
+    ),
+    "repetition": Metric(
+        "share of a completion's 4-token sequences that it has said before, mean",
+        "repeated",
+        form="{:.1%}",
+        better="lower",
+        of_text=True,
+    ),
+}
+"""In `eval.json`, of each model."""
+
+RESULTS = {
+    "score_last": Metric("mean score of the last tenth of the rollouts", "training score", form="{:.2f}"),
+    "eval_perplexity": Metric("of held-out texts under the SFT model", "perplexity", form="{:.1f}", better="lower"),
+    "eval_accuracy": Metric(
+        "share of held-out pairs whose chosen text scores higher", "accuracy", form="{:.1%}", better="higher"
+    ),
+}
+"""Of a stage's `results` in its manifest, those that a sweep compares."""
+
+AUDIT = {
+    "step": Metric("optimizer step", "step", form="{}"),
+    "episodes": Metric("completions sampled so far", "episodes", form="{}"),
+    "score": Metric("weighted sum of `reward_funcs`", "score", form="{:.2f}", better="higher"),
+    "held_out": Metric("score by `eval.held_out_funcs`", "held out", form="{:.2f}", better="higher"),
+    "kl": Metric("KL to the reference", "KL", "nats per completion", "{:.1f}", "lower"),
+    "entropy": Metric("of the policy's next token", "entropy", "nats per token", "{:.2f}"),
+    "eos_rate": Metric("share of completions that end", "EOS", form="{:.0%}"),
+    "length": Metric("words per completion", "words", form="{:.1f}"),
+    "length_score_correlation": Metric("rank correlation of length and score", "length~score", form="{:.2f}"),
+    "repetition": Metric("share of word pairs that repeat", "repeated", form="{:.0%}", better="lower"),
+    "longest_common_run": Metric("longest run of words taken from the prompt", "run", "words", "{:.1f}"),
+    "copied_share": Metric("share of words taken from the prompt", "copied", form="{:.0%}"),
+    "title_copied_share": Metric("share of completions that copy the prompt's title", "title", form="{:.0%}"),
+}
+"""In an audit, of each part of a training and of each checkpoint."""
+
+COST = {
+    "seconds": Metric("wall time of the training", "training time", "s", better="lower"),
+    "peak_memory_gib": Metric("most memory of a process", "peak memory", "GiB", better="lower"),
+    "peak_gpu_memory_gib": Metric("most memory of a GPU", "peak GPU memory", "GiB", better="lower"),
+    "tokens": Metric("tokens sampled", "tokens sampled"),
+    "episodes_per_second": Metric("completions per second", "episodes per second", better="higher"),
+}
+"""In a comparison, of each run."""
+
+RENAMED = {metric.trl: name for name, metric in TRAINING.items() if metric.trl}
+"""TRL's name of a metric -> ours, in the logs of our trainers; `rewards/NAME/mean` becomes `score/NAME`."""
+
+FROM_TRL = RENAMED | {other: name for name, metric in TRAINING.items() for other in metric.elsewhere}
+"""The same in the logs of plain TRL trainers."""
+
+
+def our_name(logged: str, names: dict[str, str]) -> str | None:
+    """The project's name of a number that TRL logs; None where `names` does not have it."""
+    if func := re.fullmatch(r"rewards/(.+)/(mean|std)", logged):
+        return f"score/{func[1]}" + ("/std" if func[2] == "std" else "")
+    return names.get(logged)
+
+
+def tabled(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Those that stand in tables."""
+    return {name: metric for name, metric in metrics.items() if metric.heading}
+
+
+def markdown(metrics: dict[str, Metric]) -> str:
+    """A table of metrics as the README has it."""
+    labels = {"ppo": " (PPO)", "rloo": " (RLOO)", "": ""}
+    rows = [
+        f"| `{name}`{labels[metric.only]} | {metric.meaning} | {metric.unit} | {metric.better or ''} |\n"
+        for name, metric in metrics.items()
+    ]
+    return "".join(["| metric | meaning | unit | better |\n|---|---|---|---|\n", *rows])
