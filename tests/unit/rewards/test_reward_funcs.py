@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlhf_recipes.cli import app
+from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, RewardFunc
 from rlhf_recipes.rewards.calls import RewardError, score_all
 from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_reward_funcs
@@ -328,3 +329,36 @@ def test_rewards_command_lists_every_function_and_argument():
     for name in REWARD_FUNCS:
         assert f"\n{name}: " in "\n" + printed
     assert "label" in printed and "pattern" in printed
+
+
+def test_a_reward_function_with_a_model_is_one_file_of_the_users(classifier_folder, tmp_path, monkeypatch):
+    """The file stands beside the recipe, which finds it from any folder; a child recipe in another folder does, too."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "mine.py").write_text(
+        "from transformers import AutoModelForSequenceClassification\n"
+        "def liking(model, scale=1.0):\n"
+        "    labels = AutoModelForSequenceClassification.from_pretrained(model).config.num_labels\n"
+        "    return lambda completions, **columns: [scale * labels] * len(completions)\n"
+    )
+    recipe_file = tmp_path / "project" / "mine.yaml"
+    recipe_file.write_text(
+        "extends: imdb_tiny\n"
+        f"reward_funcs: [{{name: 'mine.py:liking', args: {{model: {classifier_folder}, scale: 0.5}}}}]\n"
+    )
+    (tmp_path / "child.yaml").write_text(f"extends: {recipe_file}\n")
+    monkeypatch.chdir(tmp_path)
+    for file in (recipe_file, tmp_path / "child.yaml"):
+        made = load_recipe(str(file))
+        assert check_reward_funcs(made) == [] and made.data.transform == "film_reviews.py:sentences"
+        assert build_reward_funcs(made, made.reward_funcs)[0](**call()) == [1, 1]
+
+
+def test_a_function_of_the_registry_is_one_entry_in_it(monkeypatch):
+    def constant(value: float = 1.0):
+        """The same for all."""
+        return lambda completions, **columns: [value] * len(completions)
+
+    monkeypatch.setitem(REWARD_FUNCS, "constant", constant)
+    assert values({"name": "constant", "args": {"value": 2.0}}) == [2, 2]
+    assert "nearest: value" in check_reward_funcs(recipe({"name": "constant", "args": {"valeu": 2.0}}))[0]
+    assert "constant: The same for all." in CliRunner().invoke(app, ["rewards"]).output
