@@ -53,12 +53,13 @@ COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
 SETTINGS = {
     "sft": (*COMMON_SETTINGS, "sft"),
     "reward": (*COMMON_SETTINGS, "reward"),
-    "ppo": (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes", "ppo"),
-    "rloo": (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes", "rloo"),
     "eval": (*COMMON_SETTINGS, "reward_funcs", "eval"),
     "compare": ("eval",),
 }
-"""Stage -> the parts of a recipe that its result depends on."""
+"""Stage -> the parts of a recipe that its result depends on; those of an on-policy stage are `ON_POLICY_SETTINGS`."""
+
+ON_POLICY_SETTINGS = (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes")
+"""Beside the stage's own section."""
 
 
 def run_path(recipe: Recipe, stage: str) -> Path:
@@ -340,7 +341,7 @@ class Run:
 
 
 def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    values = recipe.model_dump(include=set(SETTINGS[stage]), exclude_none=True)
+    values = recipe.model_dump(include=set(SETTINGS.get(stage, (*ON_POLICY_SETTINGS, stage))), exclude_none=True)
     if stage == "eval":
         values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
         if recipe.eval.max_new_tokens is None:

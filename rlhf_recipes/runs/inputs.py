@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.load import code_file
-from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError
 from rlhf_recipes.runs.folder import eval_models, read_manifest
 from rlhf_recipes.runs.references import (
     hub_arguments,
@@ -58,7 +58,7 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
         found |= {f"eval.models.{name}": (reference, "model") for name, reference in eval_models(recipe).items()}
         if recipe.eval.perplexity_model is not None:
             found["eval.perplexity_model"] = (recipe.eval.perplexity_model, "model")
-    funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
+    funcs = {"reward_funcs": recipe.reward_funcs} if isinstance(getattr(recipe, stage, None), (OnPolicy, Eval)) else {}
     if stage == "eval":
         funcs["eval.held_out_funcs"] = recipe.eval.held_out_funcs
     for key, specs in funcs.items():
@@ -187,7 +187,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
 
 def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
     """Dotted key -> `path/to/file.py:function` of what a stage takes from the user's own files."""
-    funcs = {"reward_funcs": recipe.reward_funcs} if stage in ("ppo", "rloo", "eval") else {}
+    funcs = {"reward_funcs": recipe.reward_funcs} if isinstance(getattr(recipe, stage, None), (OnPolicy, Eval)) else {}
     funcs |= {"eval.held_out_funcs": recipe.eval.held_out_funcs} if stage == "eval" else {}
     named = {f"{key}.{i}.name": spec.name for key, specs in funcs.items() for i, spec in enumerate(specs)}
     named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}

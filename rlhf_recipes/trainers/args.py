@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from rlhf_recipes.launch.setup import asked, check_setup, launched
 from rlhf_recipes.models import hardware as machine
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import OnPolicy, RecipeError
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 
@@ -39,7 +39,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         "report_to": chosen_trackers(run.stage, given.get("report_to")),
         "disable_tqdm": True,
     }
-    if run.stage in ("ppo", "rloo"):
+    if isinstance(section, OnPolicy):
         values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
         values["missing_eos"] = run.recipe.missing_eos and run.recipe.missing_eos.model_dump()
     if run.stage == "rloo":
@@ -61,7 +61,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
-    if run.stage in ("ppo", "rloo"):
+    if isinstance(section, OnPolicy):
         if "logging_steps" not in given:
             args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
         if run.recipe.episodes is not None:

@@ -363,6 +363,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             every = torch.arange(len(batch["completion_ids"]))
             return micro_batches(batch, [every], len(every), self._sum_over_ranks)[0]
+        self._timer.start()
         passes, step = divmod(self._step, self.args.steps_per_generation)
         if step == 0:
             if passes % self.num_iterations == 0:
@@ -381,10 +382,6 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         return micro_batches(
             batch, order.split(size * self.args.gradient_accumulation_steps), size, self._sum_over_ranks
         )
-
-    def training_step(self, *args, **kwargs):
-        self._timer.start()
-        return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         """As TRL does, with random numbers of its own: training goes on as if there had been no evaluation."""
