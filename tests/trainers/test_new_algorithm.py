@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.models.adapters import adapter_args, settle, starting_point
+from rlhf_recipes.models.start import Start
 from rlhf_recipes.recipe.schema import OnPolicy, Recipe
-from rlhf_recipes.rewards.functions import build_reward_funcs
+from rlhf_recipes.rewards.registry import build_reward_funcs
 from rlhf_recipes.runs.callbacks import attach, save_model
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import read_json, read_lines
@@ -13,7 +13,7 @@ from rlhf_recipes.trainers.args import trainer_args
 from rlhf_recipes.trainers.config import OnPolicyConfig
 from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
 from support.texts import REVIEWS, write_jsonl
-from support.tiny_models import causal_lm, word_tokenizer
+from support.tiny_models import causal_lm, save_pair, word_tokenizer
 
 # The file in trainers/
 
@@ -59,20 +59,15 @@ class RecipeWithReinforce(Recipe):
 def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import prompts
+    from rlhf_recipes.data.tokenizer import load_tokenizer
 
     recipe = run.recipe
     args = trainer_args(run, ReinforceConfig)
-    adapter = adapter_args(run, args)
-    tokenizer = word_tokenizer()
-    start = starting_point(run, args, "policy", recipe.reinforce.policy, adapter)
-    trainer = ReinforceTrainer(
-        **start,
-        reward_funcs=build_reward_funcs(recipe, recipe.reward_funcs),
-        args=args,
-        train_dataset=prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed),
-        processing_class=tokenizer,
-    )
-    settle(trainer, start, recipe.reinforce.policy, recipe.reinforce.policy)
+    start = Start(run, args, "policy")
+    reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    tokenizer = load_tokenizer(recipe, "reinforce.policy", recipe.reinforce.policy)
+    train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
+    trainer = start.trainer(ReinforceTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=train)
     callback = attach(trainer, run)
     trainer.train()
     save_model(trainer, run)
@@ -83,7 +78,7 @@ def test_a_new_algorithm_trains_by_the_path_of_the_stages(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
-    causal_lm(word_tokenizer()).save_pretrained(tmp_path / "model")
+    save_pair(tmp_path / "model", causal_lm(word_tokenizer()), word_tokenizer())
     settings = {
         "per_device_train_batch_size": 8,
         "num_generations": 2,
