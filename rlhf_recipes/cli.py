@@ -256,7 +256,7 @@ def compare(
 
     Exit code 1 when they differ in more than the algorithm, so that there is no verdict.
     """
-    from rlhf_recipes.compare import compare_runs
+    from rlhf_recipes.comparison.write import compare_runs
 
     raise typer.Exit(0 if compare_runs(runs, out) else 1)
 

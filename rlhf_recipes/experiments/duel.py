@@ -18,13 +18,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_recipes.compare import notes_on, write_comparison
 from rlhf_recipes.comparison.build import build_comparison
 from rlhf_recipes.comparison.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.comparison.runs import TrainedRun, read_runs
+from rlhf_recipes.comparison.write import notes_on, write_comparison
 from rlhf_recipes.evaluation.audit.audit import audit_runs, is_audited
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
-from rlhf_recipes.experiments.sweep import Job, Planner, only_stage, refuse_other_settings, run_jobs
+from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
 from rlhf_recipes.recipe.load import load_recipe, rollout_size
 from rlhf_recipes.recipe.schema import Recipe, RecipeError

@@ -15,6 +15,7 @@ import torch
 
 from rlhf_recipes import evaluate
 from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation import evaluator
 from rlhf_recipes.evaluation.metrics import perplexity, rouge
 from rlhf_recipes.models import samples
 from rlhf_recipes.models.likelihoods import sequence_logps, text_logps
@@ -229,25 +230,25 @@ def test_without_completions_in_the_data_there_is_no_rouge(tmp_path, policy_fold
 
 def test_empty_completions_are_counted():
     made = Samples([[5]] * 4, [[1], [5, 1], [0, 1], [5]], ["", " the", "  ", " the"], [True, True, True, False])
-    found = evaluate._text_metrics(made)
+    found = evaluator._text_metrics(made)
     assert found["empty_share"] == 0.5 and found["length_mean"] == 0.75 and found["unique_token_ratio"] == 1.0
-    nothing = evaluate._text_metrics(Samples([[5]], [[1]], [""], [True]))
+    nothing = evaluator._text_metrics(Samples([[5]], [[1]], [""], [True]))
     assert nothing["unique_token_ratio"] is None and nothing["distinct_1"] == nothing["repetition"] == 0.0
 
 
 def test_a_reward_function_that_never_applies_has_no_mean():
-    found = evaluate._score_metrics([1.0, None], {"a": [1.0, None], "b": [None, None]}, 0.0)
+    found = evaluator._score_metrics([1.0, None], {"a": [1.0, None], "b": [None, None]}, 0.0)
     assert found["score_mean"] == found["positive_share"] == found["score/a"] == 1.0 and found["score/a/std"] == 0.0
     assert [found[key] for key in ("score/b", "score/b/std", "score/b/min", "score/b/max")] == [None] * 4
     with pytest.raises(RecipeError, match="no reward function applies"):
-        evaluate._score_metrics([None], {"a": [None]}, 0.0)
+        evaluator._score_metrics([None], {"a": [None]}, 0.0)
 
 
 def test_likelihoods_that_are_not_finite_are_not_known():
-    found = evaluate._likelihood_metrics([-3.0, -5.0], [-4.0, -6.5], tokens=4)
+    found = evaluator._likelihood_metrics([-3.0, -5.0], [-4.0, -6.5], tokens=4)
     assert found == {"kl": 1.25, "kl_per_token": 0.625, "perplexity": pytest.approx(math.exp(10.5 / 4))}
     for own, under in (([math.nan], [-1.0]), ([-1.0], [-math.inf]), ([], [])):
-        assert evaluate._likelihood_metrics(own, under, 2) == dict.fromkeys(("kl", "kl_per_token", "perplexity"))
+        assert evaluator._likelihood_metrics(own, under, 2) == dict.fromkeys(("kl", "kl_per_token", "perplexity"))
 
 
 def test_a_model_that_has_diverged_is_measured_and_said_to_have(tmp_path, policy_folder):
@@ -546,6 +547,6 @@ def test_another_length_of_training_is_another_eval(tmp_path, policy_folder):
 def test_progress_is_told_by_batches(tmp_path, policy_folder):
     recipe = recipe_of(tmp_path, {"sft": policy_folder})
     tokenizers = {"sft": load_tokenizer(recipe, "x", str(policy_folder))}
-    told, rows = [], evaluate.held_out_prompts(recipe, tokenizers["sft"])
-    part = evaluate.Evaluator(recipe, tokenizers, rows, 4).measure("sft", told.append)
+    told, rows = [], evaluator.held_out_prompts(recipe, tokenizers["sft"])
+    part = evaluator.Evaluator(recipe, tokenizers, rows, 4).measure("sft", told.append)
     assert told == [4, 3] and len(part["answers"]) == 7

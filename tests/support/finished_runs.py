@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rlhf_recipes.experiments.sweep
+import rlhf_recipes.experiments.jobs
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.runs.folder import Run
 from support.texts import write_jsonl
@@ -104,7 +104,7 @@ def stand_in(monkeypatch, entry: Callable, outcome_of: Callable, leave: Callable
         run.finish()
         return 0
 
-    monkeypatch.setattr(rlhf_recipes.experiments.sweep, "launch_stage", launch)
+    monkeypatch.setattr(rlhf_recipes.experiments.jobs, "launch_stage", launch)
     return ran
 
 

@@ -83,7 +83,7 @@ class Audited:
 
     def new_tokens(self) -> int:
         """Longest completion in training."""
-        from rlhf_recipes.evaluate import longest_in_training
+        from rlhf_recipes.evaluation.evaluator import longest_in_training
 
         return longest_in_training(self.recipe, (self.stage,))
 
@@ -321,7 +321,7 @@ def _checkpoints(
     """Every model on the same held-out prompts: its row of the table, its scores prompt by prompt, and notes."""
     from tqdm import tqdm
 
-    from rlhf_recipes.evaluate import Evaluator, held_out_prompts
+    from rlhf_recipes.evaluation.evaluator import Evaluator, held_out_prompts
     from rlhf_recipes.runs.references import resolve_model
 
     notes = []

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_recipes.compare import compare_runs, notes_on, write_comparison
 from rlhf_recipes.comparison.build import _bands, build_comparison, value_at
 from rlhf_recipes.comparison.differences import find_differences
 from rlhf_recipes.comparison.held_out import Measured
 from rlhf_recipes.comparison.runs import columns, read_runs
+from rlhf_recipes.comparison.write import compare_runs, notes_on, write_comparison
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.inputs import sources
