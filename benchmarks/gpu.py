@@ -248,7 +248,8 @@ def speed(name: str, folder: Path, size: str, trl_1_12: Path | None) -> dict[str
 
 def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
     """One stage of a recipe that is made here: two rollouts of one pass."""
-    from rlhf_recipes.planning.stage import launch_of, machine_of, plan_stage
+    from rlhf_recipes.planning.machine import launch_of, machine_of
+    from rlhf_recipes.planning.stage import plan_stage
     from rlhf_recipes.recipe.load import load_recipe
     from rlhf_recipes.stage import run_stage
 

@@ -160,7 +160,8 @@ def recipe(folder: Path, case: str) -> tuple[str, list[str]]:
 
 
 def predicted(file: str, overrides: list[str], stage: str, config: str | None, device: str) -> float:
-    from rlhf_recipes.planning.stage import launch_of, machine_of, plan_stage
+    from rlhf_recipes.planning.machine import launch_of, machine_of
+    from rlhf_recipes.planning.stage import plan_stage
     from rlhf_recipes.recipe.load import load_recipe
 
     gpu = f"{2 if config else 1}x{device if device == 'cpu' else 'GPU'}-64"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rlhf_recipes.launch.configs import config_files, find_config, offloads, read_config, zero_stage
-from rlhf_recipes.planning.memory import GIB, Launch
-from rlhf_recipes.planning.stage import PLANNED, Machine, StagePlan, launch_of, machine_of, plan_stage, settings_of
+from rlhf_recipes.planning.architectures import PLANNED
+from rlhf_recipes.planning.machine import GIB, Launch, Machine, launch_of, machine_of
+from rlhf_recipes.planning.stage import StagePlan, plan_stage, settings_of
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.folder import is_finished, read_manifest, read_metrics, run_path

@@ -4,31 +4,23 @@ Nothing is downloaded but a `config.json` that is not here already, no weights a
 """
 
 import math
-import re
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
-import psutil
-import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from rlhf_recipes.launch.configs import find_config, kind, offloads, read_config, zero_stage
 from rlhf_recipes.models.adapters import lora_of, quantization_of
-from rlhf_recipes.models.load import adapter_of, load_config
-from rlhf_recipes.planning.memory import GIB, Batch, Estimate, Launch, model_of, moments
+from rlhf_recipes.planning.architectures import config_of, drops_out
+from rlhf_recipes.planning.machine import Launch, Machine
+from rlhf_recipes.planning.memory import Batch, Estimate, moments
+from rlhf_recipes.planning.trace import model_of
 from rlhf_recipes.recipe.load import rollout_size
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
-from rlhf_recipes.runs.references import is_hub_model, is_offline, loading, locate_in_package
+from rlhf_recipes.runs.references import loading
 from rlhf_recipes.trainers.config import OnPolicyConfig
-
-PLANNED = ("sft", "reward", "ppo", "rloo")
 
 PPO_DEFAULTS = {"num_generations": 1}
 """What `PPOConfig` has of the settings that count here and `OnPolicyConfig` has otherwise; to import it takes seconds."""
@@ -38,250 +30,6 @@ COUNTS = (
     "sampling_batch_size", "num_generations", "num_iterations", "max_completion_length", "max_length",
 )  # fmt: skip
 """Settings that are multiplied and divided by here; the trainers refuse what is not above 0, too, but are not asked."""
-
-GIGABYTES = {
-    "T4": 16, "V100": 16, "P100": 16, "L4": 24, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L40": 48, "L40S": 48,
-    "A100": 80, "H100": 80, "H200": 141, "H20": 96, "B200": 180, "GH200": 96, "MI300X": 192, "A6000": 48, "RTX6000": 24,
-    "RTX2080TI": 11, "RTX3060": 12, "RTX3070": 8, "RTX3080": 10, "RTX3090": 24, "RTX4060": 8, "RTX4070": 12,
-    "RTX4080": 16, "RTX4090": 24, "RTX5080": 16, "RTX5090": 32,
-}  # fmt: skip
-"""Memory of GPUs that are known by name; of those that come in two sizes the commoner one."""
-
-RESERVED_BYTES, RESERVED_SHARE = 1 * GIB, 0.04
-"""Of a GPU, what is left alone: CUDA's context and libraries, and memory that its allocator cannot use."""
-
-IMPORTS = 0.7 * GIB
-"""Of a CPU's memory, what a process takes before there is a model."""
-
-_GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
-_NEOX = {"model_type": "gpt_neox", "vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": False}
-
-
-def _neox(layers: int, hidden: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    return _NEOX | sizes | {"intermediate_size": 4 * hidden, "vocab_size": vocabulary}
-
-
-ARCHITECTURES = {
-    "openai-community/gpt2": _GPT2,
-    "lvwerra/gpt2-imdb": _GPT2,
-    "distilbert/distilgpt2": _GPT2 | {"n_layer": 6},
-    "openai-community/gpt2-medium": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "openai-community/gpt2-large": _GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
-    "openai-community/gpt2-xl": _GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
-    "EleutherAI/pythia-160m-deduped": _neox(12, 768, 12),
-    "EleutherAI/pythia-410m-deduped": _neox(24, 1024, 16),
-    "EleutherAI/pythia-1b-deduped": _neox(16, 2048, 8),
-    "EleutherAI/pythia-1.4b-deduped": _neox(24, 2048, 16),
-    "EleutherAI/pythia-2.8b-deduped": _neox(32, 2560, 32),
-    "EleutherAI/pythia-6.9b-deduped": _neox(32, 4096, 32, 50432),
-    "distilbert/distilbert-base-uncased": {"model_type": "distilbert"},
-    "distilbert/distilbert-base-cased": {"model_type": "distilbert", "vocab_size": 28996},
-    "lvwerra/distilbert-imdb": {"model_type": "distilbert"},
-    "microsoft/deberta-v3-base": {
-        "model_type": "deberta-v2",
-        "vocab_size": 128100,
-        "type_vocab_size": 0,
-        "relative_attention": True,
-        "position_buckets": 256,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_biased_input": False,
-        "layer_norm_eps": 1e-7,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "meta-llama/Llama-3.2-1B": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-}
-"""Configurations of Hub models that the recipes name, so that these can be planned without network."""
-
-
-# The machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """`count` GPUs, or processes on a CPU, and the bytes that each of them has."""
-
-    count: int
-    name: str
-    bytes: float
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.name == "cpu" else "cuda"
-
-    @property
-    def reserve(self) -> float:
-        return IMPORTS if self.device == "cpu" else RESERVED_BYTES + RESERVED_SHARE * self.bytes
-
-    def __str__(self) -> str:
-        return f"{self.count} x {self.name}, {self.bytes / GIB:.0f} GB each"
-
-
-def machine_of(text: str | None, processes: int = 1) -> Machine:
-    """What `--gpu` says; None: what is here.
-
-    Args:
-        text: `--gpu`.
-        processes: How many, where the text does not say it.
-
-    Raises:
-        RecipeError: It cannot be read, or names a GPU whose memory is not known.
-    """
-    if text is None and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return Machine(torch.cuda.device_count(), properties.name, properties.total_memory)
-    number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(
-        rf"(?:(\d+)x)?(?:([A-Za-z][\w ]*)(?:-{number})?|{number})", "cpu" if text is None else text, re.IGNORECASE
-    )
-    if match is not None and int(match[1] or 1) > 0:
-        count, name, size = int(match[1] or processes), match[2] or "GPU", match[3] or match[4]
-        known = {name.upper(): gigabytes for name, gigabytes in GIGABYTES.items()}
-        if name.lower() == "cpu":
-            return Machine(count, "cpu", float(size) * GIB if size else psutil.virtual_memory().total / count)
-        size = size or known.get(name.replace(" ", "").upper())
-        if size is not None and float(size) > 0:
-            return Machine(count, name, float(size) * GIB)
-    raise RecipeError(
-        f"--gpu: {text!r} names no GPU of known memory; write NxNAME-GB, such as 8xH100-80, 1xRTX3060-12, 2x24 or cpu-16; "
-        f"by name alone: {', '.join(GIGABYTES)}, cpu."
-    )
-
-
-def launch_of(machine: Machine, accelerate_config: str | None) -> Launch:
-    """How a stage is started on all of a machine: one process each, DDP unless a configuration of accelerate says otherwise.
-
-    Args:
-        machine: Where it runs.
-        accelerate_config: Name or file of the configuration.
-
-    Raises:
-        RecipeError: There is none, or there are no numbers for its kind of distribution.
-    """
-    values = {"distributed_type": "NO"} if accelerate_config is None else read_config(find_config(accelerate_config))
-    precision = values.get("mixed_precision")
-    half = machine.device != "cpu" if precision is None else precision in ("bf16", "fp16")
-    launch = Launch(processes=machine.count, half=half, device=machine.device)
-    if values["distributed_type"] in ("NO", "MULTI_GPU"):
-        return launch
-    stage = zero_stage(values) if values["distributed_type"] == "DEEPSPEED" else None
-    if stage not in (1, 2):
-        raise RecipeError(
-            f"--accelerate-config: {accelerate_config} is {kind(values)}, which plan has no numbers for; take one with DDP, ZeRO-1 or ZeRO-2."
-        )
-    return replace(launch, zero_stage=stage, offload=offloads(values))
-
-
-# Models, by their configurations
-
-
-def config_of(recipe: Recipe, key: str, reference: str, passed: tuple[str, ...] = ()) -> tuple[Any, Any]:
-    """Configuration of what a reference stands for, and of the adapter that it is (None: a whole model).
-
-    A stage need not have run: what it starts from has the same sizes.
-
-    Args:
-        recipe: The recipe, for `stage:` references.
-        key: Where the reference stands in the recipe, for messages.
-        reference: `stage:NAME`, a folder, `package:NAME/FOLDER`, or a Hub id.
-        passed: Stages that led here.
-
-    Raises:
-        RecipeError: It is not here, and not to be had from the Hub; or stages start from one another.
-    """
-    from transformers import AutoConfig
-
-    if reference.startswith("stage:"):
-        return _config_of_stage(recipe, key, reference.removeprefix("stage:"), passed)
-    if reference.startswith("package:"):
-        return _config_of_folder(recipe, key, str(locate_in_package(key, reference)), reference)
-    if not is_hub_model(reference):
-        folder = Path(reference).expanduser()
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise RecipeError(
-                f"{key}: {reference} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
-            )
-        return _config_of_folder(recipe, key, str(folder), reference)
-    name, _, revision = reference.partition("@")
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    if not isinstance(cached, str) and name in ARCHITECTURES:
-        return AutoConfig.for_model(**ARCHITECTURES[name]), None
-    try:
-        with loading(key, reference):
-            if not isinstance(cached, str) and not is_offline():
-                _reach_hub()
-            how = {"revision": revision or "main", "local_files_only": is_offline()}
-            return AutoConfig.from_pretrained(
-                name, trust_remote_code=reference in recipe.trust_remote_code, **how
-            ), None
-    except RecipeError as error:
-        raise RecipeError(
-            f"{key}: the config.json of {reference} is needed, and is neither here nor to be had from the Hub; set {key} to "
-            "a local folder that has it."
-        ) from error
-
-
-def _reach_hub() -> None:
-    """Find out in seconds that there is no network; huggingface_hub tries again for most of a minute.
-
-    Raises:
-        OSError: The Hub does not answer.
-    """
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        urlopen(Request(ENDPOINT, method="HEAD"), timeout=5).close()
-    except URLError as error:  # what answers, with an error or another certificate, is huggingface_hub's matter
-        if not isinstance(error, HTTPError) and not isinstance(error.reason, ssl.SSLError):
-            raise
-
-
-def _config_of_folder(recipe: Recipe, key: str, folder: str, reference: str) -> tuple[Any, Any]:
-    return load_config(key, folder, reference in recipe.trust_remote_code), adapter_of(key, folder)
-
-
-def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ...]) -> tuple[Any, Any]:
-    from transformers import AutoConfig
-
-    if stage in passed:
-        raise RecipeError(f"{key}: stage:{stage}: it starts from what is made of it; set {key} to a model.")
-    section = getattr(recipe, stage, None) if stage in PLANNED else None
-    if section is None:
-        raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage} that makes a model.")
-    if stage == "sft" and section.scratch is not None:
-        scratch = section.scratch
-        with loading("sft.scratch", scratch.architecture):
-            return AutoConfig.for_model(scratch.architecture, vocab_size=scratch.vocabulary, **scratch.config), None
-    name = "policy" if stage in ("ppo", "rloo") else "model"
-    config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name), (*passed, stage))
-    if section.peft is not None:  # what comes out is an adapter
-        return config, adapter or lora_of(stage, section.peft)
-    return config, None
-
-
-def _drops_out(config: Any) -> bool:
-    return any("drop" in name and value for name, value in config.to_dict().items() if isinstance(value, float))
-
-
-# Stages
 
 
 @dataclass(frozen=True)
@@ -377,7 +125,7 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     quantization = None
     if section.quantization is not None:
         quantization = quantization_of(stage, section.quantization, "bfloat16" if launch.half else "float32")
-    dropout = stage == "sft" and _drops_out(config)
+    dropout = stage == "sft" and drops_out(config)
     batch = _batch(recipe, stage, settings, config, machine.count, notes)
     value, reward_models = None, ()
     how = {

@@ -8,17 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from rlhf_recipes.planning.memory import (
-    REDUCE_BUCKET,
-    Batch,
-    Curve,
-    Launch,
-    Model,
-    _fitted,
-    estimate,
-    model_of,
-    moments,
-)
+from rlhf_recipes.planning.machine import Launch
+from rlhf_recipes.planning.memory import REDUCE_BUCKET, Batch, Curve, Model, estimate, moments
+from rlhf_recipes.planning.trace import _fitted, model_of
 from support.places import ROOT
 
 NOTHING = Curve()

@@ -9,18 +9,10 @@ import time
 import pytest
 from transformers import AutoConfig
 
-from rlhf_recipes.planning.memory import GIB
+from rlhf_recipes.planning.architectures import ARCHITECTURES, PLANNED, config_of
+from rlhf_recipes.planning.machine import GIB, launch_of, machine_of
 from rlhf_recipes.planning.plan import run_plan, smallest_change
-from rlhf_recipes.planning.stage import (
-    ARCHITECTURES,
-    PLANNED,
-    PPO_DEFAULTS,
-    config_of,
-    launch_of,
-    machine_of,
-    plan_stage,
-    settings_of,
-)
+from rlhf_recipes.planning.stage import PPO_DEFAULTS, plan_stage, settings_of
 from rlhf_recipes.recipe.load import load_recipe, recipe_files
 from rlhf_recipes.recipe.schema import RecipeError
 from support.processes import cli
