@@ -64,6 +64,22 @@ def rename(metrics: dict[str, list[float]]) -> None:
             metrics[name] = values
 
 
+def completions_of(logs: dict[str, Any], number: int, step: int) -> list[dict[str, Any]]:
+    """The first `number` completions of TRL's logs, with their scores and advantages; a score that is NaN is None."""
+    names = list(logs["rewards"])
+    columns = [logs["prompt"], logs["completion"], logs["advantages"], *logs["rewards"].values()]
+    return [
+        {
+            "step": step,
+            "prompt": prompt,
+            "completion": completion,
+            "advantage": advantage,
+            "scores": {n: None if math.isnan(value) else value for n, value in zip(names, values, strict=True)},
+        }
+        for prompt, completion, advantage, *values in list(zip(*columns, strict=True))[:number]
+    ]
+
+
 class PhaseTimer:
     """Seconds of each phase of training since the last line. It runs from the first `start` on."""
 

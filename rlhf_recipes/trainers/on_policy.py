@@ -3,14 +3,12 @@
 import copy
 import logging
 import math
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import trl
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
@@ -18,7 +16,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.data.tokenizer import continuation
-from rlhf_recipes.models.forward import completion_logits, longest, sampled_logps
+from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
 from rlhf_recipes.rewards.calls import call_all_on_every_rank, checked
 from rlhf_recipes.rewards.registry import as_reward_func
@@ -29,8 +27,16 @@ from rlhf_recipes.trainers.batches import EpochSampler, micro_batches
 from rlhf_recipes.trainers.config import OnPolicyConfig, distortions
 from rlhf_recipes.trainers.kl import KLControl, k3
 from rlhf_recipes.trainers.kl_diagnosis import likely_cause
-from rlhf_recipes.trainers.metrics import MetricLog, PhaseTimer, rename
-from rlhf_recipes.trainers.state import Forward, Rollout, RunState
+from rlhf_recipes.trainers.metrics import MetricLog, PhaseTimer, completions_of, rename
+from rlhf_recipes.trainers.state import (
+    Forward,
+    Rollout,
+    RunState,
+    in_parts,
+    own_random_numbers,
+    plain_logs,
+    restore_logs,
+)
 from rlhf_recipes.trainers.vllm import send_policy_only
 
 logger = logging.getLogger(__name__)
@@ -78,6 +84,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._kl = KLControl(args)
         self._metric_log = MetricLog()
         self._timer = PhaseTimer(args.device.type)
+        self._kept = {"run": self._state, "kl": self._kl, "metrics": self._metric_log, "timer": self._timer}
         self._rollout: Rollout | None = None
         self._batch: dict[str, Tensor] | None = None
         self._order: Tensor | None = None
@@ -272,29 +279,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
     ) -> tuple[Tensor, None, None]:
         """TRL's way to get a rollout's log-probabilities; entropies and values come along into the rollout."""
-        lengths = attention_mask.sum(1)
-        P = input_ids.size(1) - logits_to_keep
-        parts, order = [], lengths.argsort(descending=True)  # of one length each chunk, so that little is padding
-        for rows in order.split(batch_size or len(input_ids)):
-            p, t = longest(attention_mask[rows, :P], attention_mask[rows, P:])
-            columns = slice(P - p, P + t)
-            part = self._forward(model, input_ids[rows, columns], attention_mask[rows, columns], t, entropy=True)
-            short = logits_to_keep - t
-            parts.append(
-                [
-                    None if x is None else nn.functional.pad(x, (0, short))
-                    for x in (part.logps, part.entropies, part.values)
-                ]
-            )
-        back = order.argsort()
-        whole = [None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)]
+        whole = in_parts(
+            lambda ids, mask, t: self._forward(model, ids, mask, t, entropy=True),
+            input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids),
+        )  # fmt: skip
         if self._rollout is not None:
-            found = Forward(*whole, aux_loss=None)
-            if self._rollout.policy_pass is None:  # TRL asks for the policy's first
-                self._rollout.policy_pass = found
-            else:
-                self._rollout.ref_pass = found
-        return whole[0], None, None
+            self._rollout.add(whole)
+        return whole.logps, None, None
 
     def _forward(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False
@@ -386,12 +377,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     def evaluate(self, *args, **kwargs):
         """As TRL does, with random numbers of its own: training goes on as if there had been no evaluation."""
         self._book("update")
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng():
-            set_seed(self.args.seed, device_specific=True)
+        with own_random_numbers(self.args.seed):
             measured = super().evaluate(*args, **kwargs)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         self._timer.skip()
         return measured
 
@@ -443,23 +430,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     def sampled_completions(self, number: int) -> list[dict[str, Any]]:
         """The first `number` completions of the last rollout, with their scores and advantages."""
-        names = list(self._logs["rewards"])
-        columns = [
-            self._logs["prompt"],
-            self._logs["completion"],
-            self._logs["advantages"],
-            *self._logs["rewards"].values(),
-        ]
-        return [
-            {
-                "step": self.state.global_step,
-                "prompt": prompt,
-                "completion": completion,
-                "advantage": advantage,
-                "scores": {name: None if value != value else value for name, value in zip(names, values, strict=True)},
-            }
-            for prompt, completion, advantage, *values in list(zip(*columns, strict=True))[:number]
-        ]
+        return completions_of(self._logs, number, self.state.global_step)
 
     def _local_rows(self, of_all: Tensor) -> Tensor:
         """This process's rows of a tensor that holds all processes'."""
@@ -478,25 +449,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         within = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        state = {
-            "run": self._state.to_dict(),
-            "kl": self._kl.to_dict(),
-            "metrics": self._metric_log.to_dict(),
-            "timer": self._timer.to_dict(),
-            "step": self._step,
-            "batch": self._batch if within else None,
-            "order": self._order if within else None,
-            "logs": {
-                name: {key: [_plain(x) for x in of_key] for key, of_key in values.items()}
-                if isinstance(values, dict)
-                else list(values)
-                for name, values in self._logs.items()
-            },
-        }
+        state = {name: part.to_dict() for name, part in self._kept.items()}
+        state |= {"step": self._step, "logs": plain_logs(self._logs)}
+        state |= {"batch": self._batch if within else None, "order": self._order if within else None}
         torch.save(state, Path(output_dir) / STATE_FILE.format(rank=self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The trainer calls this when a resumed loop has come to where the checkpoint was made."""
+        """The trainer calls this when a resumed loop reaches the step of the checkpoint."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
@@ -504,26 +463,10 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         device = self.accelerator.device
         # Of several processes on a CPU, the device is cpu:0, which torch cannot load to.
         state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
-        for name, part in (
-            ("run", self._state),
-            ("kl", self._kl),
-            ("metrics", self._metric_log),
-            ("timer", self._timer),
-        ):
+        for name, part in self._kept.items():
             part.load(state[name])
+        restore_logs(self._logs, state["logs"])
         self._step, self._batch = state["step"], state["batch"]
         if self._batch is not None:
             self._order = state["order"].cpu()
             self._micro_batches = self._micro_batches_of(self._batch, self._order)
-        for name, values in state["logs"].items():
-            if isinstance(values, dict):
-                for key, column in values.items():
-                    self._logs[name][key].extend(column)
-            else:
-                self._logs[name].extend(values)
-
-
-def _plain(value: Any) -> Any:
-    """A number or a text, of what a reward function gave to `log_extra`: a checkpoint is read without running code."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return value if value is None or type(value) in (bool, int, float, str) else str(value)

@@ -1,10 +1,17 @@
 """What an on-policy trainer keeps: one forward pass, one rollout, and what a run carries between rollouts."""
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
 
+from rlhf_recipes.models.forward import longest
 from rlhf_recipes.trainers.advantages import RunningMoments
 
 
@@ -35,6 +42,38 @@ class Rollout:
     kl: Tensor | None = None
     """KL estimate of every token, (B, T), 0 outside of completions and without a reference."""
 
+    def add(self, found: Forward) -> None:
+        """Keeps a pass over the rollout: the first is the policy's, the second the reference's, as TRL asks for them."""
+        if self.policy_pass is None:
+            self.policy_pass = found
+        else:
+            self.ref_pass = found
+
+
+def in_parts(
+    forward: Callable[[Tensor, Tensor, int], Forward], input_ids: Tensor, attention_mask: Tensor, length: int, size: int
+) -> Forward:
+    """One pass over all rows, a part at a time: rows of one length together, without their common padding.
+
+    Args:
+        forward: The pass over one part, from its ids, mask and number of completion tokens.
+        input_ids: Prompts and completions, (B, P + T).
+        attention_mask: (B, P + T).
+        length: T.
+        size: Rows of a part.
+    """
+    P = input_ids.size(1) - length
+    parts, order = [], attention_mask.sum(1).argsort(descending=True)
+    for rows in order.split(size):
+        p, t = longest(attention_mask[rows, :P], attention_mask[rows, P:])
+        columns = slice(P - p, P + t)
+        part = forward(input_ids[rows, columns], attention_mask[rows, columns], t)
+        tensors = (part.logps, part.entropies, part.values)
+        parts.append([None if x is None else nn.functional.pad(x, (0, length - t)) for x in tensors])
+    back = order.argsort()
+    whole = [None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    return Forward(*whole, aux_loss=None)
+
 
 @dataclass
 class RunState:
@@ -53,3 +92,40 @@ class RunState:
         self.episodes, self.warned_of = saved["episodes"], saved["warned_of"]
         vars(self.score_moments).update(saved["score_moments"])
         vars(self.reward_moments).update(saved["reward_moments"])
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Inside, random numbers come from this seed and the process's rank; after it, all streams go on as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed, device_specific=True)
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """TRL's logs of a rollout in plain types, so that a checkpoint is read without running code."""
+    return {
+        name: {key: [_plain(x) for x in column] for key, column in values.items()}
+        if isinstance(values, dict)
+        else list(values)
+        for name, values in logs.items()
+    }
+
+
+def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Puts `plain_logs` back into TRL's logs."""
+    for name, values in saved.items():
+        if isinstance(values, dict):
+            for key, column in values.items():
+                logs[name][key].extend(column)
+        else:
+            logs[name].extend(values)
+
+
+def _plain(value: Any) -> Any:
+    """A value that a reward function gave to `log_extra`, as a number or a text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
