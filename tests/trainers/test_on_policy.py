@@ -14,7 +14,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.trainers.args import trainer_args
-from rlhf_recipes.trainers.kl import adapted_beta
+from rlhf_recipes.trainers.kl import KLControl, adapted_beta
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
@@ -86,6 +86,19 @@ def test_metrics_are_means_over_tokens_and_completions_by_hand(policy_folder, tm
     assert logs["kl_k3"] == pytest.approx((((-d).exp() - 1 + d) * mask).sum(1).mean().item(), rel=1e-3)
     assert logs["kl_k3_per_token"] == pytest.approx(((-d).exp() - 1 + d)[mask].mean().item(), rel=1e-3)
     assert logs["reward_mean"] == pytest.approx(logs["score_mean"] - 0.1 * logs["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_the_kl_penalty_of_both_algorithms_comes_from_one_place(trainer_class, tmp_path, monkeypatch):
+    for penalty in (0.0, 3.0):
+        first_token = torch.tensor([penalty, 0, 0, 0, 0, 0])
+        monkeypatch.setattr(
+            KLControl, "penalty", lambda self, ratio, mask, at=first_token: ratio * 0 + at[: ratio.shape[1]]
+        )
+        trainer = make(trainer_class, causal_lm(word_tokenizer()), tmp_path, beta=0.1)
+        rollout(trainer)
+        trainer.log(logs := {})
+        assert logs["reward_mean"] == pytest.approx(logs["score_mean"] - 0.1 * penalty, rel=1e-5)
 
 
 def test_kl_is_left_out_without_a_reference(policy_folder, tmp_path):

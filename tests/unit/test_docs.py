@@ -12,6 +12,7 @@ from support.tiny_models import causal_lm, word_tokenizer
 from support.tiny_trainers import PROMPTS, make
 
 PAGE = (ROOT / "docs" / "ppo_details.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DIFFERENCES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 REFERENCE = re.compile(r"`([\w/]+\.py): ([\w.]+)`(?: `([^`]+)`)?")
 
@@ -49,7 +50,7 @@ def squeezed(text):
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize(("file", "name", "line"), sorted(set(REFERENCE.findall(PAGE))))
+@pytest.mark.parametrize(("file", "name", "line"), sorted(set(REFERENCE.findall(PAGE + CONTRIBUTING))))
 def test_what_is_referred_to_exists(file, name, line):
     assert squeezed(line) in squeezed(source(file, name)), f"{file}: {name} has no such line"
 
