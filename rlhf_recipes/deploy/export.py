@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_recipes.deploy.card import CARD, model_card, start_of
 from rlhf_recipes.evaluation.reward_quality import REPORT
 from rlhf_recipes.models.load import MERGED_BASE, adapter_of, base_of, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.reader import FILE as SCORING
 from rlhf_recipes.runs.folder import MANIFEST, read_manifest
 from rlhf_recipes.runs.inputs import go_offline
 from rlhf_recipes.runs.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-CARD = "README.md"
 
 VALUE_MODEL = "value_model"
 """In the folder of a PPO run: its value network (`value_model.FOLDER`, without torch)."""
@@ -72,7 +70,7 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
             part.mkdir()
             notes = _write(run, manifest, adapter, part, merge, dtype)
             written = _read(part / ADAPTER) if (part / ADAPTER).is_file() else None
-            (part / CARD).write_text(_card(run, manifest, written, notes), encoding="utf-8")
+            (part / CARD).write_text(model_card(run, manifest, written, notes), encoding="utf-8")
             if out.exists():
                 out.rmdir()
             part.rename(out)
@@ -112,7 +110,7 @@ def _write(
         files -= {run / ADAPTER, *_weights(run)}
     for path in sorted(files | {run / "recipe.yaml"}):
         shutil.copy(path, part)
-    trusted = _start(manifest) in manifest["settings"].get("trust_remote_code", [])
+    trusted = start_of(manifest) in manifest["settings"].get("trust_remote_code", [])
     quantization = manifest["settings"][stage].get("quantization")
     if adapter is None:
         if dtype is not None:
@@ -210,88 +208,6 @@ def _auto_class(stage: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-
-
-def _start(manifest: dict[str, Any]) -> str | None:
-    """What the recipe named as the start of the training; None: random weights."""
-    section = manifest["settings"][manifest["stage"]]
-    return section.get("model", section.get("policy"))
-
-
-def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
-    """Where a run's weights come from, stage by stage, back to a model that is no stage's."""
-    stage, reference = manifest["stage"], _start(manifest)
-    if reference is None:
-        return ["random weights (sft.scratch)"]
-    if reference.startswith("stage:"):
-        name = reference.removeprefix("stage:")
-        step = f"stage {name} (run {manifest['inputs'][name]})"
-        earlier = read_manifest(run.resolve().parent / name)
-        known = earlier is not None and earlier["id"] == manifest["inputs"][name]
-        return [step, *(_origin(run.resolve().parent / name, earlier) if known else [])]
-    key = f"{stage}.{'policy' if stage in ('ppo', 'rloo') else 'model'}"
-    source = manifest.get("sources", {}).get(key, {})
-    if source.get("revision") is not None:
-        return [f"{reference.partition('@')[0]} of the Hub at commit {source['revision']}"]
-    return [f"{source.get('path', reference)} (a local folder, not of the Hub)"]
-
-
-def _card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, notes: list[str]) -> str:
-    """The model card; `adapter` is the configuration of one that is exported as it is."""
-    stage, is_adapter = manifest["stage"], adapter is not None
-    origin = _origin(run, manifest)
-    hub = [step.partition(" of the Hub at commit ") for step in origin if " of the Hub at commit " in step]
-    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
-    more = ["num_labels=1"] if stage == "reward" and is_adapter else []
-    more += ["trust_remote_code=True"] if _start(manifest) in manifest["settings"].get("trust_remote_code", []) else []
-    load = [f"from transformers import {auto}, AutoTokenizer", ""]
-    if is_adapter:  # transformers alone loads one of DoRA without its magnitudes
-        beside = (run / MERGED_BASE).is_dir()
-        base = f"FOLDER/{MERGED_BASE}" if beside else adapter["base_model_name_or_path"]
-        if not beside and adapter.get("revision") is not None:
-            more.append(f'revision="{adapter["revision"]}"')
-        load = ["from peft import PeftModel", *load]
-        load += [f"base = {auto}.from_pretrained({', '.join([json.dumps(base), *more])})"]
-        load += ['model = PeftModel.from_pretrained(base, "FOLDER")']
-    else:
-        load += [f"model = {auto}.from_pretrained({', '.join([json.dumps('FOLDER'), *more])})"]
-    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items() if number)
-    rows = {
-        "what it is": "; ".join(notes),
-        "recipe": f"{manifest['recipe']}, stage {stage} (all of it: recipe.yaml)",
-        "seed": manifest["seed"],
-        "started from": ", which started from ".join(origin),
-        "run": f"{manifest['id']}, started {manifest['started']}",
-        "versions": versions,
-        "results": json.dumps(manifest["results"]),
-    }
-    if is_adapter and is_hub_model(adapter["base_model_name_or_path"] or ""):
-        rows["base"] = f"{adapter['base_model_name_or_path']} at commit {adapter.get('revision')}"
-    if (run / SCORING).is_file():
-        rows["how it reads"] = (
-            f"{SCORING}: append EOS or not, the pad token, the center to take away; the reward function reward_model "
-            "of rlhf_recipes follows it"
-        )
-    return "\n".join(
-        [
-            "---",
-            f"library_name: {'peft' if is_adapter else 'transformers'}",
-            *([f"base_model: {hub[0][0]}"] if hub else []),
-            f"tags: [rlhf_recipes, trl, {stage}]",
-            "---",
-            f"# {manifest['recipe']}: {stage}",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows.items()),
-            "",
-            "```python",
-            *load,
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-            "```",
-            "",
-        ]
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:

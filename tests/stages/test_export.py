@@ -326,7 +326,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(hub_cache, tmp_path, reviews
     card = (export_run(tmp_path / "runs/r/rloo", None, False, None) / "README.md").read_text()
     assert f'AutoModelForCausalLM.from_pretrained("org/lm", revision="{commit}")' in card
     assert "it needs its base, org/lm of the Hub (--merge makes" in card
-    assert "library_name: peft\nbase_model: org/lm\n" in card and f"| base | org/lm at commit {commit} |" in card
+    assert "base_model: org/lm\nlibrary_name: peft\n" in card and f"| base | org/lm at commit {commit} |" in card
     assert f"| started from | org/lm of the Hub at commit {commit} |" in card
     done = cli("export", "runs/r/rloo", "--merge", "--dtype", "bfloat16", cwd=tmp_path)
     assert done.returncode == 0 and "merged into org/lm of the Hub, in bfloat16" in done.stdout, done.stderr

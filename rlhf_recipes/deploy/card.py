@@ -1,0 +1,96 @@
+"""The model card of an exported model: where the model is from, and how to load it."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from rlhf_recipes.models.load import MERGED_BASE
+from rlhf_recipes.rewards.reader import FILE as SCORING
+from rlhf_recipes.runs.folder import read_manifest
+from rlhf_recipes.runs.references import is_hub_model
+
+CARD = "README.md"
+
+OF_THE_HUB = " of the Hub at commit "
+
+
+def start_of(manifest: dict[str, Any]) -> str | None:
+    """The model id that training starts from; None: random weights."""
+    section = manifest["settings"][manifest["stage"]]
+    return section.get("model", section.get("policy"))
+
+
+def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
+    """Where a run's weights come from, stage by stage, back to a model that is no stage's."""
+    stage, reference = manifest["stage"], start_of(manifest)
+    if reference is None:
+        return ["random weights (sft.scratch)"]
+    if reference.startswith("stage:"):
+        name = reference.removeprefix("stage:")
+        step = f"stage {name} (run {manifest['inputs'][name]})"
+        earlier = read_manifest(run.resolve().parent / name)
+        known = earlier is not None and earlier["id"] == manifest["inputs"][name]
+        return [step, *(_origin(run.resolve().parent / name, earlier) if known else [])]
+    key = f"{stage}.{'policy' if stage in ('ppo', 'rloo') else 'model'}"
+    source = manifest.get("sources", {}).get(key, {})
+    if source.get("revision") is not None:
+        return [f"{reference.partition('@')[0]}{OF_THE_HUB}{source['revision']}"]
+    return [f"{source.get('path', reference)} (a local folder, not of the Hub)"]
+
+
+def model_card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, notes: list[str]) -> str:
+    """The text of the model card.
+
+    Args:
+        run: Folder of the run.
+        manifest: Of the run.
+        adapter: Configuration of an adapter that is exported as it is; None: the export is a whole model.
+        notes: Sentences that say what the export is.
+    """
+    stage, is_adapter = manifest["stage"], adapter is not None
+    origin = _origin(run, manifest)
+    hub = [step.partition(OF_THE_HUB) for step in origin if OF_THE_HUB in step]
+    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
+    more = ["num_labels=1"] if stage == "reward" and is_adapter else []
+    if start_of(manifest) in manifest["settings"].get("trust_remote_code", []):
+        more.append("trust_remote_code=True")
+    load = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if is_adapter:  # transformers alone loads one of DoRA without its magnitudes
+        beside = (run / MERGED_BASE).is_dir()
+        base = f"FOLDER/{MERGED_BASE}" if beside else adapter["base_model_name_or_path"]
+        if not beside and adapter.get("revision") is not None:
+            more.append(f'revision="{adapter["revision"]}"')
+        load = ["from peft import PeftModel", *load]
+        load += [f"base = {auto}.from_pretrained({', '.join([json.dumps(base), *more])})"]
+        load += ['model = PeftModel.from_pretrained(base, "FOLDER")']
+    else:
+        load += [f"model = {auto}.from_pretrained({', '.join([json.dumps('FOLDER'), *more])})"]
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items() if number)
+    rows = {
+        "what it is": "; ".join(notes),
+        "recipe": f"{manifest['recipe']}, stage {stage} (all of it: recipe.yaml)",
+        "seed": manifest["seed"],
+        "started from": ", which started from ".join(origin),
+        "run": f"{manifest['id']}, started {manifest['started']}",
+        "versions": versions,
+        "results": json.dumps(manifest["results"]),
+    }
+    if is_adapter and is_hub_model(adapter["base_model_name_or_path"] or ""):
+        rows["base"] = f"{adapter['base_model_name_or_path']} at commit {adapter.get('revision')}"
+    if (run / SCORING).is_file():
+        rows["how it reads"] = (
+            f"{SCORING}: append EOS or not, the pad token, the center to take away; the reward function reward_model "
+            "of rlhf_recipes follows it"
+        )
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        base_model=hub[0][0] if hub else None,
+        tags=["rlhf_recipes", "trl", stage],
+    )
+    template = (files("rlhf_recipes.deploy") / "card.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        data, template_str=template, recipe=manifest["recipe"], stage=stage, rows=rows, load="\n".join(load)
+    ).content
