@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fork_server import Server, install, uninstall
 from support.texts import REVIEWS, WORDS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
 
@@ -28,9 +29,31 @@ SLOWEST = ("end_to_end", "nightly", "stages")
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "nightly" in item.path.parts:
+        if "nightly" in item.path.parts and item.get_closest_marker("slow"):
             item.add_marker("nightly")
     items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """Forks the processes that tests start; a test marked `cold`, or `COLD=1`, starts them as a user does."""
+    server = Server()
+    if "COLD" not in os.environ:
+        install(server.ask)
+    yield server
+    uninstall()
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def cold(request, fork_server):
+    """Processes of tests marked `cold` load their libraries themselves."""
+    is_cold = request.node.get_closest_marker("cold") is not None or "COLD" in os.environ
+    if is_cold:
+        uninstall()
+    yield
+    if is_cold and "COLD" not in os.environ:
+        install(fork_server.ask)
 
 
 @pytest.fixture(autouse=True)

@@ -262,7 +262,12 @@ def wait_until(done, tmp_path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "sent"), [("cpu_ddp_2", signal.SIGTERM), ("cpu_zero2_2", signal.SIGINT), ("cpu", signal.SIGTERM)]
+    ("config", "sent"),
+    [
+        ("cpu_ddp_2", signal.SIGTERM),
+        pytest.param("cpu_zero2_2", signal.SIGINT, marks=pytest.mark.nightly),
+        pytest.param("cpu", signal.SIGTERM, marks=pytest.mark.nightly),
+    ],
 )
 def test_stopped_it_saves_and_goes_on(config, sent, tmp_path):
     path = tmp_path / "runs" / "imdb_tiny" / "rloo"

@@ -321,7 +321,9 @@ def test_a_sweep_as_a_user_runs_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)]
+)
 def test_a_sweep_stops_when_asked_or_killed_and_goes_on(number, tmp_path):
     """Its stage does not train on alone: the same command could not go on with that run."""
     (tmp_path / "own.py").write_text(OWN)

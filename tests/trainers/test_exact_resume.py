@@ -50,12 +50,13 @@ def lines(trainer):
 
 
 CASES = [
-    pytest.param(cls, several, lora, value, id=f"{cls.__name__}-{several}-{'lora' if lora else 'full'}-{value}")
+    pytest.param(cls, several, lora, value, id=f"{cls.__name__}-{several}-{'lora' if lora else 'full'}-{value}",
+                 marks=() if several and not lora else pytest.mark.nightly)
     for cls, value in ((PPOTrainer, "shared"), (PPOTrainer, "policy"), (RLOOTrainer, None))
     for several in (False, True)
     for lora in (False, True)
     if not (value == "policy" and (lora or not several))
-]
+]  # fmt: skip
 
 
 @pytest.mark.slow

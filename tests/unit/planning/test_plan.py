@@ -92,7 +92,8 @@ HARDWARE = {
 }
 
 
-@pytest.mark.slow  # 40 s
+@pytest.mark.slow
+@pytest.mark.nightly  # 40 s; other tests plan single recipes
 def test_every_shipped_recipe_fits_the_hardware_that_it_names(hub_cache):
     files = {name: path for name, path in recipe_files().items() if not name.startswith("_")}
     assert len(files) > 10
@@ -324,6 +325,7 @@ def test_what_makes_it_fit_is_an_override_that_does(name, stage, gpu, overrides,
     assert fixed.batch.rollout == plan.batch.rollout
 
 
+@pytest.mark.slow
 def test_a_printed_change_is_words_for_a_shell(capsys):
     assert not run_plan("imdb_positive", ["ppo.trainer.optim=adamw_8bit"], "1.55", None, None)
     fixes = [line.split("fits with: ")[1] for line in capsys.readouterr().out.splitlines() if "fits with: " in line]
