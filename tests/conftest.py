@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.fork_server import Server, install, uninstall
+from support.places import TESTS
 from support.texts import REVIEWS, WORDS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
 
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Processes that tests start find `support` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
 
 # A shell starts what runs in the background deaf to Ctrl-C, and so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -20,6 +20,8 @@ from support.places import ROOT
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
 
+pytestmark = pytest.mark.cold  # how a launch comes to its processes is what these tests are about
+
 CONFIGS = ROOT / "accelerate_configs"
 
 VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE",

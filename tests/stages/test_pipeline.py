@@ -191,6 +191,7 @@ def stand_ins(bpe_policy_folder, classifier_folder, tmp_path_factory):
     ]
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rloo"])
 def test_accelerate_launch_with_local_stand_ins(stage, stand_ins, tmp_path):
     done = launch(stage, "imdb_positive", *stand_ins, cwd=tmp_path)
@@ -288,6 +289,7 @@ def test_fewer_prompts_than_a_rollout_takes(stage, stand_ins, tmp_path):
     assert done.returncode == 2 and "1 training prompts, but one rollout takes 2" in done.stderr, done.stderr
 
 
+@pytest.mark.cold
 def test_a_killed_run_is_not_taken_for_finished_and_starts_again(stand_ins, tmp_path):
     (tmp_path / "own.py").write_text(
         "import time\ndef slow(completions):\n    time.sleep(1)\n    return [0.0] * len(completions)\n"
@@ -344,6 +346,7 @@ def test_mistakes_get_one_message_and_exit_code_2(arguments, expected, tmp_path)
     assert done.stderr.startswith("error: ") and expected in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("stage", ["ppo", "rloo"])
 def test_two_processes_are_one_run(stage, stand_ins, tmp_path):
     """DDP on the CPU: one run folder, half the micro-steps each, and a second launch finds it finished."""
