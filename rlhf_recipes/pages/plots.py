@@ -17,14 +17,14 @@ OTHER_DASHES = ((0, (9, 3, 2, 3)), (0, (12, 3)), (0, (4, 2, 1, 2)), (0, (1, 2)))
 
 
 def slots(algorithms: list[str]) -> dict[str, str]:
-    """Which look an algorithm or a model of none has: ppo and rloo their own, others `other-0` to `other-3` in turn."""
+    """Name -> look: ppo and rloo have their own, other algorithms and models take `other-0` to `other-3` in turn."""
     others = [name for name in algorithms if name not in ("ppo", "rloo")]
     found = {name: f"other-{i % len(OTHER_COLORS)}" for i, name in enumerate(others)}
     return {name: found.get(name, name) for name in algorithms}
 
 
 def algorithm_of(model: str, algorithms: list[str]) -> str | None:
-    """Whose run a model of the evaluation is: `ppo` and `ppo-seed_42` are ppo's."""
+    """The algorithm that trained a model of the evaluation: `ppo` and `ppo-seed_42` are ppo's; None: no run did."""
     found = [name for name in algorithms if model == name or model.startswith((f"{name}-", f"{name} "))]
     return max(found, key=len, default=None)
 
@@ -96,7 +96,7 @@ def _band(axis: Any, band: dict[str, Any], look: dict[str, Any], label: str) -> 
 
 
 def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
-    """What every run paid in KL for its score: the path of training, and the finished model on held-out prompts."""
+    """Draw score over KL of every run: the path of training, and the finished model on held-out prompts."""
     figure, axis = _pyplot().subplots(figsize=(7, 5), constrained_layout=True)
     looks = _looks(comparison["algorithms"])
     named = set()
