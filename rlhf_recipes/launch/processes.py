@@ -1,9 +1,9 @@
-"""One stage as several processes: accelerate's launcher, but with exit codes of ours, and quiet.
+"""One stage as several processes: accelerate's launcher with the exit codes of `launch/start.py`, and quiet.
 
     python -m rlhf_recipes.launch.processes --config_file FILE -m rlhf_recipes.ppo --recipe imdb_tiny
 
-Takes what `accelerate launch` takes. SIGTERM is passed on to the processes, which are waited for; at a SIGINT they are
-killed. What they have to say about their end is not followed by the launcher's log and traceback.
+Takes the arguments of `accelerate launch`. Passes SIGTERM on to the processes and waits for them; SIGINT kills them.
+The launcher's own log and traceback do not follow the processes' error messages.
 """
 
 import logging
@@ -18,8 +18,8 @@ import psutil
 from rlhf_recipes.launch.start import COMMAND, STOPPED, USER_ERROR, as_shell, end_with_parent
 
 SECONDS_TO_STOP = 45
-"""How long torch's launcher waits, when one process has ended, for the others, before it kills them: they may wait for
-the one that is gone. Processes that a user's SIGTERM stops end together, with their checkpoint saved."""
+"""Seconds between the end of one process and the moment torch's launcher kills the others, which may wait for it for
+ever. Processes that a user's SIGTERM stops end together, after they have saved their checkpoint."""
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     given = launch.launch_command_parser().parse_args()
-    given.signals_to_handle = "SIGHUP,SIGQUIT"  # not those two, which would hide how the processes have ended
+    given.signals_to_handle = "SIGHUP,SIGQUIT"  # without SIGTERM and SIGINT: they would hide the processes' exit codes
     given.shutdown_timeout = SECONDS_TO_STOP
     launch.simple_launcher = _become
     os.environ[COMMAND] = shlex.join(sys.argv[1:])
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _become(given) -> None:
-    """In place of a process that waits for a single other one: become that one, which then hears every signal itself."""
+    """Replaces this process by its single worker, so that signals reach it."""
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     command, environment = prepare_simple_launcher_cmd_env(given)

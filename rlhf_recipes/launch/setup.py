@@ -1,7 +1,10 @@
-"""The processes that make up a run: what the launcher was asked for, what came of it, and whether both are the same.
+"""Checks that the launch has the processes and strategy that the user asked for.
 
-Several ways to launch quietly give something else: `distributed_type: MULTI_CPU` one process, `use_cpu: true` with
-DeepSpeed plain DDP, FSDP on a CPU plain DDP or a crash. None of them may train.
+Several launches silently give something else: `distributed_type: MULTI_CPU` gives one process, `use_cpu: true` with
+DeepSpeed gives plain DDP, FSDP on a CPU gives plain DDP or a crash. A stage refuses to train in any of them.
+
+The launcher's command line says two things that its environment does not: whether `mixed_precision` is an explicit `no`
+or left to the hardware, and whether `gpu_ids: all` asks for GPUs that the machine does not have.
 """
 
 import os
@@ -20,12 +23,12 @@ from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.system.files import saved_setup
 
 KINDS = {"NO": "no distribution", "MULTI": "DDP", "DEEPSPEED": "DeepSpeed", "FSDP": "FSDP"}
-"""accelerate's `DistributedType`, whatever the device (MULTI_GPU, MULTI_CPU, ...) -> what it is called."""
+"""accelerate's `DistributedType`, without the device (MULTI_GPU, MULTI_CPU, ...) -> its name in messages."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is spread over processes; of a launch, only what its environment says."""
+    """How a run is spread over processes."""
 
     num_processes: int
     distributed_type: str
@@ -45,13 +48,13 @@ class Setup:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`; DDP of one process, which `--num_processes 1` makes of a configuration, is none."""
+        """One of `KINDS`; NO for DDP with one process, which `--num_processes 1` makes of a DDP configuration."""
         if self.distributed_type.startswith("MULTI"):
             return "MULTI" if self.num_processes > 1 else "NO"
         return self.distributed_type
 
     def is_like(self, other: "Setup") -> bool:
-        """Whether a run can go on in `other`: the device may be another, and a precision that is not known yet."""
+        """True if a run can resume in `other`. The device may differ; an unknown precision equals every other."""
         known = (self.mixed_precision, other.mixed_precision)
         same = None in known or known[0] == known[1]
         ours, others = ((setup.num_processes, setup.kind, setup.zero_stage) for setup in (self, other))
@@ -63,7 +66,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Asked:
-    """What `accelerate launch` was asked for, on its command line or in its configuration; None: it was not said."""
+    """The request to `accelerate launch`, from its command line or its configuration; None where neither says it."""
 
     where: str
     """The configuration file, or `accelerate launch`."""
@@ -75,7 +78,7 @@ class Asked:
 
 
 def launched() -> Setup:
-    """The setup of this process according to its environment, which its launcher wrote."""
+    """The setup that this process's environment describes; the launcher wrote it."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         return Setup(processes, "DEEPSPEED", _zero_stage_of_environment())
@@ -85,7 +88,7 @@ def launched() -> Setup:
 
 
 def asked() -> Asked | None:
-    """What the `accelerate launch` that started this process was asked for; None: it was started by something else."""
+    """The request to the `accelerate launch` that started this process; None if something else started it."""
     command = _launcher_command()
     if command is None:
         return None
@@ -115,14 +118,14 @@ def asked() -> Asked | None:
 
 
 def check_launch(given: dict[str, Any]) -> None:
-    """Refuse a launch that is not what was asked for, before anything is loaded.
+    """Refuse a launch that differs from the request, before anything is loaded.
 
     Args:
         given: The stage's `trainer` section.
 
     Raises:
-        RecipeError: Another number of processes or kind of distribution than asked for, fewer GPUs than processes, or
-            DeepSpeed is not installed.
+        RecipeError: The number of processes or the strategy differs from the request, the machine has fewer GPUs than
+            processes, or DeepSpeed is not installed.
     """
     wanted, got = asked(), launched()
     if got.kind == "DEEPSPEED" and find_spec("deepspeed") is None:
@@ -170,10 +173,10 @@ def _require_gpus(wanted: Asked | None, given: dict[str, Any]) -> None:
 
 
 def check_setup(args: Any) -> None:
-    """Refuse what accelerate made of the launch for a trainer's arguments, where that is something else.
+    """Refuse trainer arguments whose processes or precision differ from the launch.
 
     Raises:
-        RecipeError: Another number of processes or another precision than asked for.
+        RecipeError: The number of processes or the precision differs from the launch.
     """
     wanted, got = asked(), launched()
     if args.world_size != got.num_processes:
@@ -192,12 +195,12 @@ def check_setup(args: Any) -> None:
 
 
 def _check_deepspeed(args: Any) -> None:
-    """Refuse what DeepSpeed's configuration says otherwise than the trainer's arguments: transformers does so too late."""
+    """Refuse a DeepSpeed configuration that contradicts the trainer's arguments; transformers refuses it too late."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     config = HfTrainerDeepSpeedConfig(deepcopy(args.deepspeed_plugin.hf_ds_config.config))
     config.trainer_config_process(args)
-    args.deepspeed_plugin.set_deepspeed_weakref()  # the line before the last has put itself in the place of the plugin's
+    args.deepspeed_plugin.set_deepspeed_weakref()  # `HfTrainerDeepSpeedConfig` above replaced the plugin's
     if config.mismatches:
         found = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", but ") for line in config.mismatches)
         raise RecipeError(
@@ -207,7 +210,7 @@ def _check_deepspeed(args: Any) -> None:
 
 
 def setup_of(trainer: Any) -> Setup:
-    """The setup that a trainer is in; from the beginning of training on, as the engine has it."""
+    """The setup of a trainer; once training has begun, DeepSpeed's engine says the ZeRO stage."""
     accelerator = trainer.accelerator
     name = str(accelerator.distributed_type.value)
     stage = None
@@ -222,7 +225,7 @@ def confirm(trainer: Any) -> Setup:
     """The setup in which training begins.
 
     Raises:
-        RecipeError: It is not the one that was launched.
+        RecipeError: It differs from the launch.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -234,10 +237,10 @@ def confirm(trainer: Any) -> Setup:
 
 
 def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
-    """Refuse to go on in another setup: data order, random numbers and shards of the optimizer belong to the old one.
+    """Refuse to resume in another setup: data order, random numbers and optimizer shards belong to the old one.
 
     Raises:
-        RecipeError: Says both.
+        RecipeError: The setups differ; the message has both.
     """
     if not saved_by.is_like(now):
         before, after = str(saved_by), str(now)
@@ -250,12 +253,12 @@ def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
 
 
 def require_setup(checkpoint: Path, now: Setup) -> None:
-    """`require_same` with the setup that saved a whole checkpoint."""
+    """Refuse to resume from a complete checkpoint that another setup saved, as `require_same` does."""
     require_same(checkpoint, Setup(**saved_setup(checkpoint)), now)
 
 
 def prepare() -> None:
-    """Import DeepSpeed, where the launch uses it, so that it needs no compiler and does not talk over ours."""
+    """Import DeepSpeed if the launch uses it, so that it needs no compiler and stays off the terminal."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -279,7 +282,7 @@ def _flag(name: str) -> bool:
 def _zero_stage_of_environment() -> int:
     if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         return zero_stage_of_file(file)
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # as accelerate has it where nobody says
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's default
 
 
 def _launcher_command() -> list[str] | None:

@@ -1,4 +1,4 @@
-"""A stage as a process of its own, or as several, which hear the signals that this one gets."""
+"""Starts a stage as one process or as several, and passes signals on to it."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_recipes.system.terminal import say
 
 USER_ERROR = 2
-"""Exit code of a stage that an error ended: the user's, or a library's."""
+"""Exit code of a stage that ended with an error, the user's or a library's."""
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a stage that was asked to stop. The same command resumes it."""
@@ -22,31 +22,31 @@ MODULES = {"eval": "evaluate"}
 """Stages whose module has another name than the stage."""
 
 TRAINED = ("sft", "reward", "ppo", "rloo")
-"""Stages that a configuration of accelerate spreads over processes; the others would do their work in each of them."""
+"""Stages that a configuration of accelerate spreads over processes; any other would repeat its work in each of them."""
 
 COMMAND = "RLHF_RECIPES_LAUNCH"
-"""Environment variable with what the launcher of a stage was given, for the stage to compare with what it gets."""
+"""Environment variable that holds the launcher's arguments; a stage compares them with its launch."""
 
 PARENT = "RLHF_RECIPES_PARENT"
-"""Environment variable that tells a stage the process that waits for it."""
+"""Environment variable that holds the id of the process that waits for a stage."""
 
 
 def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, config: Path | None = None) -> int:
     """Run one stage of a recipe to its end.
 
-    SIGTERM and Ctrl-C are passed on to it; it is waited for until it has ended. Should this process be killed, the stage
-    takes that for a SIGTERM (Linux).
+    Passes SIGTERM and Ctrl-C on to the stage and waits for its end. If this process is killed, the stage gets a SIGTERM
+    (Linux).
 
     Args:
         stage: One of `STAGES`.
         name: Name of a recipe, or path of a YAML file.
         overrides: `dotted.key=value` each.
-        overwrite: Whether a run with other settings is moved aside.
-        config: Of accelerate: starts a stage that trains as that many processes. Ctrl-C then stops them as SIGTERM does,
-            with a checkpoint, for they must end together; the second time it kills them.
+        overwrite: True moves a run with other settings aside.
+        config: A configuration file of accelerate: a stage that trains starts as its number of processes. The first
+            Ctrl-C then stops them as SIGTERM does, with a checkpoint; the second kills them.
 
     Returns:
-        Its exit code, as a shell says it: ended by signal 9 is 137.
+        The stage's exit code, as a shell reports it.
     """
     command = ["-m", f"rlhf_recipes.{MODULES.get(stage, stage)}", "--recipe", name, *overrides]
     command += ["--overwrite"] if overwrite else []
@@ -77,11 +77,11 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
 
 
 def as_shell(code: int) -> int:
-    """An exit code as a shell says it."""
+    """An exit code as a shell reports it: a process that signal 9 ended has -9, which becomes 137."""
     return code if code >= 0 else 128 - code
 
 
 def end_with_parent() -> None:
-    """From now on the death of the process that started this one is a SIGTERM to this one (Linux)."""
+    """Send this process a SIGTERM when the process that started it dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

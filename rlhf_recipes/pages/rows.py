@@ -1,7 +1,6 @@
 """Rows of text that the page and the markdown show: one place that says how a comparison's numbers read."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from rlhf_recipes.pages.metrics import COST
 from rlhf_recipes.pages.plots import algorithm_of
 from rlhf_recipes.pages.tables import COLUMNS
+from rlhf_recipes.system.files import without_nan
 
 ABSENT = "–"
 
@@ -38,7 +38,7 @@ def clean(value: Any) -> Any:
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [clean(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_nan(value)
 
 
 def number(value: float | None, form: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -83,7 +84,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 def check(values: dict, where: str) -> Recipe:
     """Validate merged values; `where` stands in front of every finding."""
     findings = []
-    recipe = None
+    recipe: Recipe
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -109,7 +110,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _yaml() -> YAML:
     # YAML 1.2 (1e-6 is a number, `no` a string); the safe pure loader refuses duplicate keys.
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     return yaml
@@ -196,7 +197,7 @@ def _apply(values: dict, override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write it as dotted.key=value, such as ppo.trainer.beta=0.1.")
     try:
-        value = _yaml().load(text) if text else None
+        value: Any = _yaml().load(text) if text else None
     except YAMLError as error:
         raise RecipeError(
             f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}."
@@ -229,7 +230,7 @@ def _index(override: str, text: str, items: list) -> int:
     raise RecipeError(f"override {override!r}: {text!r} is no position in a list of {len(items)} (the first is 0).")
 
 
-def _describe(finding: dict) -> str:
+def _describe(finding: Mapping[str, Any]) -> str:
     """One of pydantic's findings in our words."""
     key = ".".join(str(part) for part in finding["loc"])
     if key in RENAMED:

@@ -165,7 +165,8 @@ class Trained(Section):
                 f"{processes}, or launch another number."
             )
         share = self.global_batch_size // processes
-        most = self.trainer.get("per_device_train_batch_size", TRANSFORMERS_BATCH_SIZE)
+        # Each stage class has a `trainer` of its own.
+        most = self.trainer.get("per_device_train_batch_size", TRANSFORMERS_BATCH_SIZE)  # type: ignore[attr-defined]
         size = max(n for n in range(1, min(max(most, 1), share) + 1) if share % n == 0)
         return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
 

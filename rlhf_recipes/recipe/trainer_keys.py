@@ -100,7 +100,8 @@ def launch_options() -> set[str]:
 def _source(file: str) -> ast.Module:
     package, rest = file.split("/", 1)
     # For a top-level name, find_spec locates the package without running it.
-    folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    spec: Any = importlib.util.find_spec(package)
+    folder = Path(spec.submodule_search_locations[0])
     return ast.parse((folder / rest).read_text(encoding="utf-8"))
 
 
@@ -109,30 +110,35 @@ def _class(file: str, name: str) -> ast.ClassDef:
 
 
 def _fields(file: str, class_name: str) -> dict[str, Any]:
-    definition, fields = _class(file, class_name), {}
+    definition = _class(file, class_name)
+    fields: dict[str, Any] = {}
     for base in definition.bases:
         parent = ast.unparse(base).rpartition(".")[2]
-        fields |= _fields(_PARENTS[parent], parent) if _PARENTS[parent] else {}
+        if source := _PARENTS[parent]:
+            fields |= _fields(source, parent)
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
-            fields[node.target.id] = _type(ast.unparse(node.annotation))
+            fields[ast.unparse(node.target)] = _type(ast.unparse(node.annotation))
     return fields
 
 
 def _defaults(file: str, class_name: str) -> dict[str, Any]:
-    definition, defaults = _class(file, class_name), {}
+    definition = _class(file, class_name)
+    defaults: dict[str, Any] = {}
     for base in definition.bases:
         parent = ast.unparse(base).rpartition(".")[2]
-        defaults |= _defaults(_PARENTS[parent], parent) if _PARENTS[parent] else {}
+        if source := _PARENTS[parent]:
+            defaults |= _defaults(source, parent)
     for node in definition.body:
         if isinstance(node, ast.AnnAssign):
-            value = node.value
+            name = ast.unparse(node.target)
+            value: Any = node.value
             if isinstance(value, ast.Call):
                 value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
             try:
-                defaults[node.target.id] = ast.literal_eval(value)
+                defaults[name] = ast.literal_eval(value)
             except ValueError:  # computed: None, or an expression
-                defaults.pop(node.target.id, None)
+                defaults.pop(name, None)
     return defaults
 
 

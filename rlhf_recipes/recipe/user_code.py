@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.recipe.load import code_file
 from rlhf_recipes.recipe.schema import RecipeError
@@ -56,7 +57,7 @@ def _module_from_file(file: str, what: str):
     if not path.is_file():
         raise RecipeError(f"{what}: {file} does not exist (looked from {Path.cwd()}).")
     name = f"rlhf_recipes_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -1,7 +1,6 @@
 """What a training run shows and writes while it goes: a progress bar, `metrics.jsonl` and sampled completions."""
 
 import json
-import math
 import os
 import shutil
 import time
@@ -17,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from rlhf_recipes.launch.setup import confirm
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import as_cell, as_table, start_wandb
-from rlhf_recipes.system.files import append_lines, step_of, write_whole, writing
+from rlhf_recipes.system.files import append_lines, step_of, without_nan, write_whole, writing
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -90,7 +89,7 @@ class RunCallback(TrainerCallback):
             return
         self._remember(logs)
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
-        line |= {key: _finite(value) for key, value in logs.items()}
+        line |= {key: without_nan(value) for key, value in logs.items()}
         self._append(METRICS, [line])
         if self._bar is not None:
             self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in SHOWN if key in self.last})
@@ -206,10 +205,6 @@ def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
     with writing(path.name, path):
         write_whole(path, b"".join(line + b"\n" for line in whole).decode())
     return [json.loads(line) for line in whole]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def attach(trainer: Any, run: Run) -> RunCallback:

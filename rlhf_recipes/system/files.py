@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -65,6 +66,11 @@ def append_lines(path: Path, lines: list[dict]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def without_nan(value: Any) -> Any:
+    """`value`, or None for a NaN or an infinity, which JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
