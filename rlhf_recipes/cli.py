@@ -12,10 +12,12 @@ from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
 from rlhf_recipes.launch.configs import config_files, kind, launchable, purpose, read_config
 from rlhf_recipes.launch.start import STOPPED, TRAINED, USER_ERROR, launch_stage
 from rlhf_recipes.pages.tables import print_models
+from rlhf_recipes.recipe.graph import stages_to_run
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.recipe.schema import Expected, Recipe, RecipeError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
-from rlhf_recipes.runs.folder import Run, run_path, stages_to_run
+from rlhf_recipes.runs.files import run_path
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json
 from rlhf_recipes.system.terminal import complain, log_to, print_table, say

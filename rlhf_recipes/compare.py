@@ -10,7 +10,8 @@ from rlhf_recipes.comparison.build import build_comparison
 from rlhf_recipes.comparison.runs import read_runs
 from rlhf_recipes.comparison.write import notes_on, write_comparison
 from rlhf_recipes.pages.tables import verdict_line
-from rlhf_recipes.runs.folder import Run, require_stage, run_path
+from rlhf_recipes.runs.files import require_stage, run_path
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_comparison
 from rlhf_recipes.stage import stage_command
 

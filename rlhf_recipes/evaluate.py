@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.evaluation.evaluator import Evaluator, held_out_prompts, longest_in_training
 from rlhf_recipes.evaluation.metrics import length_histograms
 from rlhf_recipes.pages.tables import markdown_tables
+from rlhf_recipes.recipe.graph import eval_models, eval_reference
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import PARTS, Run, eval_models, eval_reference
+from rlhf_recipes.runs.files import PARTS
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_eval
 from rlhf_recipes.stage import stage_command
 from rlhf_recipes.system.files import write_whole, writing

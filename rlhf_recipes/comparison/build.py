@@ -12,7 +12,7 @@ from rlhf_recipes.comparison.held_out import Measured, find_held_out, read_sampl
 from rlhf_recipes.comparison.runs import TrainedRun, points
 from rlhf_recipes.comparison.verdict import decide, view_of, void
 from rlhf_recipes.evaluation.intervals import bootstrap_band, bootstrap_interval
-from rlhf_recipes.runs.folder import read_audit
+from rlhf_recipes.runs.files import read_audit
 from rlhf_recipes.system.files import read_json
 
 UNITS = {"episodes": "episodes", "step": "steps", "tokens": "tokens", "seconds": "seconds"}

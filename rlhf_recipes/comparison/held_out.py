@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.comparison.differences import identity
 from rlhf_recipes.comparison.runs import TrainedRun
-from rlhf_recipes.runs.folder import is_finished, read_manifest
+from rlhf_recipes.runs.files import is_finished, read_manifest
 from rlhf_recipes.system.files import read_json, read_lines
 
 MOST_SAMPLES = 500

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.pages.metrics import FROM_TRL, our_name
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import read_manifest, read_metrics
+from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.system.files import checkpoints
 
 TRAINER_STATE = "trainer_state.json"

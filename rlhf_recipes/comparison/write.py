@@ -11,7 +11,7 @@ from rlhf_recipes.pages.html import write_page
 from rlhf_recipes.pages.markdown import write_markdown
 from rlhf_recipes.pages.plots import draw_comparison
 from rlhf_recipes.pages.tables import print_comparison
-from rlhf_recipes.runs.folder import read_manifest
+from rlhf_recipes.runs.files import read_manifest
 from rlhf_recipes.system.files import write_whole, writing
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rlhf_recipes.models.load import MERGED_BASE
 from rlhf_recipes.rewards.reader import FILE as SCORING
-from rlhf_recipes.runs.folder import read_manifest
+from rlhf_recipes.runs.files import read_manifest
 from rlhf_recipes.runs.references import is_hub_model
 
 CARD = "README.md"

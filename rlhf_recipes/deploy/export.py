@@ -10,7 +10,7 @@ from rlhf_recipes.deploy.card import CARD, model_card, start_of
 from rlhf_recipes.evaluation.reward_quality import REPORT
 from rlhf_recipes.models.load import MERGED_BASE, adapter_of, base_of, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import MANIFEST, read_manifest
+from rlhf_recipes.runs.files import MANIFEST, read_manifest
 from rlhf_recipes.runs.inputs import go_offline
 from rlhf_recipes.runs.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
 from rlhf_recipes.system.files import writing

@@ -14,9 +14,9 @@ from rlhf_recipes.evaluation.metrics import (
     rouge,
     unique_token_ratio,
 )
+from rlhf_recipes.recipe.graph import eval_models, eval_reference, training_length
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import eval_models, eval_reference, training_length
 
 if TYPE_CHECKING:
     from datasets import Dataset

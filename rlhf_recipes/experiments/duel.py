@@ -26,10 +26,12 @@ from rlhf_recipes.evaluation.audit.audit import audit_runs, is_audited
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
 from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
+from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.load import load_recipe, rollout_size
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
-from rlhf_recipes.runs.folder import Run, eval_models, read_manifest
+from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_comparison
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import writing

@@ -7,9 +7,11 @@ from typing import Any
 
 from rlhf_recipes.experiments.grid import short_hash
 from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, TRAINED, launch_stage
+from rlhf_recipes.recipe.graph import SETTINGS, eval_models, eval_reference, input_stages
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import SETTINGS, Run, eval_models, eval_reference, input_stages, read_manifest, run_path
+from rlhf_recipes.runs.files import read_manifest, run_path
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import write_whole, writing
 from rlhf_recipes.system.terminal import complain, say
 

@@ -32,13 +32,9 @@ from rlhf_recipes.experiments.jobs import Cell, Job, Planner, only_stage, refuse
 from rlhf_recipes.launch.start import TRAINED
 from rlhf_recipes.pages.plots import draw_sweep
 from rlhf_recipes.pages.tables import print_sweep
+from rlhf_recipes.recipe.graph import SETTINGS, input_stages
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import (
-    SETTINGS,
-    input_stages,
-    read_manifest,
-    read_metrics,
-)
+from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json, write_whole, writing
 from rlhf_recipes.system.terminal import complain, say

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.tokenizer import context_length, longest_prompt
 from rlhf_recipes.recipe.schema import Recipe, RecipeError, Scratch
-from rlhf_recipes.runs.folder import read_manifest
+from rlhf_recipes.runs.files import read_manifest
 from rlhf_recipes.runs.references import hub_snapshot, is_hub_model, is_local, loading, resolve_model
 from rlhf_recipes.system.terminal import expected
 

@@ -11,7 +11,7 @@ from rlhf_recipes.planning.machine import GIB, Launch, Machine, launch_of, machi
 from rlhf_recipes.planning.stage import StagePlan, plan_stage, settings_of
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import is_finished, read_manifest, read_metrics, run_path
+from rlhf_recipes.runs.files import is_finished, read_manifest, read_metrics, run_path
 from rlhf_recipes.system.terminal import print_table, say
 
 

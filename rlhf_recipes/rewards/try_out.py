@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import is_finished, run_path
+from rlhf_recipes.runs.files import is_finished, run_path
 from rlhf_recipes.runs.inputs import check_references
 from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
 

@@ -17,8 +17,10 @@ from typing import Any
 from uuid import uuid4
 
 from rlhf_recipes.launch.setup import Setup, launched, require_setup
+from rlhf_recipes.recipe.graph import eval_models, input_stages, stage_settings
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.runs.files import MANIFEST, PARTS, read_manifest, run_path
 from rlhf_recipes.system.environment import (
     git_commit,
     hardware,
@@ -31,8 +33,6 @@ from rlhf_recipes.system.environment import (
 from rlhf_recipes.system.files import (
     checkpoints,
     last_complete,
-    read_json,
-    read_lines,
     sha256_of,
     step_of,
     write_whole,
@@ -41,83 +41,8 @@ from rlhf_recipes.system.files import (
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-
-PARTS = "parts"
-"""Folder in that of a run without checkpoints: whole files, each of which the same run need not make again."""
-
 ALONE = Setup(1, "NO")
 """The setup of a launch without a launcher."""
-
-COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
-SETTINGS = {
-    "sft": (*COMMON_SETTINGS, "sft"),
-    "reward": (*COMMON_SETTINGS, "reward"),
-    "eval": (*COMMON_SETTINGS, "reward_funcs", "eval"),
-    "compare": ("eval",),
-}
-"""Stage -> the parts of a recipe that its result depends on; those of an on-policy stage are `ON_POLICY_SETTINGS`."""
-
-ON_POLICY_SETTINGS = (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes")
-"""Beside the stage's own section."""
-
-
-def run_path(recipe: Recipe, stage: str) -> Path:
-    return Path(recipe.runs_dir) / recipe.name / stage
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder; None when there is none."""
-    try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"{path / MANIFEST} is damaged ({error}); delete the folder {path} and run its stage again."
-        ) from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What the run in a folder has logged, a line for each time."""
-    return read_lines(path / "metrics.jsonl")
-
-
-def audit_file(path: Path) -> Path:
-    """Where the audit of the run in a folder stands."""
-    path = path.resolve()
-    return path.parent / "audit" / f"{path.name}.json"
-
-
-def read_audit(path: Path) -> dict[str, Any] | None:
-    """The audit of the run in a folder; None where there is none, or only one of an earlier run in the folder."""
-    file = audit_file(path)
-    if not file.is_file():
-        return None
-    manifest, found = read_manifest(path) or {}, read_json(file)
-    return found if found["id"] == manifest.get("id") else None
-
-
-def is_finished(path: Path) -> bool:
-    manifest = read_manifest(path)
-    return manifest is not None and manifest["status"] == "finished"
-
-
-def require_stage(recipe: Recipe, stage: str, key: str) -> Path:
-    """The folder of a finished stage that another one builds on.
-
-    Raises:
-        RecipeError: That stage has not finished; the message has the command that runs it.
-    """
-    path = run_path(recipe, stage)
-    if is_finished(path):
-        return path
-    state = "was not finished" if path.exists() else "has not run"
-    if getattr(recipe, stage, None) is None:
-        raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage}.")
-    raise RecipeError(
-        f"{key}: stage {stage} of {recipe.name} {state} ({path}). First: rlhf-recipes {stage} {recipe.name}"
-    )
 
 
 class Run:
@@ -140,7 +65,7 @@ class Run:
     def __init__(self, recipe: Recipe, stage: str, is_main: bool = True):
         self.recipe, self.stage, self.is_main = recipe, stage, is_main
         self.path = run_path(recipe, stage)
-        self.settings = _settings(recipe, stage)
+        self.settings = stage_settings(recipe, stage)
         self.inputs = _inputs(recipe, stage)
         self.results: dict[str, Any] = {}
         self._started = time.monotonic()
@@ -340,15 +265,6 @@ class Run:
         return _differences(found, {"settings": _plain(self.settings), "inputs": self.inputs})
 
 
-def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    values = recipe.model_dump(include=set(SETTINGS.get(stage, (*ON_POLICY_SETTINGS, stage))), exclude_none=True)
-    if stage == "eval":
-        values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
-        if recipe.eval.max_new_tokens is None:
-            values["max_completion_length"] = training_length(recipe)
-    return values
-
-
 def _inputs(recipe: Recipe, stage: str) -> dict[str, str | None]:
     """What a stage builds on -> the id of its run: stages by name; by path, runs elsewhere that eval measures."""
     found = {name: run_path(recipe, name) for name in input_stages(recipe, stage)}
@@ -356,69 +272,6 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, str | None]:
         named = [*eval_models(recipe).values(), recipe.eval.perplexity_model]
         found |= {path: Path(path) for path in named if path and (Path(path) / MANIFEST).is_file()}
     return {name: _run_id(path) for name, path in found.items()}
-
-
-def eval_models(recipe: Recipe) -> dict[str, str]:
-    """Name -> reference of the models that `eval` measures."""
-    if recipe.eval.models is not None:
-        return dict(recipe.eval.models)
-    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
-    start = getattr(recipe, trained[0]).policy if trained else "stage:sft"
-    base = recipe.sft.model if recipe.sft is not None and start == "stage:sft" else None
-    return ({"base": base} if base else {}) | {"sft": start} | {stage: f"stage:{stage}" for stage in trained}
-
-
-def eval_reference(recipe: Recipe) -> str:
-    """Name of the one of `eval_models` that KL and perplexity refer to.
-
-    Raises:
-        RecipeError: `eval.reference` names none of them.
-    """
-    models, given = eval_models(recipe), recipe.eval.reference
-    if given is not None and given not in models:
-        raise RecipeError(f"eval.reference: {given} is none of eval.models; they are: {', '.join(models)}.")
-    return given or ("sft" if "sft" in models else next(iter(models)))
-
-
-def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int | None:
-    """Longest completion in training, of the first of some stages that sets it; None: TRL's default."""
-    trainers = [getattr(recipe, stage).trainer for stage in stages if getattr(recipe, stage) is not None]
-    return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
-
-
-def stages_to_run(recipe: Recipe) -> list[str]:
-    """Stages that the comparison builds on, in order: one that nothing refers to is left out.
-
-    A recipe without ppo and rloo has nothing to compare; all of its other stages run.
-    """
-    if recipe.ppo is None and recipe.rloo is None:
-        return [stage for stage in recipe.stages() if stage in ("sft", "reward")]
-    needed, waiting = set(), ["compare"]
-    while waiting:
-        stage = waiting.pop()
-        if stage not in needed:
-            needed.add(stage)
-            waiting += input_stages(recipe, stage)
-    return [stage for stage in recipe.stages() if stage in needed]
-
-
-def input_stages(recipe: Recipe, stage: str) -> list[str]:
-    """Stages whose results this one builds on: the `stage:` references in its settings; for compare, what it shows."""
-    found = set()
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                walk(item)
-        elif isinstance(value, str) and value.startswith("stage:"):
-            found.add(value.removeprefix("stage:"))
-
-    walk(_settings(recipe, stage))
-    if stage == "compare":
-        found |= set(recipe.stages()) & {"ppo", "rloo", "eval"}
-    return sorted(found)
 
 
 def _run_id(path: Path) -> str | None:

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.load import code_file
 from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError
-from rlhf_recipes.runs.folder import eval_models, read_manifest
+from rlhf_recipes.runs.files import read_manifest
 from rlhf_recipes.runs.references import (
     hub_arguments,
     hub_cache,

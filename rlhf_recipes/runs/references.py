@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
-from rlhf_recipes.runs.folder import require_stage
+from rlhf_recipes.runs.files import require_stage
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import run_path
+from rlhf_recipes.runs.files import run_path
 from rlhf_recipes.runs.trackers import PROJECT, wandb_mode
 from rlhf_recipes.system.terminal import say
 

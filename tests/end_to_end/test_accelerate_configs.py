@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import rlhf_recipes
 from rlhf_recipes.launch.configs import config_files, find_config, kind, launchable, read_config
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import read_manifest, read_metrics
+from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.system.files import MARKER
 from support.processes import cli, run_python
 

@@ -10,8 +10,10 @@ import time
 import pytest
 
 from rlhf_recipes.experiments.duel import plan_duel, run_duel
+from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import Run, eval_models, read_manifest
+from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.folder import Run
 from support.finished_runs import stand_in
 from support.processes import cli
 from support.texts import write_jsonl

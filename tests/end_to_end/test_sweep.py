@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rlhf_recipes.experiments.grid import Axis, in_path, parse_grid, parse_seeds, path_parts, split_values
 from rlhf_recipes.experiments.sweep import plan_sweep, run_sweep
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import Run, read_manifest
+from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.folder import Run
 from support.finished_runs import stand_in
 from support.processes import cli
 from support.texts import write_jsonl

@@ -20,9 +20,11 @@ from rlhf_recipes.evaluation.metrics import perplexity, rouge
 from rlhf_recipes.models import samples
 from rlhf_recipes.models.likelihoods import sequence_logps, text_logps
 from rlhf_recipes.models.samples import Samples
+from rlhf_recipes.recipe.graph import eval_models, eval_reference
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import PARTS, Run, eval_models, eval_reference, is_finished, read_manifest
+from rlhf_recipes.runs.files import PARTS, is_finished, read_manifest
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_references
 from support.processes import run_python
 from support.texts import REVIEWS, WORDS, write_jsonl

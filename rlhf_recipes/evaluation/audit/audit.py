@@ -30,7 +30,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.calls import RewardError
-from rlhf_recipes.runs.folder import audit_file, read_audit, read_manifest, run_path
+from rlhf_recipes.runs.files import audit_file, read_audit, read_manifest, run_path
 from rlhf_recipes.runs.inputs import go_offline, hub_references
 from rlhf_recipes.system.files import MARKER, checkpoints, step_of, write_whole, writing
 from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say

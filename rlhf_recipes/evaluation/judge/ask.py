@@ -26,7 +26,7 @@ from rlhf_recipes.evaluation.judge.win_rate import (
 )
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.folder import is_finished, read_manifest, require_stage
+from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
 from rlhf_recipes.system.files import read_lines, write_whole, writing
 from rlhf_recipes.system.terminal import log_to, say
 

@@ -7,9 +7,11 @@ import psutil
 import pytest
 
 from rlhf_recipes.launch.setup import Setup
+from rlhf_recipes.recipe.graph import input_stages, stages_to_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.folder import Run, input_stages, is_finished, read_manifest, require_stage, stages_to_run
+from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import mark_complete, sha256_of
 
 

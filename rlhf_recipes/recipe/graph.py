@@ -1,0 +1,90 @@
+"""Which stages a recipe runs, what each builds on, and which models its eval measures."""
+
+from typing import Any
+
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+
+COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
+SETTINGS = {
+    "sft": (*COMMON_SETTINGS, "sft"),
+    "reward": (*COMMON_SETTINGS, "reward"),
+    "eval": (*COMMON_SETTINGS, "reward_funcs", "eval"),
+    "compare": ("eval",),
+}
+"""Stage -> the parts of a recipe that its result depends on; those of an on-policy stage are `ON_POLICY_SETTINGS`."""
+
+ON_POLICY_SETTINGS = (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes")
+"""Beside the stage's own section."""
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The parts of a recipe that the result of a stage depends on."""
+    values = recipe.model_dump(include=set(SETTINGS.get(stage, (*ON_POLICY_SETTINGS, stage))), exclude_none=True)
+    if stage == "eval":
+        values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
+        if recipe.eval.max_new_tokens is None:
+            values["max_completion_length"] = training_length(recipe)
+    return values
+
+
+def eval_models(recipe: Recipe) -> dict[str, str]:
+    """Name -> reference of the models that `eval` measures."""
+    if recipe.eval.models is not None:
+        return dict(recipe.eval.models)
+    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    start = getattr(recipe, trained[0]).policy if trained else "stage:sft"
+    base = recipe.sft.model if recipe.sft is not None and start == "stage:sft" else None
+    return ({"base": base} if base else {}) | {"sft": start} | {stage: f"stage:{stage}" for stage in trained}
+
+
+def eval_reference(recipe: Recipe) -> str:
+    """Name of the one of `eval_models` that KL and perplexity refer to.
+
+    Raises:
+        RecipeError: `eval.reference` names none of them.
+    """
+    models, given = eval_models(recipe), recipe.eval.reference
+    if given is not None and given not in models:
+        raise RecipeError(f"eval.reference: {given} is none of eval.models; they are: {', '.join(models)}.")
+    return given or ("sft" if "sft" in models else next(iter(models)))
+
+
+def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int | None:
+    """Longest completion in training, of the first of some stages that sets it; None: TRL's default."""
+    trainers = [getattr(recipe, stage).trainer for stage in stages if getattr(recipe, stage) is not None]
+    return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
+
+
+def stages_to_run(recipe: Recipe) -> list[str]:
+    """Stages that the comparison builds on, in order: one that nothing refers to is left out.
+
+    A recipe without ppo and rloo has nothing to compare; all of its other stages run.
+    """
+    if recipe.ppo is None and recipe.rloo is None:
+        return [stage for stage in recipe.stages() if stage in ("sft", "reward")]
+    needed, waiting = set(), ["compare"]
+    while waiting:
+        stage = waiting.pop()
+        if stage not in needed:
+            needed.add(stage)
+            waiting += input_stages(recipe, stage)
+    return [stage for stage in recipe.stages() if stage in needed]
+
+
+def input_stages(recipe: Recipe, stage: str) -> list[str]:
+    """Stages whose results this one builds on: the `stage:` references in its settings; for compare, what it shows."""
+    found = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for item in value:
+                walk(item)
+        elif isinstance(value, str) and value.startswith("stage:"):
+            found.add(value.removeprefix("stage:"))
+
+    walk(stage_settings(recipe, stage))
+    if stage == "compare":
+        found |= set(recipe.stages()) & {"ppo", "rloo", "eval"}
+    return sorted(found)
