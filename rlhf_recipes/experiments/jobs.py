@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_recipes.experiments.grid import short_hash
 from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, TRAINED, launch_stage
-from rlhf_recipes.recipe.graph import SETTINGS, eval_models, eval_reference, input_stages
+from rlhf_recipes.recipe.graph import eval_models, eval_reference, input_stages, sections_of
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.files import read_manifest, run_path
@@ -71,7 +71,7 @@ class Planner:
         jobs = {name: self._prerequisite(recipe, name, above) for name in input_stages(target, stage) if name != own}
         folders = {f"stage:{name}": str(job.path) for name, job in jobs.items()}
         values = target.model_dump()
-        for section in SETTINGS[stage]:
+        for section in sections_of(stage):
             values[section] = _replaced(values[section], folders)
         return Recipe.model_validate(values), list(jobs.values())
 

@@ -32,7 +32,7 @@ from rlhf_recipes.experiments.jobs import Cell, Job, Planner, only_stage, refuse
 from rlhf_recipes.launch.start import TRAINED
 from rlhf_recipes.pages.plots import draw_sweep
 from rlhf_recipes.pages.tables import print_sweep
-from rlhf_recipes.recipe.graph import SETTINGS, input_stages
+from rlhf_recipes.recipe.graph import input_stages, sections_of
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.stage import load_checked
@@ -240,8 +240,8 @@ def _sections(recipe: Recipe, stage: str, with_eval: bool) -> set[str]:
     waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ("ppo", "rloo") else [])], set(), set()
     while waiting:
         name = waiting.pop()
-        if name in SETTINGS and name not in seen:
+        if name in Recipe.model_fields and name not in seen:
             seen.add(name)
-            sections |= set(SETTINGS[name])
+            sections |= set(sections_of(name))
             waiting += input_stages(own if name in (stage, "eval") else recipe, name)
     return sections

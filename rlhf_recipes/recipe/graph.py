@@ -17,9 +17,14 @@ ON_POLICY_SETTINGS = (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes
 """Beside the stage's own section."""
 
 
+def sections_of(stage: str) -> tuple[str, ...]:
+    """The parts of a recipe that a stage's result depends on."""
+    return SETTINGS.get(stage, (*ON_POLICY_SETTINGS, stage))
+
+
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The parts of a recipe that the result of a stage depends on."""
-    values = recipe.model_dump(include=set(SETTINGS.get(stage, (*ON_POLICY_SETTINGS, stage))), exclude_none=True)
+    """The values of these parts; for eval, also the models that it measures."""
+    values = recipe.model_dump(include=set(sections_of(stage)), exclude_none=True)
     if stage == "eval":
         values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
         if recipe.eval.max_new_tokens is None:
