@@ -94,7 +94,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         _fail(run, error)
         logging.getLogger(__name__).info("stopped by: %s", traceback.format_exc())
         if not is_main:
-            _let_others_speak()
+            _wait_for_failing_rank()
         complain(str(error))
         return USER_ERROR
     except KeyboardInterrupt as error:
@@ -116,7 +116,7 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         _fail(run, RecipeError(message))
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
         if lost or not is_main:
-            _let_others_speak(to_be_ended=not is_main)
+            _wait_for_failing_rank(to_be_ended=not is_main)
         if log is not None and log.is_file():
             message += "" if lost else f" (traceback in {log})"
         elif not lost:
@@ -160,7 +160,7 @@ def _end_with_launcher() -> None:
         end_with_parent()
 
 
-def _let_others_speak(to_be_ended: bool = True) -> None:
+def _wait_for_failing_rank(to_be_ended: bool = True) -> None:
     """Wait for the process whose error this is: when it ends, the launcher ends this one, and the error is said once.
 
     Args:

@@ -267,7 +267,7 @@ def _evaluation(measured: dict[str, Measured]) -> dict[str, Any] | None:
 
 
 def _judge_files(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """What judges found in these evals, and not in earlier ones of their folders."""
+    """Judges' results for these evals, without results of earlier evals in their folders."""
     found = []
     for folder, manifest in {measure.folder: measure.manifest for measure in measured.values()}.items():
         for file in sorted((folder.parent / "judge").glob("*-vs-*.json")):

@@ -1,4 +1,4 @@
-"""In what some trained runs differ, and which of it forbids to lay the results to the algorithm.
+"""Finds settings that differ between runs, and differences that make a comparison of algorithms invalid.
 
 Compared is what was in effect: defaults are filled in, models and data are known by what they contain (the id of the run
 that made a model, the commit of the Hub, the checksum of a file), not by the path under which a run found them.
@@ -56,7 +56,7 @@ def find_differences(runs: list[TrainedRun]) -> list[dict[str, Any]]:
     (its SFT model, its reward model) may differ from seed to seed, if it is the same for all algorithms of each seed.
 
     Args:
-        runs: Those of ours; a plain Trainer's has nothing to compare.
+        runs: Runs of this project; a plain Trainer's run has no settings to compare.
     """
     runs = [run for run in runs if run.manifest is not None]
     if len(runs) < 2:
@@ -136,7 +136,7 @@ def describe_hardware(manifest: dict[str, Any]) -> str:
 
 
 def identity(source: dict[str, Any]) -> str:
-    """What a source of a manifest contains, as far as it is known: two with the same identity are the same thing."""
+    """Identity of a source's content, as far as it is known: sources with the same identity are equal."""
     if "sha256" in source:
         return f"sha256 {source['sha256']}"
     if source["revision"] is not None:

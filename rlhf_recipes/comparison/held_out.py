@@ -1,4 +1,4 @@
-"""What eval measured of trained runs, where all of them were measured on the same prompts in the same way."""
+"""Reads eval's results of trained runs, if all were measured on the same prompts in the same way."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class Measured:
 
 
 def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str]]:
-    """What eval measured of every run, looked for beside its folder and one folder up.
+    """Eval's results of every run, searched beside its folder and one folder up.
 
     Returns:
         Name of a run -> what was measured; {} where some run has none or they cannot be compared. And sentences on why.

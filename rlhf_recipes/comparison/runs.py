@@ -1,4 +1,4 @@
-"""What trained runs have logged, ours and plain TRL's, as columns of equal length under our names of metrics."""
+"""Reads the logs of trained runs, of this project and of plain TRL, as columns of equal length under one set of names."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from rlhf_recipes.system.files import checkpoints
 TRAINER_STATE = "trainer_state.json"
 
 AXES = ("step", "episodes", "tokens", "seconds")
-"""Columns that every run has, where need be without a value in them: what training is measured by."""
+"""Columns every run has; None where the run did not log one. They measure progress in training."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class TrainedRun:
 
     Attributes:
         label: What its algorithm is called; runs of one label are its seeds.
-        manifest: Of a run of ours; None for a plain Trainer's, which keeps no settings.
+        manifest: Of a run of this project; None for a plain Trainer's run, which keeps no settings.
         curves: Metric -> its values, one for each logged step; None where it was not logged.
     """
 

@@ -1,4 +1,4 @@
-"""Which of two algorithms is better, in words with numbers; pure functions of numbers.
+"""Says which of two algorithms is better, in words with numbers; pure functions of numbers.
 
 What decides is Student's t interval of the difference, at 95 %: it is right for three seeds, where the bootstrap interval,
 which is given beside it, excludes 0 in one of four duels between equals.
@@ -173,7 +173,7 @@ def _numbers(view: dict[str, Any]) -> str:
 
 
 def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
-    """What a winner lost elsewhere, as further sentences."""
+    """Sentences about the metrics in which the winner is worse."""
     winner, said = views[0]["winner"], ""
     if winner is None:
         return said

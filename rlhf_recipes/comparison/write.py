@@ -44,7 +44,7 @@ def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
 
 
 def notes_on(sft_path: Path, reward_path: Path) -> list[str]:
-    """What the SFT and the reward model are worth that runs build on, where these folders hold them."""
+    """Sentences about the quality of the SFT model and the reward model that runs build on, if these folders hold them."""
     sft, reward = (read_manifest(path) or {} for path in (sft_path, reward_path))
     notes = []
     if sft.get("status") == "finished":

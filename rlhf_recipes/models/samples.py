@@ -10,7 +10,7 @@ from rlhf_recipes.models.sampling import sample_completions
 
 @dataclass
 class Samples:
-    """What one model answered, one entry per prompt."""
+    """The answers of one model, one entry per prompt."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -35,7 +35,7 @@ def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float,
 
 
 def shared_out(accelerator, rows: list, work: Callable[[list], list]) -> list:
-    """What `work` makes of rows, one value a row: every process does its share, and all get everything.
+    """Applies `work` to rows, one value a row: every process does its share, and all get all values.
 
     All ranks call this.
     """

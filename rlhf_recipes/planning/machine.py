@@ -71,7 +71,7 @@ class Machine:
 
 
 def machine_of(text: str | None, processes: int = 1) -> Machine:
-    """What `--gpu` says; None: what is here.
+    """Reads `--gpu`; None means the GPU of this machine.
 
     Args:
         text: `--gpu`.

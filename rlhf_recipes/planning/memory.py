@@ -38,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Model:
-    """What memory depends on, of one model; numbers of parameters where nothing else is said."""
+    """The properties of one model that its memory depends on; numbers of parameters unless stated otherwise."""
 
     parameters: int
     """Those that are tied count once; an adapter's are among them."""
@@ -58,9 +58,9 @@ class Model:
     quantized_bytes: float
     """Bytes of each quantized parameter, its share of scales included."""
     saved: Curve
-    """What the layers keep for the backward pass, without gradient checkpointing."""
+    """Memory that the layers keep for the backward pass, without gradient checkpointing."""
     working: Curve
-    """What the backward pass needs beyond it for a moment."""
+    """Additional memory that the backward pass needs for a moment."""
     forward: Curve
     """The most that a pass without gradient needs."""
     loaded_bytes: int = FLOAT32
@@ -69,7 +69,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process works on; `prompt` and `completion` in tokens, the longest that may be."""
+    """The batch of one process; `prompt` and `completion` are the longest lengths allowed, in tokens."""
 
     stage: str
     rows: int
@@ -124,7 +124,7 @@ def estimate(
 def moments(
     policy: Model, batch: Batch, launch: Launch, value: Model | None = None, reward_models: tuple[Model, ...] = ()
 ) -> dict[str, Estimate]:
-    """What is there in `update` (backward pass or optimizer step) and, of ppo and rloo, in `sampling`.
+    """Memory in use during `update` (backward pass or optimizer step) and, for ppo and rloo, during `sampling`.
 
     Args:
         policy: The model that is trained, as `model_of` sees it under `launch`.
@@ -148,7 +148,7 @@ def _sum(items: dict[str, float]) -> float:
 def _kept(
     policy: Model, batch: Batch, launch: Launch, value: Model | None, reward_models: tuple[Model, ...]
 ) -> dict[str, float]:
-    """What is there all the time."""
+    """Memory in use all the time."""
     whole = policy.parameters - policy.quantized
     trained = policy.trained + (value.trained if value else 0)
     states = _states(policy, batch.optimizer, launch.device) + (

@@ -1,4 +1,4 @@
-"""What a recipe needs before it runs: every stage against a GPU's memory, what makes it fit, how long it takes."""
+"""Forecasts a recipe's stages before they run: memory on a GPU, changes that make a stage fit, time."""
 
 import shlex
 from collections.abc import Iterator

@@ -34,7 +34,7 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage goes through; None where only the data knows."""
+    """The amount of work in a stage; None where it depends on the data."""
 
     rows: int | None
     """Texts (sft), pairs (reward) or episodes (ppo, rloo), over all epochs."""

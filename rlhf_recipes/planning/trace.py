@@ -1,4 +1,4 @@
-"""What a model's layers keep in memory, measured without weights.
+"""Measures the memory that a model's layers keep, without loading weights.
 
 `model_of` runs one and two layers of a model on tensors without content (`FakeTensorMode`), so that a new architecture
 needs no new formula.
@@ -74,7 +74,7 @@ def model_of(
 
 
 _known: dict[str, Any] = {}
-"""What has been measured in this process, by what it depends on."""
+"""Measurements made in this process, by the settings they depend on."""
 
 
 def _key(config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool, how: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Which stages a recipe runs, what each builds on, and which models its eval measures."""
+"""The graph of a recipe: the stages it runs, the stages each builds on, and the models that eval measures."""
 
 from typing import Any
 

@@ -287,7 +287,7 @@ def _check_adapter(stage: str, section: dict) -> list[str]:
 
 
 def _check_keys(where: str, values: dict, class_name: str, fields: dict[str, Any], ours: dict[str, str]) -> list[str]:
-    """What is wrong with settings that are handed on to a library's class."""
+    """Findings about settings that are handed on to a library's class."""
     findings = []
     for key, value in values.items():
         if key in ours:

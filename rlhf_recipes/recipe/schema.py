@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe or its inputs, in words for the user: where, what was found, what to do."""
+    """An error in a recipe or its inputs. The message says where, what was found and what to do."""
 
 
 STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
@@ -75,7 +75,7 @@ class Data(Section):
     prompt_words: Range | None = None
     """The same in words; it takes the place of `prompt_tokens`."""
     invalid_rows: Literal["refuse", "drop"] = "refuse"
-    """What happens when rows have an empty prompt or completion, or a pair of equal texts; `drop` says how many."""
+    """Action on rows with an empty prompt or completion, or with a pair of equal texts; `drop` reports how many."""
 
     @model_validator(mode="after")
     def _ranges_ascend(self):
@@ -102,7 +102,7 @@ class RewardFunc(Section):
 
 
 class MissingEos(Section):
-    """What a completion scores that was cut off before it ended with EOS."""
+    """Score of a completion that was cut off before EOS."""
 
     mode: Literal["replace", "subtract"]
     """`replace`: it scores `value`, whatever the reward functions say (Huang et al. 2024, 2403.17031: -1). `subtract`:
@@ -123,7 +123,7 @@ class Scratch(Section):
 
 
 class Trained(Section):
-    """What every stage that trains has, beside `trainer`: the settings of its own trainer."""
+    """Settings of every stage that trains, beside `trainer`."""
 
     peft: dict[str, Any] | None = None
     """peft's `LoraConfig`: trains an adapter, `{}` one with peft's defaults. None: trains all weights."""
@@ -214,7 +214,7 @@ class Reward(Trained):
 
 
 class OnPolicy(Trained):
-    """What the stages `ppo` and `rloo` have in common."""
+    """Settings that the stages `ppo` and `rloo` share."""
 
     policy: str = "stage:sft"
     """The model to train, also its frozen reference: `stage:sft`, a Hub id or a folder."""
@@ -243,7 +243,7 @@ class Rloo(OnPolicy):
 
 
 class Eval(Section):
-    """What the trained models are measured on: held-out prompts, the same for every model."""
+    """Measurement of the trained models on held-out prompts, the same for every model."""
 
     models: dict[str, str] | None = Field(default=None, min_length=1)
     """Name -> model reference. None: `base`, what stage `sft` starts from, where that is trained on and is not new; as

@@ -1,4 +1,4 @@
-"""Which keys `trainer:`, `peft:` and `quantization:` may hold, and of which types, read off the source of the libraries.
+"""The keys that `trainer:`, `peft:` and `quantization:` may hold, with types, read from the source of the libraries.
 
 Reading instead of importing keeps `validate` and `show` fast: importing TRL takes seconds, because it loads torch.
 """

@@ -1,4 +1,4 @@
-"""Calling reward functions: every answer is checked, slow ones run side by side, and none is waited for in vain.
+"""Calls reward functions: checks every answer, runs slow functions side by side, and stops waiting after a timeout.
 
 A reward function is called with keywords, of which it gets those that it takes: `prompts`, `completions`,
 `completion_ids`, `finished` and the data's other columns. It may be a function, a `functools.partial` or an object with
@@ -124,7 +124,7 @@ def call_all(
     finished: list[bool],
     **columns: Any,
 ) -> list[list[float | None]]:
-    """What every reward function says about B completions: one list of B values per function.
+    """Calls every reward function on B completions: one list of B values per function.
 
     Async functions, and functions with a timeout, run side by side and while the others run; these run in this thread,
     one after another, so that signals work in them and that they draw from the global random streams in a fixed order.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scoring(Section):
-    """What a reward model was trained to read."""
+    """The format of text that a reward model was trained to read."""
 
     format: Literal["text", "chat"] | None
     """Plain texts or chat messages. None, never stored: not known, it takes either."""
@@ -45,14 +45,14 @@ class Scoring(Section):
     chat_template_sha256: str | None
     """Of the template's text, which is the tokenizer's. None: trained on plain texts."""
     center: float
-    """What is taken away from the model's number, so that 0 is the mean of held-out texts."""
+    """Subtracted from the model's output, so that held-out texts have mean 0."""
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def trained_scoring(trainer: Any, chat: bool, center: float) -> Scoring:
-    """What TRL's RewardTrainer made its model read.
+    """The format of text that TRL's RewardTrainer trained its model to read.
 
     Args:
         trainer: The `RewardTrainer`.
@@ -75,7 +75,7 @@ def trained_scoring(trainer: Any, chat: bool, center: float) -> Scoring:
 
 
 def stored_scoring(model: str) -> Scoring | None:
-    """What is stored beside the model in this folder or Hub repository; None when nothing is.
+    """Reads the format stored beside the model in this folder or Hub repository; None if there is none.
 
     Raises:
         RecipeError: It is damaged.
@@ -97,7 +97,7 @@ def stored_scoring(model: str) -> Scoring | None:
 
 
 def assumed_scoring(classifier: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Scoring:
-    """What a model without a file was most likely trained to read: what TRL's RewardTrainer trains.
+    """The most likely format for a model without a file: that of TRL's RewardTrainer.
 
     Where the tokenizer's pad token is not the one that the model was saved with, the model's counts: it reads by it.
     """

@@ -39,7 +39,7 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
 
 
 def check_reward_funcs(recipe: Recipe) -> list[str]:
-    """What is wrong with the names and arguments of a recipe's reward functions; no model is loaded."""
+    """Findings about the names and arguments of a recipe's reward functions; loads no model."""
     findings = []
     for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
         for i, spec in enumerate(specs):
@@ -158,7 +158,7 @@ def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
 def as_reward_func(
     function: Any, processing_class: Any = None, batch_size: int = 64, max_length: int | None = None
 ) -> Callable:
-    """What TRL's trainers take as a reward function, as a function that has a `__name__`: the one that TRL logs it by.
+    """Turns anything that TRL's trainers take as a reward function into a function with a `__name__`, which TRL logs.
 
     Args:
         function: A callable, which comes back as it is (or as a `partial` of it, where it has no name); or a Hub id, a

@@ -1,4 +1,4 @@
-"""What the configurations of PPO and RLOO add to TRL's `RLOOConfig` alike."""
+"""Settings that PPO and RLOO both add to TRL's `RLOOConfig`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

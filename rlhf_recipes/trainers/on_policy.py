@@ -1,4 +1,4 @@
-"""What PPO and RLOO share on top of TRL's `RLOOTrainer`: all but where advantages come from and what the loss is."""
+"""The part that PPO and RLOO share on top of TRL's `RLOOTrainer`: everything but the advantages and the loss."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""What an on-policy trainer keeps: one forward pass, one rollout, and what a run carries between rollouts."""
+"""State of an on-policy trainer: a forward pass, a rollout, and the values that a run carries between rollouts."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from rlhf_recipes.trainers.advantages import RunningMoments
 
 @dataclass
 class Forward:
-    """What a forward pass says about the sampled tokens, (B, T) each; entropies and values where there are any."""
+    """Results of a forward pass for the sampled tokens, (B, T) each; entropies and values if they were computed."""
 
     logps: Tensor
     entropies: Tensor | None
@@ -34,9 +34,9 @@ class Rollout:
     ref_pass: Forward | None = None
     """The reference's; None with beta = 0."""
     finished: Tensor | None = None
-    """Which completions ended with EOS, (N,)."""
+    """True for completions that ended with EOS, (N,)."""
     rewards_per_func: Tensor | None = None
-    """What each reward function says, (N, functions); NaN = it does not apply."""
+    """Value of each reward function, (N, functions); NaN: the function does not apply."""
     scores: Tensor | None = None
     """Their weighted sum after missing_eos, normalization and clipping, (N,); NaN = no function applies."""
     kl: Tensor | None = None
@@ -77,7 +77,7 @@ def in_parts(
 
 @dataclass
 class RunState:
-    """What an on-policy run carries from one rollout to the next, beside its weights, KL control and metrics."""
+    """Values that an on-policy run carries from one rollout to the next, beside weights, KL control and metrics."""
 
     episodes: int = 0
     """Completions sampled so far, over all processes."""

@@ -1,4 +1,4 @@
-"""What vLLM is sent when it samples for an on-policy trainer."""
+"""Prepares vLLM to sample for an on-policy trainer."""
 
 import logging
 from collections.abc import Iterator

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 NOTHING = "nothing found by this audit, which is no proof that there is nothing: read some completions, too"
 
-FEW = 3
+MIN_CHECKPOINTS = 3
 """Checkpoints, the final model among them, below which they are too few to say when the held-out score was highest."""
 
 CHECKPOINT = {
@@ -74,7 +74,7 @@ class Audited:
 
     @property
     def held_out_name(self) -> str | None:
-        """What the held-out score is called; None without one."""
+        """Name of the held-out score; None without one."""
         return " + ".join(spec.name.rpartition(":")[2] for spec in self.recipe.eval.held_out_funcs) or None
 
     @property
@@ -198,7 +198,7 @@ def _audit(run: Audited, prompts: int) -> dict[str, Any]:
     if run.held_out_name is not None and len(answers) > 1:
         best, more_signs, more = hacking.of_checkpoints(answers)
         signs, notes = more_signs + signs, more + notes
-        if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= FEW):
+        if best is not None and (peak is None or sum(row["name"] != "start" for row in measured) >= MIN_CHECKPOINTS):
             row = measured[best.index]
             peak = {
                 "step": row["step"],
@@ -277,7 +277,7 @@ def _texts(rollout: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
 
 
 def _of_text(template: str | None, prompt: Any, completion: Any) -> dict[str, Any]:
-    """What a completion took from its prompt, and what it says twice; lengths in words."""
+    """Text that a completion copies from its prompt, and text that it repeats; lengths in words."""
     prompt = as_text(prompt)
     asked, said = words(prompt), words(as_text(completion))
     title = (template_fields(template, prompt) or {}).get("title") if template else None
@@ -374,9 +374,9 @@ def _checkpoints(
 
 
 def _hints(run: Audited, models: list[tuple[str, int, str]]) -> list[str]:
-    """What to set so that there are checkpoints to compare, where only the last ones were kept."""
+    """Says which keys to set to keep checkpoints for a comparison, if only the last ones were kept."""
     trained = [step for name, step, _ in models if name != "start"]
-    if len(trained) >= FEW and min(trained) <= max(trained) / 2:
+    if len(trained) >= MIN_CHECKPOINTS and min(trained) <= max(trained) / 2:
         return []
     there = ", ".join(name for name, _, _ in models if name != "start") or "none"
     return [

@@ -1,4 +1,4 @@
-"""What speaks for reward hacking in a training's log and in its checkpoints: pure numbers, and sentences about them.
+"""Signs of reward hacking in a training log and in checkpoints: pure numbers, and sentences about them.
 
 A log is a list of moments, one for each logged rollout: numbers by name, means over its completions. Of whatever is
 said to have changed, a 95 % interval excludes 0: over rollouts or prompts, not over completions, of which those of one
@@ -121,7 +121,7 @@ def change(before: Sequence[float], after: Sequence[float]) -> Change | None:
 
 
 def below_peak(columns: Sequence[Sequence[float]]) -> tuple[int, list[float]]:
-    """Which column has the highest mean, and how far the last column is below the highest, row by row.
+    """Finds the column with the highest mean, and how far the last column lies below it, row by row.
 
     The highest of several noisy means is too high, even where all columns are alike. So one half of the rows (every
     second) chooses the column that is compared with the last one in the other half, and the other way round: the
@@ -154,7 +154,7 @@ class Peak:
 
 
 def of_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
-    """What a log says: where the held-out score peaks, among its parts (None: not known), and signs of hacking."""
+    """Reads a log: the part in which the held-out score peaks (None: not known), and signs of hacking."""
     if len(parts) < 2:
         return None, []
     peak, found = _divergence(parts)
@@ -225,7 +225,7 @@ def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str], list[str]]:
-    """What the checkpoints of a training say on the same held-out prompts.
+    """Compares the checkpoints of a training on the same held-out prompts.
 
     Args:
         models: In the order of training, the last one as it ended: `name`, and `scores` and `judged`, a value or None

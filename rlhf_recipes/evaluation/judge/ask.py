@@ -1,4 +1,4 @@
-"""Which of two models' completions of the same prompts a judge finds better.
+"""Asks a judge which of two models' completions of the same prompts is better.
 
     rlhf-recipes judge imdb_tiny judge.backend=reward_model judge.model=stage:reward
 
@@ -38,7 +38,7 @@ REFERENCE = "reference"
 ANSWERS = "answers.jsonl"
 
 OUTCOMES = {"win": 1.0, "loss": 0.0, "tie": 0.5, "inconsistent": 0.5}
-"""What a prompt counts in the win rate; one whose answers cannot be parsed is not in it."""
+"""Value of a prompt in the win rate; a prompt whose answers cannot be parsed is left out."""
 
 BYTES_PER_TOKEN = 4
 """Under the tokenizers of most large models, for the estimate of a cost: characters of English, fewer of others."""
@@ -76,7 +76,7 @@ LONGEST_VERDICT = 100
 """Characters; what is longer says more than an answer."""
 
 THOUGHTS = re.compile(r"\A.*</think>", re.DOTALL)
-"""What some open models put in front of an answer; the tag that opens it may stand in their chat template."""
+"""Reasoning that some open models write before an answer; its opening tag may stand in their chat template."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _answer_of(line: bytes) -> dict[str, Any] | None:
 
 
 def vote(answer: Answer) -> str | None:
-    """Which label an answer names: `A`, `B` or `tie`; None where it cannot be parsed.
+    """The label that an answer names: `A`, `B` or `tie`; None if it cannot be parsed.
 
     It must be the label and nothing else, but for `Answer:` and marks around it. What was cut off is no answer.
     """
@@ -204,7 +204,7 @@ def vote(answer: Answer) -> str | None:
 
 
 def outcome_of_orders(first: str | None, second: str | None) -> str:
-    """What two votes come to, of which the first was shown a as A, the second a as B.
+    """Combines two votes: the first was shown a as A, the second a as B.
 
     Both for the same side: `win` (a) or `loss` (b); both a tie: `tie`; either not parsed: `unparsable`; anything else:
     `inconsistent`.
@@ -265,7 +265,7 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 
 def _questions(criterion: str, backend: Backend, pair: Pair) -> tuple[Question, Question]:
-    """What is asked about a pair: both orders of it, or of a reward model, both completions."""
+    """The questions about a pair: both orders, or for a reward model, both completions."""
     if not backend.labels:
         completions = zip((pair.a, pair.b), pair.finished, strict=True)
         first, second = ({"prompt": pair.prompt, "completion": c, "finished": f} for c, f in completions)
@@ -335,7 +335,7 @@ def _ask(backend: Backend, questions: list[Question], answers: Answers, answered
 def _found(
     recipe: Recipe, names: tuple[str, str], pairs: list[Pair], answers: list[list[Answer | None]], backend: Backend
 ) -> dict[str, Any]:
-    """What the judge's file holds, without its cost."""
+    """The content of the judge's file, without the cost."""
     rows = [_judged(pair, two, backend) for pair, two in zip(pairs, answers, strict=True)]
     parsed = [i for i, row in enumerate(rows) if row["outcome"] in OUTCOMES]
     outcomes = [OUTCOMES[rows[i]["outcome"]] for i in parsed]

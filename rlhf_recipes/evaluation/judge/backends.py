@@ -229,7 +229,7 @@ class Endpoint:
         return answer | {"text": self._without_key(answer["text"], None)}
 
     def _refused(self, error: Any) -> str:
-        """What an endpoint's status means for the user."""
+        """Explains an endpoint's status to the user."""
         status = error.status_code
         if status in (401, 403):
             # What it says of a key may hold parts of it.
@@ -252,7 +252,7 @@ class Endpoint:
         )
 
     def _without_key(self, said: Any, longest: int | None = 300) -> str:
-        """What an endpoint said, in one line; it may have sent the key back."""
+        """An endpoint's message in one line, without the key, which it may have sent back."""
         text = " ".join(str(said).split())
         # Servers of one's own are given words such as `none`, which are no secrets.
         return (text.replace(self._key, "[key]") if len(self._key) >= 8 else text)[:longest]
@@ -441,7 +441,7 @@ def _count(tokens: Any) -> int | None:
 
 
 def _message(error: Any) -> str:
-    """What an endpoint says with a status: the message in its JSON, wherever it stands, or the whole."""
+    """The message that an endpoint sends with a status: from anywhere in its JSON, or the whole text."""
     body = error.body
     while isinstance(body, dict) and isinstance(body.get("error"), (dict, str)):
         body = body["error"]
@@ -481,7 +481,7 @@ def _label_tokens(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
 
 
 def _weights(recipe: Recipe, reference: str) -> str | None:
-    """What tells a folder's weights from those that stood there before; None for a model of the Hub, known by its name.
+    """Tells a folder's weights from earlier ones in the same place; None for a model of the Hub, known by its name.
 
     Names, sizes and times of files: to read a large model's weights for a hash would take longer than to ask it.
     """

@@ -1,4 +1,4 @@
-"""What a judge's answers come to: a win rate, one that lengths do not explain, and who agrees with the judge.
+"""Computes from a judge's answers: a win rate, a length-controlled win rate, and agreement with other scores.
 
 An outcome is a number for one prompt: 1 where a won, 0 where b did, 1/2 where neither. A length ratio is
 log((words of a + 1) / (words of b + 1)): words, since models may differ in their tokens.
