@@ -1,8 +1,7 @@
 """Small data made of film reviews, and an example of `data.transform`: each function takes and returns columns.
 
 `sentences` makes the data of imdb_tiny, imdb_base and length_tiny, `posts` and `comparisons` that of tldr_tiny. A recipe names
-them as `film_reviews.py:sentences`, because this file stands beside the recipe. All take reviews in a column `text`, and make
-the same of the same reviews.
+them as `film_reviews.py:sentences`, because this file stands beside the recipe. All give the same rows for the same reviews.
 """
 
 import re
@@ -29,14 +28,17 @@ _WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
 def sentences(batch: dict[str, list]) -> dict[str, list]:
     """A row for every sentence of 5 to 22 common words and marks, in lower case, joined by blanks; other columns stay.
 
-    A model that trains from scratch in minutes can only learn a small language: short sentences of common words.
+    A model that trains from scratch in minutes can only learn a small language: short sentences of common words. The texts are in
+    the column `text`, or in data without it, in the first column that holds strings.
     """
     made = defaultdict(list)
-    for i, text in enumerate(batch["text"]):
+    strings = [name for name, values in batch.items() if any(isinstance(value, str) for value in values)]
+    texts = "text" if "text" in batch else strings[0]
+    for i, text in enumerate(batch[texts]):
         for words in whole_sentences(text or ""):
             if 5 <= len(words) <= 22 and WORDS.issuperset(words):
                 for column in batch:
-                    made[column].append(" ".join(words) if column == "text" else batch[column][i])
+                    made[column].append(" ".join(words) if column == texts else batch[column][i])
     return dict(made) or {column: [] for column in batch}
 
 

@@ -28,6 +28,8 @@ def test_sentences_are_whole_short_and_of_common_words():
     made = sentences({"text": [text + "Too long " + "very " * 30 + ".", None], "label": [1, 0]})
     assert made == {"text": ["mr smith was really fun .", "was it really good ?"], "label": [1, 1]}
     assert sentences({"text": [None], "label": [1]}) == {"text": [], "label": []}
+    of_another_name = sentences({"stars": [1], "review": [text]})
+    assert of_another_name == {"review": ["mr smith was really fun .", "was it really good ?"], "stars": [1, 1]}
 
 
 def test_the_summary_is_the_sentence_that_shares_most_and_leaves_the_post():
