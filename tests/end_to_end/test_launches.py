@@ -20,7 +20,7 @@ from support.places import ROOT
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
 
-pytestmark = pytest.mark.cold  # how a launch comes to its processes is what these tests are about
+pytestmark = pytest.mark.cold  # stages read the launcher's command line; a forked launcher has none
 
 CONFIGS = ROOT / "accelerate_configs"
 

@@ -414,6 +414,7 @@ def test_without_the_search_training_is_the_same_and_no_rank_is_warned(policy_fo
 
 
 @pytest.mark.slow
+@pytest.mark.cold  # the launcher's command line says that precision was asked for; a forked one has none
 def test_a_stage_on_two_processes_says_what_it_chose_and_torch_warns_of_nothing(bpe_policy_folder, tmp_path):
     (tmp_path / "imdb").mkdir()
     for split in ("train", "test"):
