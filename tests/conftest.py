@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 SLOWEST = ("end_to_end", "nightly", "stages")
-"""Folders whose tests take longest begin first: worksteal can then share out the short ones at the end."""
+"""Folders whose tests take longest begin first, so that neither process waits for the other's last long file."""
 
 
 def pytest_collection_modifyitems(items):

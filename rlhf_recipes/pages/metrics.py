@@ -157,7 +157,7 @@ EVAL = {
     "length_mean": Metric("tokens per completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True),
     "length_std": Metric("standard deviation of that length", unit="tokens"),
     "eos_rate": Metric("share of completions that end before they are cut off", "EOS", form="{:.0%}", of_text=True),
-    "empty_share": Metric("share of completions without a word", "empty", form="{:.0%}", better="lower", of_text=True),
+    "empty_share": Metric("share of empty completions", "empty", form="{:.0%}", better="lower", of_text=True),
     "distinct_1": Metric(
         "different tokens over all tokens of the samples", "distinct-1", form="{:.2f}", better="higher", of_text=True
     ),

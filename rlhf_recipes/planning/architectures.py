@@ -86,7 +86,7 @@ def config_of(recipe: Recipe, key: str, reference: str, passed: tuple[str, ...] 
         passed: Stages that led here.
 
     Raises:
-        RecipeError: It is not here, and not to be had from the Hub; or stages start from one another.
+        RecipeError: The model is neither here nor on the Hub, or stages start from one another.
     """
     from transformers import AutoConfig
 

@@ -250,7 +250,7 @@ def _in_thread(function: Callable, *args: Any) -> Future:
     def work() -> None:
         try:
             answer.set_result(function(*args))
-        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+        except BaseException as error:  # noqa: BLE001 - the caller that waits raises it
             answer.set_exception(error)
 
     threading.Thread(target=work, name="reward-function", daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.load import code_file
-from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError, RewardFunc
 from rlhf_recipes.runs.files import read_manifest
 from rlhf_recipes.runs.references import (
     hub_arguments,
@@ -59,15 +59,18 @@ def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
         found |= {f"eval.models.{name}": (reference, "model") for name, reference in eval_models(recipe).items()}
         if recipe.eval.perplexity_model is not None:
             found["eval.perplexity_model"] = (recipe.eval.perplexity_model, "model")
-    funcs = {"reward_funcs": recipe.reward_funcs} if isinstance(getattr(recipe, stage, None), (OnPolicy, Eval)) else {}
-    if stage == "eval":
-        funcs["eval.held_out_funcs"] = recipe.eval.held_out_funcs
-    for key, specs in funcs.items():
-        for i, spec in enumerate(specs):
-            model = spec.args.get("model")
-            if spec.name in ("sentiment", "reward_model") and isinstance(model, str):
-                found[f"{key}.{i}.args.model"] = (model, "model")
+    for key, spec in _reward_funcs(recipe, stage).items():
+        model = spec.args.get("model")
+        if spec.name in ("sentiment", "reward_model") and isinstance(model, str):
+            found[f"{key}.args.model"] = (model, "model")
     return found
+
+
+def _reward_funcs(recipe: Recipe, stage: str) -> dict[str, RewardFunc]:
+    """Dotted key -> every reward function that a stage calls."""
+    lists = {"reward_funcs": recipe.reward_funcs} if isinstance(getattr(recipe, stage, None), (OnPolicy, Eval)) else {}
+    lists |= {"eval.held_out_funcs": recipe.eval.held_out_funcs} if stage == "eval" else {}
+    return {f"{key}.{i}": spec for key, specs in lists.items() for i, spec in enumerate(specs)}
 
 
 def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
@@ -188,9 +191,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
 
 def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
     """Dotted key -> `path/to/file.py:function` of what a stage takes from the user's own files."""
-    funcs = {"reward_funcs": recipe.reward_funcs} if isinstance(getattr(recipe, stage, None), (OnPolicy, Eval)) else {}
-    funcs |= {"eval.held_out_funcs": recipe.eval.held_out_funcs} if stage == "eval" else {}
-    named = {f"{key}.{i}.name": spec.name for key, specs in funcs.items() for i, spec in enumerate(specs)}
+    named = {f"{key}.name": spec.name for key, spec in _reward_funcs(recipe, stage).items()}
     named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}
     return {key: name for key, name in named.items() if name and ".py:" in name}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_recipes.pages.metrics import RENAMED, our_name
 
 LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
-"""Prefixes of TRL metrics that are dropped because one of ours reports the same."""
+"""Prefixes of TRL metrics that are dropped because a metric of this project reports the same."""
 
 PHASES = ("generate", "score", "forward", "update")
 """Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""

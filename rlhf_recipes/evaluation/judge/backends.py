@@ -408,7 +408,7 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -
                 return
             try:
                 done.put((item, work(item), None))
-            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            except BaseException as error:  # noqa: BLE001 - the caller that waits raises it
                 stopped.set()  # here: what would fail as well is not asked any more
                 done.put((item, None, error))
 
