@@ -10,6 +10,7 @@ to `<runs_dir>/<recipe>/reward/`.
 import json
 import random
 
+from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import stage_command
 
@@ -29,7 +30,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
     from rlhf_recipes.system.terminal import expected
-    from rlhf_recipes.trainers.args import effective_batch, trainer_args
+    from rlhf_recipes.trainers.args import trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
@@ -48,7 +49,7 @@ def main(run: Run) -> str:
     chat = is_conversational(train[0])
     references = own_references(run, tokenizer, chat)
     if args.max_steps > 0:  # tokenize no more than training will see
-        train = train.select(range(min(len(train), args.max_steps * effective_batch(args))))
+        train = train.select(range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size))))
     # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with expected("LOAD REPORT"):  # the scalar head is new

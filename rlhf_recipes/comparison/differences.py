@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 from rlhf_recipes.comparison.runs import TrainedRun
+from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults, trainer_fields
 
 REFUSING = ("model", "data", "reward", "budget", "objective")
@@ -103,7 +104,8 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     }
     episodes = manifest.get("results", {}).get("episodes")
     plain["episodes"] = episodes if episodes is not None else settings.get("episodes")
-    plain["global_batch_size"] = _batch_size(manifest, section, defaults | trainer)
+    processes = manifest.get("setup", {}).get("num_processes", 1)
+    plain["global_batch_size"] = section.get("global_batch_size") or rows_of_step(defaults | trainer, processes)
     plain = {key: value for key, value in plain.items() if value is not None}
     found = {key: (value, value) for key, value in plain.items()}
     for key, source in manifest.get("sources", {}).items():
@@ -117,13 +119,6 @@ def effective_settings(manifest: dict[str, Any], written: set[str] = frozenset()
     versions = manifest.get("versions", {}) | {"git_commit": manifest.get("git_commit")}
     found |= {f"versions.{key}": (value, value) for key, value in versions.items() if value is not None}
     return found
-
-
-def _batch_size(manifest: dict[str, Any], section: dict[str, Any], trainer: dict[str, Any]) -> int:
-    """Completions of one optimizer step: with more processes it is another one, unless the recipe fixes it."""
-    processes = manifest.get("setup", {}).get("num_processes", 1)
-    of_one = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
-    return section.get("global_batch_size") or of_one * processes
 
 
 def describe_hardware(manifest: dict[str, Any]) -> str:

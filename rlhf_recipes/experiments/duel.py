@@ -26,8 +26,9 @@ from rlhf_recipes.evaluation.audit.audit import audit_runs, is_audited
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
 from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
+from rlhf_recipes.recipe.batch import batch_settings, rows_of_rollout
 from rlhf_recipes.recipe.graph import eval_models
-from rlhf_recipes.recipe.load import load_recipe, rollout_size
+from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 from rlhf_recipes.runs.files import read_manifest
@@ -144,8 +145,8 @@ def _check(recipe: Recipe, processes: int) -> None:
 
 def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
     """Completions that all processes of a stage sample at once."""
-    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | recipe.batches(stage, processes)
-    return rollout_size(stage, given, processes) * processes
+    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | batch_settings(recipe, stage, processes)
+    return rows_of_rollout(given, processes, f"{stage}.trainer.")
 
 
 def _settings(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from rlhf_recipes.launch.configs import config_files, find_config, offloads, rea
 from rlhf_recipes.planning.architectures import PLANNED
 from rlhf_recipes.planning.machine import GIB, Launch, Machine, launch_of, machine_of
 from rlhf_recipes.planning.stage import StagePlan, plan_stage, settings_of
+from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.files import is_finished, read_manifest, read_metrics, run_path
@@ -28,7 +29,7 @@ def rates_of(recipe: Recipe, stage: str) -> list[float]:
     ]
     processes = read_manifest(path)["setup"]["num_processes"]
     settings = settings_of(load_recipe(str(path / "recipe.yaml")), stage, processes)  # as it ran, not as it is planned
-    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
+    rows = rows_of_step(settings, processes)
     return [(b[0] - a[0]) * rows / (b[1] - a[1]) for a, b in pairwise(timed) if b[1] > a[1] and b[0] > a[0]]
 
 

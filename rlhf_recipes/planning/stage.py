@@ -16,7 +16,7 @@ from rlhf_recipes.planning.architectures import config_of, drops_out
 from rlhf_recipes.planning.machine import Launch, Machine
 from rlhf_recipes.planning.memory import Batch, Estimate, moments
 from rlhf_recipes.planning.trace import model_of
-from rlhf_recipes.recipe.load import rollout_size
+from rlhf_recipes.recipe.batch import TEXTS_OF_ROW, batch_settings, rows_of_rollout, rows_of_step, steps_of_rollout
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
 from rlhf_recipes.runs.references import loading
@@ -97,7 +97,7 @@ def settings_of(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
             findings.append(f"{stage}.trainer.{name}: must be above 0, not {'null' if value is None else value}.")
     if findings:
         raise RecipeError("\n".join(sorted(findings)))
-    return defaults | own | section.trainer | recipe.batches(stage, processes)
+    return defaults | own | section.trainer | batch_settings(recipe, stage, processes)
 
 
 def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> StagePlan:
@@ -193,7 +193,7 @@ def _batch(
         longest = min(settings["max_length"] or math.inf, context)
         if longest == math.inf:
             raise RecipeError(f"{stage}.trainer.max_length: set it; nothing else says how long texts may be.")
-        return Batch(rows=rows * (2 if stage == "reward" else 1), prompt=int(longest), completion=0, **common)
+        return Batch(rows=rows * TEXTS_OF_ROW[stage], prompt=int(longest), completion=0, **common)
     completion = settings["max_completion_length"]
     if completion >= context:
         raise RecipeError(
@@ -201,7 +201,7 @@ def _batch(
             "included; set it to less."
         )
     prompt = _prompt_tokens(recipe, stage, context, completion, notes)
-    rollout = rollout_size(stage, settings, processes)
+    rollout = rows_of_rollout(settings, processes, f"{stage}.trainer.") // processes
     if settings["use_vllm"]:
         notes.append(f"{stage}: what vLLM keeps on the same GPUs is not counted; sampling is planned as without it.")
     sampled = min(settings["sampling_batch_size"] or rollout, rollout)
@@ -244,10 +244,9 @@ def _reward_model_configs(recipe: Recipe, notes: list[str]) -> Iterator[tuple[An
 
 def _work(recipe: Recipe, stage: str, settings: dict[str, Any], batch: Batch, processes: int) -> Work:
     section, given = getattr(recipe, stage), getattr(recipe, stage).trainer
-    of_step = settings["per_device_train_batch_size"] * batch.accumulation * processes
+    of_step = rows_of_step(settings, processes)
     max_steps, epochs = settings["max_steps"], settings["num_train_epochs"]
     if stage in ("sft", "reward"):
-        texts = 2 if stage == "reward" else 1
         data = (section.data if stage == "reward" else None) or recipe.data
         number, at_most = (section.pairs, True) if stage == "reward" and section.pairs else (data.max_rows, True)
         if max_steps > 0:
@@ -256,18 +255,18 @@ def _work(recipe: Recipe, stage: str, settings: dict[str, Any], batch: Batch, pr
             rows, steps = math.ceil(number * epochs), math.ceil(math.ceil(number / of_step) * epochs)
         else:
             return Work(None, None, None, True)
-        return Work(rows, steps, rows * texts * batch.prompt, at_most)
+        return Work(rows, steps, rows * TEXTS_OF_ROW[stage] * batch.prompt, at_most)
     of_rollout = batch.rollout * processes
-    passes = settings["num_iterations"] * max(1, of_rollout // of_step)  # optimizer steps of a rollout
+    of_one = steps_of_rollout(settings, of_rollout, processes)
     if max_steps > 0:
-        rollouts, steps = math.ceil(max_steps / passes), max_steps
+        rollouts, steps = math.ceil(max_steps / of_one), max_steps
     elif recipe.episodes is not None and "num_train_epochs" not in given:
         rollouts = math.ceil(recipe.episodes / of_rollout)
-        steps = rollouts * passes
+        steps = rollouts * of_one
     elif recipe.data.max_rows is not None:
         rollouts = math.floor(recipe.data.max_rows * settings["num_generations"] / of_rollout * epochs)
         episodes = rollouts * of_rollout
-        return Work(episodes, rollouts * passes, episodes * (batch.prompt + batch.completion), True)
+        return Work(episodes, rollouts * of_one, episodes * (batch.prompt + batch.completion), True)
     else:
         return Work(None, None, None, True)
     episodes = rollouts * of_rollout

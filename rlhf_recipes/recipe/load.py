@@ -301,27 +301,3 @@ def _check_keys(where: str, values: dict, class_name: str, fields: dict[str, Any
                 expected = " or ".join(sorted({found["msg"].split("Input should be ")[-1] for found in error.errors()}))
                 findings.append(f"{where}.{key}: should be {expected}, not {value!r}.")
     return findings
-
-
-def rollout_size(stage: str, settings: dict[str, Any], processes: int) -> int:
-    """Completions of a rollout that one process samples, with `trainer:` as it is, its defaults filled in.
-
-    Raises:
-        RecipeError: TRL would refuse their number.
-    """
-    key, rows = f"{stage}.trainer", settings["per_device_train_batch_size"]
-    whole, steps = settings["generation_batch_size"], settings["steps_per_generation"]
-    if whole is not None and steps is not None:
-        raise RecipeError(f"{key}: set one of generation_batch_size and steps_per_generation; the other follows.")
-    if whole is not None and whole % (rows * processes):
-        raise RecipeError(
-            f"{key}.generation_batch_size: {whole} must be a multiple of per_device_train_batch_size ({rows}) x processes "
-            f"({processes}); change one of them."
-        )
-    rollout = rows * (steps or settings["gradient_accumulation_steps"]) if whole is None else whole // processes
-    if rollout * processes % settings["num_generations"]:
-        raise RecipeError(
-            f"{key}.num_generations: the {rollout * processes} completions of a rollout are not divisible by "
-            f"{settings['num_generations']}; change it, or the batch size."
-        )
-    return rollout

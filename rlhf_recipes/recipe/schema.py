@@ -17,9 +17,6 @@ class RecipeError(ValueError):
 STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
 """Stages in the order in which `run` goes through them."""
 
-TRANSFORMERS_BATCH_SIZE = 8
-"""transformers' default of `per_device_train_batch_size`."""
-
 RENAMED_METRICS = {"judge_mean": "held_out_mean", "judge_positive_share": "held_out_positive_share"}
 """Old name of a metric -> its name."""
 
@@ -149,26 +146,6 @@ class Trained(Section):
             if self.global_batch_size is not None and self.trainer.get(key) is not None:
                 raise ValueError(f"global_batch_size: take trainer.{key} out ({instead})")
         return self
-
-    def batches(self, processes: int) -> dict[str, int]:
-        """What `global_batch_size` makes of `per_device_train_batch_size` and `gradient_accumulation_steps`; {} without it.
-
-        Raises:
-            RecipeError: The processes cannot share the batch equally; begins with the key, to which `Recipe.batches` adds
-                the stage.
-        """
-        if self.global_batch_size is None:
-            return {}
-        if self.global_batch_size % processes:
-            raise RecipeError(
-                f"global_batch_size: {self.global_batch_size} cannot be divided by {processes} processes; set a multiple of "
-                f"{processes}, or launch another number."
-            )
-        share = self.global_batch_size // processes
-        # Each stage class has a `trainer` of its own.
-        most = self.trainer.get("per_device_train_batch_size", TRANSFORMERS_BATCH_SIZE)  # type: ignore[attr-defined]
-        size = max(n for n in range(1, min(max(most, 1), share) + 1) if share % n == 0)
-        return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
 
 
 class Sft(Trained):
@@ -408,17 +385,6 @@ class Recipe(Section):
     rloo: Rloo | None = None
     eval: Eval = Eval()
     judge: Judge = Judge()
-
-    def batches(self, stage: str, processes: int) -> dict[str, int]:
-        """`Trained.batches` of a stage.
-
-        Raises:
-            RecipeError: The processes cannot share the batch equally.
-        """
-        try:
-            return getattr(self, stage).batches(processes)
-        except RecipeError as error:
-            raise RecipeError(f"{stage}.{error}") from error
 
     def stages(self) -> list[str]:
         """Names of the stages that this recipe has, in the order in which they run."""

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from rlhf_recipes.launch.setup import asked, check_setup, launched
 from rlhf_recipes.models import hardware as machine
+from rlhf_recipes.recipe.batch import batch_settings
 from rlhf_recipes.recipe.schema import OnPolicy, RecipeError
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
@@ -28,7 +29,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
     """
     section, wanted = getattr(run.recipe, run.stage), asked()
-    given = section.trainer | run.recipe.batches(run.stage, launched().num_processes)
+    given = section.trainer | batch_settings(run.recipe, run.stage, launched().num_processes)
     precision = wanted and wanted.mixed_precision
     fitting = machine.settings(run.stage, section, precision)
     values = DEFAULTS | fitting | {"save_total_limit": 2} | given
@@ -104,8 +105,3 @@ def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
             f"({args.generation_batch_size} completions, {args.num_generations} a prompt); lower "
             f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
         )
-
-
-def effective_batch(args: TrainingArguments) -> int:
-    """Rows of one optimizer step, over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 import trl
 
+from rlhf_recipes.recipe.batch import rows_of_rollout, steps_of_rollout
+
 NEUTRAL = {
     "top_p": (None, 1.0),
     "top_k": (None, 0),
@@ -112,17 +114,16 @@ class OnPolicyConfig(trl.RLOOConfig):
             self.bf16 = False
         if self.gradient_checkpointing is None and self.activation_checkpointing is None:
             self.gradient_checkpointing = not self.use_cpu
+        settings = dict(vars(self))  # before TRL derives the sizes that are not set
         try:
             super().__post_init__()
         except ValueError as error:
+            if "generation" in str(error):
+                rows_of_rollout(settings, self.world_size)  # its message names the settings to change
             # TRL's last check refuses one completion per prompt, whatever the baseline.
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise ValueError(self._explained(str(error))) from error
-        if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
-                f"({self.gradient_accumulation_steps}): a rollout is a whole number of optimizer steps."
-            )
+                raise
+        rows_of_rollout(settings, self.world_size)
         given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given |= {"repetition_penalty": self.repetition_penalty} | (self.generation_kwargs or {})
         if given.get("temperature", self.temperature) != self.temperature:
@@ -149,27 +150,10 @@ class OnPolicyConfig(trl.RLOOConfig):
                 "the first one the policy has not moved yet."
             )
 
-    def _explained(self, message: str) -> str:
-        """TRL's message; with the settings behind it, if it is on a batch that cannot be divided."""
-        if "must be divisible by the global batch size" in message:
-            return (
-                f"generation_batch_size ({self.generation_batch_size}) must be divisible by "
-                f"per_device_train_batch_size ({self.per_device_train_batch_size}) x processes ({self.world_size}); "
-                "change one of them."
-            )
-        if "must be divisible by num_generations" in message:
-            return (
-                f"num_generations ({self.num_generations}): the {self.generation_batch_size} completions of a rollout "
-                f"are not divisible by it; they are per_device_train_batch_size ({self.per_device_train_batch_size}) x "
-                f"steps_per_generation ({self.steps_per_generation}) x processes ({self.world_size}), so change one of "
-                "these."
-            )
-        return message
-
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps between one sampling of completions and the next."""
-        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        return steps_of_rollout(vars(self), self.generation_batch_size, self.world_size)
 
     @property
     def needs_siblings(self) -> bool:

@@ -83,6 +83,10 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
         (["episodes=null"], ["add --episodes N"]),
         (["rloo=null"], ["no stage rloo"]),
         (["rloo.trainer.bata=0.1"], ["bata"]),
+        (
+            ["rloo.trainer.gradient_accumulation_steps=2", "rloo.trainer.steps_per_generation=3"],
+            ["rloo.trainer.steps_per_generation (3) must be a multiple of gradient_accumulation_steps (2)"],
+        ),
         (["rloo.peft={}"], ["peft (model)", "ppo.peft=null rloo.peft=null"]),
         (
             ["episodes=100", "rloo.trainer.per_device_train_batch_size=96"],

@@ -15,7 +15,7 @@ import torch
 from rlhf_recipes import stage as entry
 from rlhf_recipes.launch import setup as distributed
 from rlhf_recipes.launch.setup import Setup, check_launch, check_setup, launched, require_same
-from rlhf_recipes.recipe.schema import RecipeError, Rloo, Sft
+from rlhf_recipes.recipe.schema import RecipeError
 from support.places import ROOT
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
@@ -227,29 +227,6 @@ def test_a_checkpoint_is_for_the_setup_that_saved_it(launch):
     ):
         with pytest.raises(RecipeError, match=said):
             require_same(Path("c"), saved, other)
-
-
-# One batch, however many processes
-
-
-@pytest.mark.parametrize(
-    ("asked", "processes", "size", "accumulation"),
-    [(512, 8, 16, 4), (512, 1, 16, 32), (512, 2, 16, 16), (48, 2, 12, 2), (8, 4, 2, 1), (14, 2, 7, 1)],
-)
-def test_the_global_batch_is_cut_for_the_processes(asked, processes, size, accumulation):
-    section = Rloo(global_batch_size=asked, trainer={"per_device_train_batch_size": 16})
-    made = section.batches(processes)
-    assert made == {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    assert processes * size * accumulation == asked
-
-
-def test_a_global_batch_that_the_processes_cannot_share_is_refused():
-    with pytest.raises(RecipeError, match="64 cannot be divided by 3 processes"):
-        Sft(model="m", global_batch_size=64).batches(3)
-    for key in ("gradient_accumulation_steps", "steps_per_generation"):
-        with pytest.raises(ValueError, match=f"take trainer.{key} out"):
-            Rloo(global_batch_size=64, trainer={key: 4})
-    assert Sft(model="m").batches(3) == {}
 
 
 # As a user launches it

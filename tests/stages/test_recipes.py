@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from rlhf_recipes.recipe.batch import batch_settings, rows_of_step
 from rlhf_recipes.recipe.load import load_recipe, recipe_files
 from rlhf_recipes.runs.inputs import hub_references, references
 from support.processes import run_python
@@ -98,12 +99,11 @@ def test_batches_are_those_of_the_papers(name, gpus):
     recipe = load_recipe(name)
 
     def batch(stage: str) -> int:
-        made = getattr(recipe, stage).batches(gpus)
-        return gpus * made["per_device_train_batch_size"] * made["gradient_accumulation_steps"]
+        return rows_of_step(batch_settings(recipe, stage, gpus), gpus)
 
     assert (batch("sft"), batch("reward"), batch("ppo"), batch("rloo")) == (128, 64, 512, 256)
     assert "generation_batch_size" not in recipe.ppo.trainer and recipe.rloo.trainer["generation_batch_size"] == 512
-    assert recipe.ppo.batches(8) == {
+    assert batch_settings(recipe, "ppo", 8) == {
         "per_device_train_batch_size": recipe.ppo.trainer["per_device_train_batch_size"],
         "gradient_accumulation_steps": 64 // recipe.ppo.trainer["per_device_train_batch_size"],
     }

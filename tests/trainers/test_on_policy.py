@@ -600,6 +600,10 @@ def test_a_negative_mean_kl_is_explained_once(policy_folder, tmp_path, caplog):
             {"per_device_train_batch_size": 8, "generation_batch_size": 12},
             r"generation_batch_size \(12\) must be divisible by per_device_train_batch_size \(8\) x processes \(1\)",
         ),
+        (
+            {"generation_batch_size": 8, "steps_per_generation": 1},
+            "generation_batch_size and steps_per_generation are both set",
+        ),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, r"steps_per_generation \(3\) must be a mult"),
         ({"lr_kl_target": 0.1}, "lr_kl_target needs more than one optimizer step"),
     ],
@@ -610,8 +614,8 @@ def test_batches_that_cannot_be_are_refused_with_their_numbers(config_class, set
 
 
 def test_trls_other_refusals_are_passed_on():
-    with pytest.raises(ValueError, match="can not be both configured"):
-        RLOOConfig("x", use_cpu=True, bf16=False, generation_batch_size=8, steps_per_generation=1)
+    with pytest.raises(ValueError, match="auto_find_batch_size is not supported by RLOO"):
+        RLOOConfig("x", use_cpu=True, bf16=False, auto_find_batch_size=True)
 
 
 def args_of(stage, tmp_path, *overrides):

@@ -223,10 +223,14 @@ def test_without_network_a_hub_model_is_refused_at_once(local, hub_cache, monkey
         ("rloo.trainer.sampling_batch_size=0", "sampling_batch_size: must be above 0, not 0"),
         ("rloo.trainer.max_completion_length=null", "max_completion_length: must be above 0, not null"),
         ("rloo.trainer.max_completion_length=64", "max_completion_length is 64, but the model reads 64 tokens"),
-        ("rloo.trainer.num_generations=3", "num_generations: the 8 completions of a rollout"),
+        ("rloo.trainer.num_generations=3", "num_generations .3.: the 8 completions of a rollout"),
         (
             "rloo.trainer.generation_batch_size=12",
-            "generation_batch_size: 12 must be a multiple of .*8. x processes .1.",
+            "rloo.trainer.generation_batch_size .12. must be divisible by .*8. x processes .1.",
+        ),
+        (
+            "rloo.trainer={gradient_accumulation_steps: 2, steps_per_generation: 3}",
+            "rloo.trainer.steps_per_generation .3. must be a multiple of gradient_accumulation_steps .2.",
         ),
     ],
 )
