@@ -7,7 +7,7 @@ CHROMIUM_OR_SKIP = test -n "$$(which chromium chromium-browser google-chrome $$C
 	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends chromium; } \
 	|| echo "No Chromium: tests of the report in a browser will be skipped."
 
-.PHONY: quickstart test test-all test-fast format lint type clean
+.PHONY: quickstart test test-all test-fast docs format lint type clean
 
 quickstart: .venv/.installed-offline
 	$(BIN)/rlhf-recipes run imdb_tiny
@@ -20,6 +20,9 @@ test-all: lint type
 
 test-fast: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit
+
+docs: .venv/.installed-test
+	$(BIN)/python docs/build.py
 
 .venv/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

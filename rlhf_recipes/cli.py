@@ -63,7 +63,7 @@ def list_recipes(
 ) -> None:
     """List the recipes, with their stages, hardware and minutes."""
     if markdown:
-        say(_recipe_table())
+        say(recipe_table())
         return
     rows = []
     for name in recipe_files():
@@ -74,7 +74,7 @@ def list_recipes(
     print_table(headings, rows, left=headings, wrap=True)
 
 
-def _recipe_table() -> str:
+def recipe_table() -> str:
     """Markdown table of all recipes that have a name."""
     rows = ["| recipe | what | hardware | minutes | expected | source |", "|---|---|---|---|---|---|"]
     for name in recipe_files():

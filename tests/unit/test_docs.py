@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 
 import pytest
 from ruamel.yaml import YAML
@@ -53,6 +54,11 @@ def squeezed(text):
 @pytest.mark.parametrize(("file", "name", "line"), sorted(set(REFERENCE.findall(PAGE + CONTRIBUTING))))
 def test_what_is_referred_to_exists(file, name, line):
     assert squeezed(line) in squeezed(source(file, name)), f"{file}: {name} has no such line"
+
+
+def test_make_docs_changes_nothing():
+    for file, text in runpy.run_path(str(ROOT / "docs" / "build.py"))["documents"]().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name} is not what the code says: run `make docs`"
 
 
 def test_every_detail_of_ours_has_code_and_test():

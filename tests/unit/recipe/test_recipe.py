@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from rlhf_recipes import PPOConfig, RLOOConfig
-from rlhf_recipes.cli import _recipe_table, app
+from rlhf_recipes.cli import app, recipe_table
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trainer_keys import adapter_fields, quantization_fields, trainer_fields
@@ -71,7 +71,7 @@ def test_the_table_of_recipes_shows_about(write, tmp_path, monkeypatch):
     write(MINIMAL + ABOUT, "recipes/mine.yaml")
     write("extends: mine\n", "recipes/child.yaml")
     monkeypatch.chdir(tmp_path)
-    lines = _recipe_table().splitlines()
+    lines = recipe_table().splitlines()
     shown = "| a test | a GPU \\| or two | not measured | score_mean 1 -> 2 to 2.5 (theirs) | a paper |"
     assert f"| `mine` {shown}" in lines
     assert "| `child` | a test | not known | not measured | not measured |  |" in lines
