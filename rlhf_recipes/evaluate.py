@@ -23,7 +23,7 @@ from rlhf_recipes.runs.files import PARTS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_eval
 from rlhf_recipes.stage import stage_command
-from rlhf_recipes.system.files import write_whole, writing
+from rlhf_recipes.system.files import as_lines, read_json, stamp_of, write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +53,7 @@ def main(run: Run) -> str:
                 part = evaluator.measure(name, bar.update)
                 with writing(f"what eval has measured of {name}", file):
                     write_whole(file, json.dumps(part, ensure_ascii=False))
-            parts[name] = json.loads(file.read_text(encoding="utf-8"))
+            parts[name] = read_json(file)
     _write(run, rows, parts, new_tokens)
     log_eval(recipe, run.path, run.manifest["id"])
     shutil.rmtree(folder)  # last: should W&B fail, nothing is measured again
@@ -97,7 +97,7 @@ def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
     if recipe.eval.perplexity_model is not None:
         read["eval.perplexity_model"] = recipe.eval.perplexity_model
     weights = [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+        stamp_of(file)
         for key, reference in read.items()
         for file in sorted(Path(resolve_model(recipe, key, reference)).glob(WEIGHTS))
     ]
@@ -130,8 +130,7 @@ def _write(run: Run, rows: "Dataset", parts: dict[str, dict[str, Any]], new_toke
     )
     tables = markdown_tables(report["models"], report["notes"])
     with writing("the results", run.path):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(run.path / "completions.jsonl", text)
+        write_whole(run.path / "completions.jsonl", as_lines(lines))
         write_whole(run.path / "eval.md", f"# {recipe.name}: held-out prompts\n\n{about}\n\n{tables}")
         write_whole(run.path / "eval.json", json.dumps(report, indent=2, ensure_ascii=False))
 

@@ -23,12 +23,13 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import warn_of_copies
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.evaluation.reward_quality import REPORT, kept, measure, own_references, scorer
+    from rlhf_recipes.evaluation.reward_quality import kept, measure, own_references, scorer
     from rlhf_recipes.models.load import config_of, fit_length, scale_head
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.rewards.reader import trained_scoring
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
+    from rlhf_recipes.runs.files import REWARD_REPORT
     from rlhf_recipes.system.terminal import expected
     from rlhf_recipes.trainers.args import trainer_args
 
@@ -66,7 +67,7 @@ def main(run: Run) -> str:
     report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
     if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
         scoring.model_copy(update={"center": report["score_center"]}).write(run.path)
-        (run.path / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (run.path / REWARD_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     run.results = {name: value for name, value in report.items() if not isinstance(value, list)}
     save_model(trainer, run)
     return (

@@ -7,9 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rlhf_recipes.models.load import MERGED_BASE
-from rlhf_recipes.rewards.reader import FILE as SCORING
-from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.files import MERGED_BASE, SCORING, read_manifest
 from rlhf_recipes.runs.references import is_hub_model
 
 CARD = "README.md"

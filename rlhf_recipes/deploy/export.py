@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.deploy.card import CARD, model_card, start_of
-from rlhf_recipes.evaluation.reward_quality import REPORT
-from rlhf_recipes.models.load import MERGED_BASE, adapter_of, base_of, load_config, load_model
+from rlhf_recipes.models.load import adapter_of, base_of, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.files import MANIFEST, read_manifest
+from rlhf_recipes.runs.files import MANIFEST, MERGED_BASE, REWARD_REPORT, VALUE_MODEL, read_manifest
 from rlhf_recipes.runs.inputs import go_offline
 from rlhf_recipes.runs.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
-from rlhf_recipes.system.files import writing
+from rlhf_recipes.system.files import read_json, writing
 from rlhf_recipes.system.terminal import hush_libraries, log_to, say
 
 if TYPE_CHECKING:
@@ -21,13 +20,10 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
-VALUE_MODEL = "value_model"
-"""In the folder of a PPO run: its value network (`value_model.FOLDER`, without torch)."""
-
 ADAPTER = "adapter_config.json"
 
-OF_THE_RUN = (MANIFEST, REPORT, "log.txt")
-"""Files of a run folder that look like a model's and are none."""
+NOT_EXPORTED = (MANIFEST, REWARD_REPORT, "log.txt")
+"""Files of a run folder that match `SNAPSHOT` and do not belong to the model."""
 
 SHARD = "5GB"
 """Largest file of weights; transformers' own default, 50 GB, is more than many a file system and upload takes."""
@@ -51,7 +47,7 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
         RecipeError: There is no finished run, `out` is in use or in the run, a base is missing, or the weights do not fit `dtype`.
     """
     manifest = _finished(run)
-    adapter = _read(run / ADAPTER) if (run / ADAPTER).is_file() else None
+    adapter = read_json(run / ADAPTER) if (run / ADAPTER).is_file() else None
     if adapter is not None and dtype is not None and not merge:
         raise RecipeError(f"--dtype: {run} holds an adapter, which is small and is exported as it is; add --merge.")
     out = out or run.resolve().parent / f"export-{manifest['stage']}{'-merged' if adapter and merge else ''}"
@@ -69,7 +65,7 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
             part = Path(hidden) / out.name
             part.mkdir()
             notes = _write(run, manifest, adapter, part, merge, dtype)
-            written = _read(part / ADAPTER) if (part / ADAPTER).is_file() else None
+            written = read_json(part / ADAPTER) if (part / ADAPTER).is_file() else None
             (part / CARD).write_text(model_card(run, manifest, written, notes), encoding="utf-8")
             if out.exists():
                 out.rmdir()
@@ -105,7 +101,7 @@ def _write(
 ) -> list[str]:
     """Write all but the model card; returns sentences on what it is."""
     stage, notes = manifest["stage"], []
-    files = {path for pattern in SNAPSHOT for path in run.glob(pattern) if path.name not in OF_THE_RUN}
+    files = {path for pattern in SNAPSHOT for path in run.glob(pattern) if path.name not in NOT_EXPORTED}
     if dtype is not None or (adapter is not None and merge):  # then they are written anew
         files -= {run / ADAPTER, *_weights(run)}
     for path in sorted(files | {run / "recipe.yaml"}):
@@ -208,10 +204,3 @@ def _auto_class(stage: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path} is damaged ({error}); run its stage again.") from error

@@ -16,7 +16,6 @@ from rlhf_recipes.runs.folder import Run
 if TYPE_CHECKING:
     from datasets import Dataset
 
-REPORT = "reward_report.json"
 
 logger = logging.getLogger(__name__)
 

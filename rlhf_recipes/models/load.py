@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.tokenizer import context_length, longest_prompt
 from rlhf_recipes.recipe.schema import Recipe, RecipeError, Scratch
-from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.files import MERGED_BASE, read_manifest
 from rlhf_recipes.runs.references import hub_snapshot, is_hub_model, is_local, loading, resolve_model
 from rlhf_recipes.system.terminal import expected
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from trl import RewardConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
-
-MERGED_BASE = "base"
-"""In the folder of an adapter: the whole model that it belongs to, where that stands nowhere else."""
 
 
 def fit_embeddings(key: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -23,7 +23,6 @@ from transformers import (
 from rlhf_recipes.models import hardware
 from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_of
 from rlhf_recipes.models.load import (
-    MERGED_BASE,
     adapter_of,
     base_of,
     fit_embeddings,
@@ -32,6 +31,7 @@ from rlhf_recipes.models.load import (
     load_model,
 )
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.files import MERGED_BASE
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.references import is_hub_model, loading, resolve_model
 from rlhf_recipes.system.files import writing

@@ -18,12 +18,10 @@ from rlhf_recipes.data.tokenizer import context_length
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError, Section
 from rlhf_recipes.rewards.calls import RewardError
+from rlhf_recipes.runs.files import SCORING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FILE = "scoring.json"
-"""Name of the file beside a reward model."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ class Scoring(Section):
     """Subtracted from the model's output, so that held-out texts have mean 0."""
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / SCORING).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def trained_scoring(trainer: Any, chat: bool, center: float) -> Scoring:
@@ -83,7 +81,7 @@ def stored_scoring(model: str) -> Scoring | None:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(model, FILE)
+        path = cached_file(model, SCORING)
     except OSError:  # no such file, or no network and none in the cache; the log says that there is none
         return None
     try:
@@ -201,7 +199,7 @@ def _check_tokenizer(model: str, scoring: Scoring, tokenizer: "PreTrainedTokeniz
             found.append(f"it was trained with a chat template, and the tokenizer has {which}")
     if found:
         raise RecipeError(
-            f"reward_funcs: reward_model: {model} cannot be read as {FILE} says it was trained: {'; '.join(found)}. "
+            f"reward_funcs: reward_model: {model} cannot be read as {SCORING} says it was trained: {'; '.join(found)}. "
             "Use the tokenizer that stage reward saved with it, or run stage reward again."
         )
 
@@ -225,7 +223,7 @@ def _longest(
     if scoring.format is not None and max_length < trained:
         raise RecipeError(
             f"reward_funcs: reward_model: max_length is {max_length}, but {model} was trained on whole texts of up to "
-            f"{trained} tokens ({FILE}); leave it out, or train with reward.trainer.max_length={max_length}."
+            f"{trained} tokens ({SCORING}); leave it out, or train with reward.trainer.max_length={max_length}."
         )
     return max_length
 
@@ -237,7 +235,7 @@ def _described(model: str, scoring: Scoring, stored: bool, longest: float) -> st
     chats = "chat messages in its template, the last turn closed where it is finished"
     return (
         f"reward_model: {model}: "
-        + (f"read as its {FILE} says: " if stored else f"no {FILE}, so read as TRL's RewardTrainer trains: ")
+        + (f"read as its {SCORING} says: " if stored else f"no {SCORING}, so read as TRL's RewardTrainer trains: ")
         + {"text": texts, "chat": chats, None: f"{texts}; {chats}"}[scoring.format]
         + f"; padded on the right with {scoring.pad_token!r} ({scoring.pad_token_id})"
         + (", which is EOS, so that finished and cut-off texts read alike" if _pads_with_eos(scoring) else "")
@@ -263,7 +261,7 @@ def _token_ids(
     if scoring.format is not None and chat != (scoring.format == "chat"):
         kinds = ("plain texts", "chat messages")
         raise RewardError(
-            f"reward_funcs: reward_model: {model} was trained on {kinds[not chat]} ({FILE}), and is given {kinds[chat]}; "
+            f"reward_funcs: reward_model: {model} was trained on {kinds[not chat]} ({SCORING}), and is given {kinds[chat]}; "
             "use prompts of that kind, or run stage reward on pairs of the other."
         )
     if chat and tokenizer.chat_template:

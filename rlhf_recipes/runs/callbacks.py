@@ -1,4 +1,4 @@
-"""What a training run shows and writes while it goes: a progress bar, `metrics.jsonl` and sampled completions."""
+"""Output of a run while it trains: a progress bar, `metrics.jsonl`, sampled completions, TensorBoard and W&B."""
 
 import json
 import os
@@ -14,33 +14,42 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_recipes.launch.setup import confirm
+from rlhf_recipes.recipe.messages import with_roles
+from rlhf_recipes.runs.files import COMPLETIONS, METRICS
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.trackers import as_cell, as_table, start_wandb
-from rlhf_recipes.system.files import append_lines, step_of, without_nan, write_whole, writing
-
-METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+from rlhf_recipes.runs.trackers import as_table, start_wandb
+from rlhf_recipes.system.files import (
+    append_lines,
+    as_lines,
+    read_json,
+    read_lines,
+    step_of,
+    without_nan,
+    write_whole,
+    writing,
+)
 
 SIZES = "log_sizes.json"
-"""In a checkpoint: bytes of both files when it was saved. Without it, the process was killed before it wrote more."""
+"""In a checkpoint: the bytes of both files when it was saved. If it is missing, nothing was logged after the checkpoint."""
 
 SHOWN = ("score_mean", "kl", "loss", "accuracy", "mean_token_accuracy")
-"""Metrics in the progress bar, where the stage has them."""
+"""Metrics that the progress bar shows, if the stage has them."""
 
 COMPLETIONS_PER_LOG = 8
-"""Sampled completions that are written at every logged step."""
+"""Sampled completions written at every logged step."""
 
 TABLES, TABLE_ROWS = 20, 64
-"""W&B: tables of completions that a training run logs, evenly over its steps, and the completions in each."""
+"""W&B: number of tables of completions that a run logs, evenly over its steps, and the rows of each."""
 
 
 class RunCallback(TrainerCallback):
-    """Writes a line of metrics for every logged step, some completions with it, and keeps one progress bar.
+    """Writes metrics and some completions at every logged step, and shows one progress bar.
 
-    A run that goes on from a checkpoint first drops what was written after it: those steps are coming again.
+    A run that resumes first drops the lines written after its checkpoint: those steps are repeated.
 
     Args:
         run: The run whose folder is written to.
-        trainer: The trainer; one that samples is asked for its completions.
+        trainer: The trainer. Its `sampled_completions` are written, if it has that method.
     """
 
     def __init__(self, run: Run, trainer: Any):
@@ -55,8 +64,8 @@ class RunCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.run.checkpoint is not None:
-            self._go_on(self.run.checkpoint, state.global_step)
-        # disable=None: no bar where the output is not a terminal.
+            self._resume(self.run.checkpoint, state.global_step)
+        # disable=None: no bar unless the output is a terminal.
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -66,10 +75,8 @@ class RunCallback(TrainerCallback):
             leave=False,
         )
 
-    def _go_on(self, checkpoint: Path, step: int) -> None:
-        sizes = {}
-        if (checkpoint / SIZES).is_file():
-            sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8"))
+    def _resume(self, checkpoint: Path, step: int) -> None:
+        sizes = read_json(checkpoint / SIZES) if (checkpoint / SIZES).is_file() else {}
         _drop_later(self.run.path / COMPLETIONS, sizes.get(COMPLETIONS), step)
         for line in _drop_later(self.run.path / METRICS, sizes.get(METRICS), step):
             self._remember(line)
@@ -85,7 +92,7 @@ class RunCallback(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the last: a summary, no step
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the summary at the end
             return
         self._remember(logs)
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
@@ -111,16 +118,16 @@ class RunCallback(TrainerCallback):
             self._bar.close()
 
     def summary(self) -> str:
-        """What an on-policy stage has to say when it is finished; also kept as the run's results."""
-        few = max(1, len(self.scores) // 10)  # single rollouts are noisy
-        first, last = (sum(part) / max(len(part), 1) for part in (self.scores[:few], self.scores[-few:]))
+        """The closing line of an on-policy stage. Its numbers also become the run's results."""
+        tenth = max(1, len(self.scores) // 10)  # single rollouts are noisy
+        first, last = (sum(part) / max(len(part), 1) for part in (self.scores[:tenth], self.scores[-tenth:]))
         self.run.results = {
             "score_first": first,
             "score_last": last,
             "kl_last": self.last.get("kl"),
             "episodes": self.last.get("episodes"),
         }
-        kl = f"KL {self.last['kl']:.1f}, " if "kl" in self.last else ""  # without a reference it is not known
+        kl = f"KL {self.last['kl']:.1f}, " if "kl" in self.last else ""  # unknown without a reference model
         return f"score {first:.2f} -> {last:.2f}, {kl}{self.last.get('episodes', 0)} episodes"
 
     def _append(self, name: str, lines: list[dict]) -> None:
@@ -129,9 +136,9 @@ class RunCallback(TrainerCallback):
 
 
 class EventsCallback(TensorBoardCallback):
-    """TensorBoard, where a run that goes on looks like one that was never stopped.
+    """TensorBoard, in which a resumed run looks like one that never stopped.
 
-    Events of steps that are coming again are left out, and so is the summary at the end, which would be there twice.
+    It purges the events of repeated steps, and skips the summary at the end, which would appear twice.
     """
 
     def __init__(self, run: Run):
@@ -146,10 +153,10 @@ class EventsCallback(TensorBoardCallback):
 class CompletionTables(TrainerCallback):
     """W&B: draws all curves over episodes, and adds tables of the last rollout's completions.
 
-    It comes before transformers' own callback, so that axes and table are there when that one sends the line.
+    Add it before transformers' own callback: axes and table must exist when that one sends the line.
 
     Args:
-        trainer: The on-policy trainer, for its sampled completions.
+        trainer: The on-policy trainer, which has `sampled_completions`.
     """
 
     def __init__(self, trainer: Any):
@@ -165,15 +172,15 @@ class CompletionTables(TrainerCallback):
         if wandb.run is None:  # another process than the main one, or W&B is disabled
             return
         for name in sorted(logs.keys() - self._charted - {"episodes", "epoch"}):
-            # By name: of `train/*` and transformers' own `*`, either may win.
+            # Name by name: a pattern `train/*` might lose against transformers' own `*`.
             wandb.define_metric(f"train/{name}", step_metric="train/episodes")
             self._charted.add(name)
         due = state.global_step * TABLES // state.max_steps
-        if due == self._last_table or args.log_completions:  # with the latter, TRL makes a table itself
+        if due == self._last_table or args.log_completions:  # then TRL makes a table itself
             return
         self._last_table = due
         rows = [
-            {"step": row["step"], "prompt": as_cell(row["prompt"]), "completion": as_cell(row["completion"])}
+            {"step": row["step"], "prompt": with_roles(row["prompt"]), "completion": with_roles(row["completion"])}
             | {"advantage": row["advantage"]}
             | {f"score/{name}": value for name, value in row["scores"].items()}
             for row in self._trainer.sampled_completions(TABLE_ROWS)
@@ -182,7 +189,7 @@ class CompletionTables(TrainerCallback):
 
 
 class SetupCallback(TrainerCallback):
-    """Writes into the manifest how the run is spread over processes, before the first step; see `distributed.confirm`."""
+    """Checks the launch when training begins (`launch.setup.confirm`), and records it in the manifest."""
 
     def __init__(self, run: Run, trainer: Any):
         self._run, self._trainer = run, trainer
@@ -192,23 +199,25 @@ class SetupCallback(TrainerCallback):
 
 
 def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
-    """Cut from a jsonl file what was written after a checkpoint, half a line included; returns what is left.
+    """Drop the lines of a jsonl file that were written after a checkpoint; returns the others.
 
     Args:
-        path: The file; without it there is nothing to cut.
-        size: Its bytes when the checkpoint was saved, where known.
+        path: The file, which may be missing.
+        size: The file's bytes when the checkpoint was saved; None: not known.
         step: The checkpoint's step.
     """
     if not path.exists():
         return []
-    whole = [line for line in path.read_bytes()[:size].split(b"\n")[:-1] if json.loads(line)["step"] <= step]
     with writing(path.name, path):
-        write_whole(path, b"".join(line + b"\n" for line in whole).decode())
-    return [json.loads(line) for line in whole]
+        if size is not None:
+            os.truncate(path, min(size, path.stat().st_size))
+        kept = [line for line in read_lines(path, drop_torn=True) if line["step"] <= step]
+        write_whole(path, as_lines(kept))
+    return kept
 
 
 def attach(trainer: Any, run: Run) -> RunCallback:
-    """Give a trainer our callback in place of its own printing, and trackers that go on where the run goes on."""
+    """Give a trainer our callbacks in place of its own printing, and trackers that resume with the run."""
     callback = RunCallback(run, trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SetupCallback(run, trainer))
@@ -222,18 +231,17 @@ def attach(trainer: Any, run: Run) -> RunCallback:
 
 
 def save_model(trainer: Any, run: Run) -> None:
-    """Save model, or the adapter that was trained, and tokenizer so that plain `from_pretrained(run folder)` loads them.
+    """Save the model (or its adapter) and tokenizer so that plain `from_pretrained(run folder)` loads them.
 
-    All ranks call this. Files are written to a folder of their own and moved when they are complete.
+    All ranks call this. Files are written to a temporary folder and moved when they are complete.
     """
     folder = run.path / ".final"
-    # transformers' trainer switches the cache off for training, in the saved configuration too; whoever loads the
-    # model wants to generate with it.
+    # transformers' trainer switches the cache off in the configuration; a user of the saved model generates with it.
     for config in (trainer.model.config, getattr(trainer.model, "generation_config", None)):
         if config is not None:
             config.use_cache = True
     trainer.write_together("the final model", folder, lambda: trainer.save_model(str(folder)))
     if run.is_main:
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same, readably
-        shutil.rmtree(folder / "ref", ignore_errors=True)  # the adapter as it was when training began, for the KL
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same settings
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # the frozen copy of the adapter, for the KL
         run.adopt(folder)

@@ -1,6 +1,5 @@
 """Names of the files in a run's folder, and readers of them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,22 @@ from rlhf_recipes.system.files import read_json, read_lines
 
 MANIFEST = "manifest.json"
 
+METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+
+SCORING = "scoring.json"
+"""Beside a reward model: the format of text that it reads, see `rewards.reader`."""
+
+REWARD_REPORT = "reward_report.json"
+"""Beside a reward model: how well it tells chosen texts from rejected ones."""
+
+VALUE_MODEL = "value_model"
+"""Folder beside a policy of PPO: its value network."""
+
+MERGED_BASE = "base"
+"""Folder beside an adapter: its base model, if no other folder holds that."""
+
 PARTS = "parts"
-"""Folder in that of a run without checkpoints: whole files, each of which the same run need not make again."""
+"""Folder in a run without checkpoints: complete files that the same run reuses after a stop."""
 
 
 def run_path(recipe: Recipe, stage: str) -> Path:
@@ -18,30 +31,24 @@ def run_path(recipe: Recipe, stage: str) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder; None when there is none."""
-    try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"{path / MANIFEST} is damaged ({error}); delete the folder {path} and run its stage again."
-        ) from error
+    """The manifest of a run folder; None if there is none."""
+    file = path / MANIFEST
+    return read_json(file) if file.is_file() else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What the run in a folder has logged, a line for each time."""
-    return read_lines(path / "metrics.jsonl")
+    """The logged lines of the run in a folder."""
+    return read_lines(path / METRICS)
 
 
 def audit_file(path: Path) -> Path:
-    """Where the audit of the run in a folder stands."""
+    """The file with the audit of the run in a folder."""
     path = path.resolve()
     return path.parent / "audit" / f"{path.name}.json"
 
 
 def read_audit(path: Path) -> dict[str, Any] | None:
-    """The audit of the run in a folder; None where there is none, or only one of an earlier run in the folder."""
+    """The audit of the run in a folder; None if there is none, or only that of an earlier run in this folder."""
     file = audit_file(path)
     if not file.is_file():
         return None
@@ -55,7 +62,7 @@ def is_finished(path: Path) -> bool:
 
 
 def require_stage(recipe: Recipe, stage: str, key: str) -> Path:
-    """The folder of a finished stage that another one builds on.
+    """The folder of a finished stage that another stage builds on.
 
     Raises:
         RecipeError: That stage has not finished; the message has the command that runs it.

@@ -1,7 +1,6 @@
-"""What a stage refers to, data and models: checked before anything heavy is imported, with or without the Hub."""
+"""The data, models and runs that a stage reads. They are checked before heavy imports, with or without the Hub."""
 
 import os
-import re
 import threading
 import urllib.error
 import urllib.request
@@ -9,13 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe.graph import eval_models
+from rlhf_recipes.recipe.graph import eval_models, input_stages
 from rlhf_recipes.recipe.load import code_file
 from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError, RewardFunc
-from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.files import MANIFEST, is_finished, read_manifest, run_path
 from rlhf_recipes.runs.references import (
+    cached_commit,
     hub_arguments,
-    hub_cache,
+    is_cached,
     is_hub_model,
     is_local,
     is_offline,
@@ -27,29 +27,21 @@ from rlhf_recipes.system.files import sha256_of
 SECONDS_TO_ANSWER = 5
 
 HASHED_BYTES = 100 * 2**20
-"""Of data files up to this size the manifest has the sha256, of larger ones size and time of change."""
+"""The manifest has the sha256 of data files up to this size; size and time of change of larger ones."""
 
-OPTIMIZERS = (
-    (r"^paged_|bnb|^ademamix|^lion|^adamw_8bit", "bitsandbytes", "bitsandbytes (rlhf-recipes[quantization])"),
-    (r"^adamw_torch_[48]bit$", "torchao", "torchao"),
-    (r"^galore_", "galore_torch", "galore-torch"),
-    (r"^apollo_", "apollo_torch", "apollo-torch"),
-    (r"lomo$", "lomo_optim", "lomo-optim"),
-    (r"^grokadamw$", "grokadamw", "grokadamw"),
-    (r"^schedule_free_", "schedulefree", "schedulefree"),
-    (r"^stable_adamw$", "optimi", "torch-optimi"),
-    (r"^adamw_anyprecision$", "torchdistx", "torchdistx"),
-    (r"^adamw_torch_xla$", "torch_xla", "torch-xla"),
-    (r"^adamw_torch_npu_fused$", "torch_npu", "torch-npu"),
-)
-"""Of transformers' optimizers that are not torch's own: what their names look like, the module, what to install."""
+PACKAGES = {
+    "quantization": ("bitsandbytes", "pip install 'rlhf-recipes[quantization]'"),
+    "trainer.use_vllm": ("vllm", "pip install 'trl[vllm]', or remove the key to sample with transformers"),
+    "trainer.use_liger_kernel": ("liger_kernel", "pip install liger-kernel, or remove the key"),
+}
+"""A stage's setting -> the package that it needs, and a remedy."""
 
 OWN_VALUE_MODELS = ("shared", "policy")
-"""Values of `ppo.value_model` that refer to the policy itself."""
+"""Values of `ppo.value_model` that mean the policy itself."""
 
 
 def references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
-    """Dotted key -> (reference, "model" or "dataset") of everything that a stage loads."""
+    """Dotted key -> (reference, "model" or "dataset") of all models and data that a stage loads."""
     found = {key: (data.path, "dataset") for key, data in _data(recipe, stage).items()}
     section = getattr(recipe, stage, None)
     for key in ("model", "policy", "value_model"):
@@ -74,7 +66,7 @@ def _reward_funcs(recipe: Recipe, stage: str) -> dict[str, RewardFunc]:
 
 
 def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
-    """Dotted key of its path -> every data section that a stage loads."""
+    """Dotted key of the path -> every data section that a stage loads."""
     own = recipe.reward.data if stage == "reward" else None
     found = {} if own is None else {"reward.data.path": own}
     if stage != "compare" and (own is None or recipe.reward.center == "reference"):
@@ -83,70 +75,64 @@ def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
 
 
 def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
-    """Those of `references` that are Hub ids."""
-    return {
-        key: (reference, kind)
-        for key, (reference, kind) in references(recipe, stage).items()
-        if (
-            is_hub_model(reference)
-            if kind == "model"
-            else not reference.startswith("package:") and not is_local(reference)
-        )
-    }
+    """The `references` that are Hub ids."""
+
+    def is_on_hub(reference: str, kind: str) -> bool:
+        if kind == "model":
+            return is_hub_model(reference)
+        return not reference.startswith("package:") and not is_local(reference)
+
+    return {key: found for key, found in references(recipe, stage).items() if is_on_hub(*found)}
+
+
+def input_ids(recipe: Recipe, stage: str) -> dict[str, str | None]:
+    """Every run that a stage builds on -> its id; None: it has not finished.
+
+    Stages of the recipe go by name. Runs elsewhere, which only eval measures, go by path.
+    """
+    found = {name: run_path(recipe, name) for name in input_stages(recipe, stage)}
+    if stage == "eval":
+        named = [*eval_models(recipe).values(), recipe.eval.perplexity_model]
+        found |= {path: Path(path) for path in named if path and (Path(path) / MANIFEST).is_file()}
+    return {name: (read_manifest(path) or {}).get("id") if is_finished(path) else None for name, path in found.items()}
 
 
 def check_packages(recipe: Recipe, stage: str) -> None:
-    """Make sure that the packages are installed that a stage's settings ask for, before it downloads anything.
+    """Check that the packages of a stage's settings are installed, before anything is downloaded.
 
     Raises:
         RecipeError: One is not.
     """
     section = getattr(recipe, stage, None)
-    given = getattr(section, "trainer", {})
-    if getattr(section, "quantization", None) is not None and find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            f"{stage}.quantization: bitsandbytes is not installed: pip install 'rlhf-recipes[quantization]'"
-        )
-    if given.get("use_vllm") and find_spec("vllm") is None:
-        raise RecipeError(
-            f"{stage}.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]', or leave it out to sample with "
-            "transformers."
-        )
-    if given.get("use_liger_kernel") and find_spec("liger_kernel") is None:
-        raise RecipeError(
-            f"{stage}.trainer.use_liger_kernel: liger-kernel is not installed; install it, or leave it out."
-        )
-    for names, module, package in OPTIMIZERS:
-        if re.search(names, str(given.get("optim"))) and find_spec(module) is None:
-            raise RecipeError(
-                f"{stage}.trainer.optim: {given['optim']} needs {package}, which is not installed; install it, or take "
-                "another, such as adamw_torch."
-            )
+    given = {"quantization": getattr(section, "quantization", None)}
+    given |= {f"trainer.{key}": value for key, value in getattr(section, "trainer", {}).items()}
+    for key, (module, remedy) in PACKAGES.items():
+        if given.get(key) and find_spec(module) is None:
+            raise RecipeError(f"{stage}.{key}: {module} is not installed: {remedy}")
 
 
 def go_offline() -> None:
-    """Set `HF_HUB_OFFLINE` where the Hub, which is needed, does not answer.
+    """Set `HF_HUB_OFFLINE` if the Hub does not answer, so that no library retries for a minute.
 
-    Call before anything of Hugging Face is imported: its libraries read it when they are, and none then retries for a
-    minute.
+    Call it before any Hugging Face library is imported: they read the variable at import.
     """
     if not is_offline() and not is_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def check_references(recipe: Recipe, stage: str) -> None:
-    """Make sure that everything a stage loads is there, and download its models; without network, from the cache only.
+    """Check that everything a stage loads exists, and download its models. Without network, only the cache counts.
 
     Raises:
         RecipeError: A file, folder or stage is missing, a model has no safetensors, or the Hub does not answer and
-            something is not in its cache; every finding, with the keys to set.
+            the cache lacks something. The message has every finding, with the keys to set.
     """
     from_hub = hub_references(recipe, stage)
     if from_hub:
         go_offline()
     missing = {}
     if from_hub and is_offline():
-        missing = {key: reference for key, (reference, kind) in from_hub.items() if not _is_cached(reference, kind)}
+        missing = {key: reference for key, (reference, kind) in from_hub.items() if not is_cached(reference, kind)}
     findings = []
     for key, (reference, kind) in references(recipe, stage).items():
         try:
@@ -158,7 +144,7 @@ def check_references(recipe: Recipe, stage: str) -> None:
             findings.append(str(error))
     if missing:
         findings.append(
-            f"the Hugging Face Hub cannot be reached ({_endpoint()}), and these are not in the local cache:\n"
+            f"the Hugging Face Hub cannot be reached ({_endpoint()}), and the local cache lacks:\n"
             + "".join(f"  {key}: {reference}\n" for key, reference in missing.items())
             + f"Set each key to a local folder or file, such as {next(iter(missing))}=./my-copy, or run once with network."
         )
@@ -167,13 +153,13 @@ def check_references(recipe: Recipe, stage: str) -> None:
 
 
 def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
-    """Dotted key -> which files are behind each of `references`, once `check_references` has found them.
+    """Dotted key -> the files that each of `references` stands for. Call `check_references` first.
 
-    Each has `reference`, `path` and `revision`: the commit on the Hub, or the id of a run; None for local files, of
-    which one file of data has its `sha256` (or, when it is large, `bytes` and `modified`), as has a file of own functions.
+    Each has `reference`, `path` and `revision`: a commit of the Hub, the id of a run, or None for local files. A data
+    file and a file of user functions also have a `sha256`; a large data file has `bytes` and `modified` instead.
 
     Raises:
-        RecipeError: A data set cannot be had, or not at the revision that the recipe pins.
+        RecipeError: A data set cannot be loaded, or not at the revision that the recipe pins.
     """
     found = {}
     for key, (reference, kind) in references(recipe, stage).items():
@@ -183,14 +169,13 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
         found[key] = {"reference": reference} | source
     for key, name in _own_code(recipe, stage).items():
         path = code_file(name.rpartition(":")[0])
-        if path.is_file():  # or the stage says so, when it looks for the function
-            checksum = sha256_of(path)
-            found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": checksum}
+        if path.is_file():  # otherwise the stage fails when it looks up the function
+            found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": sha256_of(path)}
     return found
 
 
 def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
-    """Dotted key -> `path/to/file.py:function` of what a stage takes from the user's own files."""
+    """Dotted key -> `path/to/file.py:function` of every user function that a stage calls."""
     named = {f"{key}.name": spec.name for key, spec in _reward_funcs(recipe, stage).items()}
     named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}
     return {key: name for key, name in named.items() if name and ".py:" in name}
@@ -209,14 +194,13 @@ def _data_source(key: str, data: Data) -> dict[str, Any]:
     path = locate_data(key, data.path)
     if path is None:
         return _hub_data_source(key, data)
-    source = {"revision": None, "path": str(path.absolute())}
-    if path.is_file():
-        size = path.stat().st_size
-        if size <= HASHED_BYTES:
-            source["sha256"] = sha256_of(path)
-        else:
-            source |= {"bytes": size, "modified": path.stat().st_mtime}
-    return source
+    source: dict[str, Any] = {"revision": None, "path": str(path.absolute())}
+    if not path.is_file():
+        return source
+    stat = path.stat()
+    if stat.st_size <= HASHED_BYTES:
+        return source | {"sha256": sha256_of(path)}
+    return source | {"bytes": stat.st_size, "modified": stat.st_mtime}
 
 
 def _hub_data_source(key: str, data: Data) -> dict[str, Any]:
@@ -224,12 +208,16 @@ def _hub_data_source(key: str, data: Data) -> dict[str, Any]:
 
     try:
         builder = load_dataset_builder(**hub_arguments(data))
-    except Exception as error:  # datasets raises many types, for unknown ids as for unknown configurations
+    except Exception as error:  # datasets raises many types, such as for unknown ids and configurations
         raise RecipeError(
-            f"{key}: {data.path} is not to be had ({type(error).__name__}: {str(error)[:300]})."
+            f"{key}: {data.path} is not available ({type(error).__name__}: {str(error)[:300]})."
         ) from error
-    # Without network, datasets takes the latest of its cache, whatever revision is asked for.
-    if is_offline() and data.revision is not None and builder.hash != _commit(data.path, "dataset", data.revision):
+    # Without network, datasets takes the latest revision in its cache, whatever the recipe pins.
+    if (
+        is_offline()
+        and data.revision is not None
+        and builder.hash != cached_commit(data.path, "dataset", data.revision)
+    ):
         raise RecipeError(
             f"{key}: the local cache has {data.path} at {builder.hash}, not at the pinned revision {data.revision}, and the "
             f"Hugging Face Hub cannot be reached. Run once with network, or set {key.removesuffix('path')}revision={builder.hash}."
@@ -242,35 +230,20 @@ def _endpoint() -> str:
 
 
 def is_reachable() -> bool:
+    """Whether the Hub answers, with an error or not, within `SECONDS_TO_ANSWER`."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(_endpoint(), method="HEAD"), timeout=SECONDS_TO_ANSWER)
         except urllib.error.HTTPError:
-            pass  # an answer all the same
+            pass  # an answer too
         except (OSError, ValueError):
             return
         answered.set()
 
-    # Name resolution has no time-out of its own, hence the thread.
+    # In a thread, because name resolution has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS_TO_ANSWER)
     return answered.is_set()
-
-
-def _is_cached(reference: str, kind: str) -> bool:
-    name, _, revision = reference.partition("@")
-    snapshots = _cached(name, kind) / "snapshots"
-    return (snapshots / _commit(name, kind, revision or "main")).is_dir() if kind == "model" else snapshots.is_dir()
-
-
-def _commit(name: str, kind: str, revision: str) -> str:
-    """The commit that the cache knows a branch or tag by; otherwise `revision` is taken for a commit itself."""
-    ref = _cached(name, kind) / "refs" / revision
-    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-
-
-def _cached(name: str, kind: str) -> Path:
-    return hub_cache() / f"{kind}s--{name.replace('/', '--')}"

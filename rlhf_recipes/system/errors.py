@@ -1,4 +1,4 @@
-"""One sentence about an error that a library raised, with the place in the recipe that it can be traced to."""
+"""One sentence about a library's error, with the place in the recipe that it comes from."""
 
 import re
 import traceback
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 600
-"""Characters of the library's own text that the sentence keeps."""
+"""Most characters of the library's own text in the sentence."""
 
 INNERMOST = 4
-"""Frames, from the one that raised, whose source lines may read a key."""
+"""Number of innermost frames to search for a key."""
 
 
 def explain(error: BaseException, stage: str, trainer: dict[str, Any]) -> str:
-    """Say where a library's error comes from and what it says.
+    """The text of a library's error, after the place in the recipe where the user should look first.
 
-    The place is a key of the stage's `trainer` section that the error's text names or the source lines that raised it read,
-    else the row that `datasets` was mapping, else the stage. A key is found by its name: it is where to look first.
+    The place is a key of the stage's `trainer` section that the error's text or the innermost frames name, else the
+    row that `datasets` was mapping, else the stage.
 
     Args:
-        error: What was raised.
+        error: The library's error.
         stage: Name of the stage.
-        trainer: The stage's `trainer` section, as the recipe has it.
+        trainer: The stage's `trainer` section in the recipe.
     """
     text = " ".join(str(error).split())
     shown = f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__
@@ -33,7 +33,7 @@ def explain(error: BaseException, stage: str, trainer: dict[str, Any]) -> str:
 
 
 def _named_key(text: str, trainer: dict[str, Any]) -> str | None:
-    """The key of which `text` has the name, or an option that its value sets, as a whole word."""
+    """The key whose name, or an option in its value, is a whole word of `text`."""
     words = {key: [str(key)] for key in trainer}
     for key, value in trainer.items():
         if isinstance(value, dict):
@@ -47,17 +47,19 @@ def _named_key(text: str, trainer: dict[str, Any]) -> str | None:
 
 
 def _read_key(error: BaseException, trainer: dict[str, Any]) -> str | None:
-    """The key that the innermost source lines read, as `args.KEY`."""
+    """The key that the innermost source lines read as `args.KEY`, or that their functions' names contain."""
     frames = traceback.extract_tb(error.__traceback__)[-INNERMOST:]
     lines = "\n".join(frame.line or "" for frame in frames)
-    return next((key for key in trainer if re.search(rf"\bargs\.{re.escape(str(key))}\b", lines)), None)
+    names = " ".join(frame.name for frame in frames)
+    read = [key for key in trainer if re.search(rf"\bargs\.{re.escape(str(key))}\b", lines)]
+    return next(iter(read + [key for key in trainer if f"_{key}" in names]), None)
 
 
 def _mapped_row(error: BaseException) -> str | None:
-    """The row that `Dataset.map` was at, with the beginning of its content."""
+    """The row that `Dataset.map` was processing, with the beginning of its content."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module, found = frame.f_globals.get("__name__", ""), frame.f_locals
-        index, row = found.get("indices"), found.get("inputs")  # a list and a batch where it maps batches
+        index, row = found.get("indices"), found.get("inputs")  # in batched mode, a list and a batch
         if module.startswith("datasets.") and isinstance(index, int) and isinstance(row, Mapping):
             return f"row {index} of the data, {dict(row)!r:.200}"
     return None

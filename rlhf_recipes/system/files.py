@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one clear error for a disk that takes no more. Nothing here imports torch."""
+"""Files that are complete or absent, and one clear error for a disk that cannot be written. Nothing here imports torch."""
 
 import errno
 import hashlib
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,14 @@ from rlhf_recipes.recipe.schema import RecipeError
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-"""Last file of a checkpoint: says which files belong to it, with their sizes and checksums."""
+"""Last file of a checkpoint: names the checkpoint's files, with their sizes and checksums."""
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""No space, quota used up, file too large, read-only: for the user to mend, whoever was writing."""
+"""No space, quota used up, file too large, read-only: only the user can mend these."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that at every moment the old or the new one stands there, never half of one."""
+    """Write a file so that at every moment either the old or the new content is on the disk, never a part of one."""
     temporary = path.with_name(f".{path.name}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -43,42 +43,61 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def stamp_of(path: Path) -> tuple[str, int, int]:
+    """A file's name, bytes and time of change (ns). It tells files apart that are too large to hash, such as weights."""
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
+
+
 def read_json(path: Path) -> Any:
-    """What a finished stage has written.
+    """The value in a JSON file that a run has written.
 
     Raises:
-        RecipeError: The file is not there any more, or damaged.
+        RecipeError: The file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); delete {path.parent} and make it again.") from error
+        raise RecipeError(
+            f"{path} cannot be read ({error}); delete the folder {path.parent} and give its command again."
+        ) from error
 
 
-def read_lines(path: Path, most: int | None = None) -> list[Any]:
-    """What the lines of a jsonl file hold, or the first so many; a line ends with a line break, and not at U+2028."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, most)]
+def read_lines(path: Path, most: int | None = None, drop_torn: bool = False) -> list[Any]:
+    """The values in a jsonl file, one a line. A line ends at a line break only, not at U+2028.
+
+    Args:
+        path: The file.
+        most: Read only the first so many lines.
+        drop_torn: Leave out a last line that has no line break: its writer was killed.
+    """
+    with open(path, "rb") as file:
+        lines = (line for line in file if line.endswith(b"\n") or not drop_torn)
+        return [json.loads(line) for line in islice(lines, most)]
 
 
-def append_lines(path: Path, lines: list[dict]) -> None:
+def as_lines(rows: Iterable[dict]) -> str:
+    """The text of a jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Append to a jsonl file, all lines in one write."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = as_lines(rows)
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
 
 def without_nan(value: Any) -> Any:
-    """`value`, or None for a NaN or an infinity, which JSON has no word for."""
+    """`value`, or None in place of NaN and infinity, which JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
-    """Bring every file of a checkpoint to the disk, then say in `MARKER` that it is whole.
+    """Flush every file of a checkpoint to the disk, then write `MARKER`, which says that the checkpoint is complete.
 
     Args:
-        checkpoint: Its folder; all processes are done with it.
-        setup: How the processes that saved it were set up.
+        checkpoint: Its folder; every process has finished writing to it.
+        setup: The setup of the processes that saved it.
     """
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -86,14 +105,14 @@ def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
             _sync(file)
             files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
     write_whole(checkpoint / MARKER, json.dumps({"setup": setup, "files": files}, indent=2))
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows: there a folder cannot be opened
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         folder = os.open(checkpoint, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by step."""
+    """The checkpoints in a folder, complete or not, by step."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of)
 
@@ -103,30 +122,30 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The last checkpoint in a folder whose files are all as they were saved; torn ones are left out with a warning."""
+    """The last checkpoint in a folder whose files are all as they were saved. Damaged ones get a warning."""
     for checkpoint in reversed(checkpoints(folder)):
         damage = _damage(checkpoint)
         if damage is None:
             return checkpoint
-        logger.warning("%s is left out, it is not whole: %s.", checkpoint, damage)
+        logger.warning("%s is left out, it is not complete: %s.", checkpoint, damage)
     return None
 
 
 def saved_setup(checkpoint: Path) -> dict[str, Any]:
-    """How the processes were set up that saved a whole checkpoint."""
-    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["setup"]
+    """The setup of the processes that saved a complete checkpoint."""
+    return read_json(checkpoint / MARKER)["setup"]
 
 
 @contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Around everything that writes to a run folder.
+    """Turns a full or read-only disk into a `RecipeError`; all code that writes to a run folder runs inside.
 
     Args:
         what: Subject of the message: `checkpoint-20`, `the final model`.
-        path: File or folder that is written, inside the run folder or it.
+        path: The file or folder that is written.
 
     Raises:
-        RecipeError: It cannot be written; says where, why, how much is free and what is still there.
+        RecipeError: It cannot be written. The message says where, why, how much space is free and what is intact.
     """
     try:
         yield
@@ -137,22 +156,22 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def write_error(what: str, path: Path, error: Exception) -> str:
-    """What the user has to know when `path` cannot be written."""
+    """The message for the user when `path` cannot be written."""
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     whole = [c for c in checkpoints(path) + checkpoints(path.parent) if c != path and (c / MARKER).exists()]
     kept = f"earlier checkpoints are intact (last: {whole[-1].name})" if whole else "there is no earlier checkpoint"
-    # What torch and safetensors say instead of the system's word is for log.txt.
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else "only a part of it was taken"
+    # torch and safetensors have no readable reason; their text goes to log.txt.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else "only a part of it was written"
     return (
         f"{what} could not be written to {path}: {reason}; {shutil.disk_usage(there).free / 2**30:.2f} GiB are free "
-        f"there, {kept}. Make it writable, with room for that, then give the same command again."
+        f"there, {kept}. Free space or make the folder writable, then give the same command again."
     )
 
 
 def _cannot_write(error: Exception) -> bool:
     if isinstance(error, OSError):
-        return error.errno is not None  # without: the network's, from uploading
-    # torch.save and safetensors have errors of their own, with the system's only in their text.
+        return error.errno is not None  # an upload's network error has no errno
+    # torch.save and safetensors raise their own errors, which hold the system's error only in their text.
     text = str(error)
     return "inline_container" in text or "PytorchStreamWriter" in text or "os error" in text
 
@@ -161,7 +180,7 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        return f"without {MARKER}, so saving it did not come to its end"
+        return f"it has no {MARKER}, so saving it was interrupted"
     except (ValueError, KeyError):
         return f"its {MARKER} is damaged"
     for name, saved in files.items():
@@ -172,7 +191,7 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {saved['size']}"
     for name, saved in files.items():
         if _crc32(checkpoint / name) != saved["crc32"]:
-            return f"{name} has another content than was saved"
+            return f"the content of {name} has changed since it was saved"
     return None
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
+from rlhf_recipes.runs.files import VALUE_MODEL
 from rlhf_recipes.trainers.advantages import gae, masked_whiten, token_rewards
 from rlhf_recipes.trainers.config import OnPolicyConfig
 from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
 from rlhf_recipes.trainers.state import Forward, Rollout
-from rlhf_recipes.trainers.value_network import FOLDER, ValueNetwork, copy_of_policy, load_value_model
+from rlhf_recipes.trainers.value_network import ValueNetwork, copy_of_policy, load_value_model
 
 
 @dataclass
@@ -179,16 +180,16 @@ class PPOTrainer(OnPolicyTrainer):
         super()._save(str(folder), rest)
         if self.args.should_save:
             states = {name.removeprefix("value_network."): tensor for name, tensor in ours.items()}
-            self.value_network.save(folder / FOLDER, states, self._tokenizer)
+            self.value_network.save(folder / VALUE_MODEL, states, self._tokenizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.value_network.load(Path(resume_from_checkpoint) / FOLDER)
+        self.value_network.load(Path(resume_from_checkpoint) / VALUE_MODEL)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if not self.is_deepspeed_enabled:  # whose engine has loaded all it has
-            self.value_network.load(Path(self.state.best_model_checkpoint) / FOLDER)
+            self.value_network.load(Path(self.state.best_model_checkpoint) / VALUE_MODEL)
 
 
 class _FreezePolicy(TrainerCallback):

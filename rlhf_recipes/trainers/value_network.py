@@ -23,9 +23,6 @@ from transformers.utils import ModelOutput
 from rlhf_recipes.models.load import load_model
 from rlhf_recipes.rewards.reader import stored_scoring
 
-FOLDER = "value_model"
-"""Beside the policy's files, where the value network is saved."""
-
 HEAD_FILE = "value_head.safetensors"
 
 

@@ -529,7 +529,7 @@ def test_a_run_elsewhere_that_ran_anew_is_measured_anew(tmp_path, policy_folder)
         recipe = recipe_of(tmp_path, {"sft": policy_folder, "ppo": elsewhere})
         if run_id == "first":
             assert run_eval(recipe).is_done()
-    with pytest.raises(RecipeError, match=f"stage {elsewhere} has run anew since"):
+    with pytest.raises(RecipeError, match=f"stage {elsewhere} has run again since"):
         Run(recipe, "eval").is_done()
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_exported_says_why(finished, tmp_path):
     assert "stage eval trains no model" in refused()
     set_manifest(finished, stage="sft")
     (finished / "adapter_config.json").write_text("{")
-    assert "adapter_config.json is damaged" in refused()
+    assert "adapter_config.json cannot be read" in refused()
     (finished / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     assert "--dtype: " in refused(dtype="float16") and "add --merge" in refused(dtype="float16")
     (finished / "adapter_config.json").unlink()

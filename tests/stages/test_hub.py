@@ -1,14 +1,12 @@
 """Without network and without a copy: a clear word within seconds, naming every key to set."""
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import time
 
 import pytest
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
@@ -173,8 +171,7 @@ def test_large_files_are_not_read_whole(tmp_path, monkeypatch):
 
 
 def test_packages_that_settings_ask_for_are_named_where_they_are_not(monkeypatch):
-    asked = []
-    monkeypatch.setattr(hub, "find_spec", asked.append)
+    monkeypatch.setattr(hub, "find_spec", lambda module: None)
 
     def refused(key, value):
         with pytest.raises(RecipeError) as caught:
@@ -182,15 +179,9 @@ def test_packages_that_settings_ask_for_are_named_where_they_are_not(monkeypatch
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "rloo.trainer.use_vllm: vLLM is not installed: pip install 'trl[vllm]'" in refused("use_vllm", "true")
-    assert "rloo.trainer.use_liger_kernel: liger-kernel is not" in refused("use_liger_kernel", "true")
-    of_torch = ("_get_adafactor", "_get_adamw_torch", "_get_sgd", "_get_adagrad", "_get_rmsprop")
-    for optim, handler in _OPTIMIZER_HANDLERS.items():  # of every optimizer that transformers has
-        if handler.__name__ in of_torch:
-            check_packages(load_recipe("imdb_tiny", [f"rloo.trainer.optim={optim.value}"]), "rloo")
-        else:
-            assert f"rloo.trainer.optim: {optim.value} needs " in refused("optim", optim.value)
-            assert f"from {asked[-1]}" in inspect.getsource(handler)
+    assert "rloo.trainer.use_vllm: vllm is not installed: pip install 'trl[vllm]'" in refused("use_vllm", "true")
+    assert "rloo.trainer.use_liger_kernel: liger_kernel is not installed" in refused("use_liger_kernel", "true")
+    check_packages(load_recipe("imdb_tiny", ["rloo.trainer.use_vllm=false"]), "rloo")
 
 
 @pytest.fixture
@@ -227,7 +218,7 @@ def test_sources_say_the_commit_of_a_data_set(cached_data, hub_cache, tmp_path):
     put_into_cache(hub_cache, "org/reviews", tmp_path / "card", "v2", kind="dataset")
     with pytest.raises(RecipeError, match=f"data.path: .* at {cached_data}, not at the pinned revision v2"):
         sources(load_recipe("imdb_tiny", ["data={path: org/reviews, revision: v2, transform: null}"]), "sft")
-    with pytest.raises(RecipeError, match="data.path: org/nowhere is not to be had"):
+    with pytest.raises(RecipeError, match="data.path: org/nowhere is not available"):
         sources(load_recipe("imdb_tiny", ["data.path=org/nowhere"]), "sft")
 
 

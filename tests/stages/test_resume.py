@@ -253,7 +253,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
     resumed = [entry["step"] for entry in manifest["resumed"]]
     assert resumed == sorted(resumed) and resumed[0] >= kills[0][0], (kills, resumed)
     assert f"{stage:<8} goes on from step {resumed[-1]} of " in launcher.output(name)
-    torn = "saving it did not come to its end"  # killed while it was written: true, and no harm
+    torn = "saving it was interrupted"  # killed while it was written: true, and no harm
     said = {line for line in launcher.output(name).splitlines() if torn not in line and line.split()[0] != stage}
     assert said <= set(launcher.output(f"{stage}-whole").splitlines())
     assert_same_run(whole, launcher.path(stage, name))
@@ -315,7 +315,9 @@ def test_a_torn_checkpoint_is_left_out_with_a_warning(launcher, uninterrupted):
     with open(model, "r+b") as file:
         file.truncate(1000)
     assert launcher.finish("sft", name) == 0, launcher.output(name)
-    assert f"checkpoint-{last} is left out, it is not whole: model.safetensors has 1000 bytes" in launcher.output(name)
+    assert f"checkpoint-{last} is left out, it is not complete: model.safetensors has 1000 bytes" in launcher.output(
+        name
+    )
     assert launcher.manifest("sft", name)["resumed"][0]["step"] == before
     assert_same_run(uninterrupted("sft"), launcher.path("sft", name))
 
@@ -404,7 +406,7 @@ def test_two_processes_at_one_run_are_refused(launcher):
     first = launcher.start("sft", name, "sft.trainer.num_train_epochs=500")
     launcher.wait_for_checkpoint("sft", name, first)
     assert launcher.finish("sft", name, "sft.trainer.num_train_epochs=500") == 2
-    assert f"process {first.pid} is still at this run" in launcher.output(name)
+    assert f"process {first.pid} still works on this run" in launcher.output(name)
     assert first.is_alive() and launcher.manifest("sft", name)["status"] == "running"
     first.kill()
     first.join()
@@ -595,11 +597,11 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda path: (path / MARKER).unlink(), "saving it did not come to its end"),
+        (lambda path: (path / MARKER).unlink(), "saving it was interrupted"),
         (lambda path: (path / MARKER).write_text('{"files": '), "complete.json is damaged"),
         (lambda path: (path / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
         (lambda path: (path / "model.safetensors").write_bytes(b""), "has 0 bytes instead of 25600"),
-        (flip, "model.safetensors has another content"),
+        (flip, "the content of model.safetensors has changed"),
     ],
 )
 def test_the_last_whole_checkpoint_is_found(harm, said, tmp_path, caplog):

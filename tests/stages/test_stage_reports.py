@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_recipes import reward, sft
 from rlhf_recipes.evaluation.metrics import rouge
-from rlhf_recipes.evaluation.reward_quality import REPORT, kept, measure
+from rlhf_recipes.evaluation.reward_quality import kept, measure
 from rlhf_recipes.evaluation.sft_quality import SAMPLES
 from rlhf_recipes.models.load import scale_head
 from rlhf_recipes.models.samples import shared_out
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.functions import reward_model
+from rlhf_recipes.runs.files import REWARD_REPORT
 from rlhf_recipes.runs.folder import Run
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
@@ -137,7 +138,7 @@ def test_what_stage_reward_reports_is_what_the_reward_function_says(kind, tmp_pa
     long = {"prompt": "it", "chosen": " was good" * 20, "rejected": " bad", "completion": " was good"}
     recipe = reward_recipe(tmp_path, backbone(tmp_path / "base", kind), held_out=[*HELD_OUT[:3], long, *HELD_OUT[3:]])
     run, line = run_stage(reward, "reward", recipe)
-    report = json.loads((run.path / REPORT).read_text())
+    report = json.loads((run.path / REWARD_REPORT).read_text())
     assert {name: report[name] for name in run.results} == run.results
     assert run.results["eval_pairs"] == 16 and run.results["train_pairs"] == 20
     assert run.results["eval_accuracy"] == pytest.approx(logged(run, "eval_accuracy"))
@@ -179,7 +180,7 @@ def test_two_processes_share_the_scoring(tmp_path):
     launch = ("-m", "accelerate.commands.launch", "--config_file", "two.yaml", "-m", "rlhf_recipes.reward")
     done = run_python(*launch, "--recipe", "r.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "runs/r/reward" / REPORT).read_text())
+    report = json.loads((tmp_path / "runs/r/reward" / REWARD_REPORT).read_text())
     chosen, rejected = (scores_of(tmp_path / "runs/r/reward", HELD_OUT[:15], side) for side in ("chosen", "rejected"))
     assert report["eval_pairs"] == 15 and report["score_chosen_mean"] == pytest.approx(mean(chosen), abs=1e-5)
     assert report["score_rejected_mean"] == pytest.approx(mean(rejected), abs=1e-5)

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.models.forward import pad_batch
+from rlhf_recipes.runs.files import VALUE_MODEL
 from rlhf_recipes.trainers.advantages import gae, masked_whiten
-from rlhf_recipes.trainers.value_network import FOLDER, HEAD_FILE
+from rlhf_recipes.trainers.value_network import HEAD_FILE
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
 from support.tiny_trainers import PROMPTS, logged, make, micro_batches, rollout, sum_of_ids, train_on
 
@@ -152,13 +153,15 @@ def test_trained_once_and_saved_beside_a_plain_policy(value_model, lora, policy_
         assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
     for folder in (tmp_path / "final", tmp_path / "out" / "checkpoint-2"):
         if value_model == "shared":
-            assert (folder / FOLDER / HEAD_FILE).is_file()
+            assert (folder / VALUE_MODEL / HEAD_FILE).is_file()
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(folder / FOLDER, output_loading_info=True)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder / VALUE_MODEL, output_loading_info=True
+            )
             assert not any(info.values()), info
             trained = dict(trainer.value_network.model.named_parameters())
             assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
-            assert (folder / FOLDER / "tokenizer.json").is_file()  # it can be the value model of a next run
+            assert (folder / VALUE_MODEL / "tokenizer.json").is_file()  # it can be the value model of a next run
 
 
 def test_own_copy_starts_as_the_policy_and_then_goes_its_own_way(policy_folder, tmp_path):
@@ -247,7 +250,7 @@ def test_the_best_checkpoints_value_network_comes_with_its_policy(policy_folder,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    best, last = (load_file(tmp_path / f"checkpoint-{step}" / FOLDER / HEAD_FILE) for step in (1, 2))
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / VALUE_MODEL / HEAD_FILE) for step in (1, 2))
     assert torch.equal(head_of(trainer).weight, best["head.weight"])
     assert not torch.equal(last["head.weight"], best["head.weight"])
 

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from rlhf_recipes import sft, stage
 from rlhf_recipes.system.errors import explain
@@ -52,6 +53,21 @@ def test_an_argument_that_a_library_refuses_is_named(sft_stage, trainer, place):
     said, recorded, log = sft_stage(REVIEWS, trainer)
     assert place in said and place in recorded
     assert "Traceback (most recent call last)" in log and place.split()[1].rstrip(":") in log
+
+
+def test_an_optimizer_whose_package_is_not_installed_is_named(monkeypatch, tmp_path, policy_folder):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    model = AutoModelForCausalLM.from_pretrained(policy_folder)
+    refused = []
+    for optim in OptimizerNames:
+        args = TrainingArguments(tmp_path, optim=optim, optim_target_modules="all-linear", use_cpu=True)
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args, model)
+        except (ImportError, ValueError) as error:
+            said = explain(error, "rloo", {"learning_rate": 1e-5, "optim": optim.value})
+            assert said.startswith("rloo.trainer.optim: "), said
+            refused.append(optim.value)
+    assert {"paged_adamw_8bit", "lion_8bit", "galore_adamw", "schedule_free_adamw"} <= set(refused)
 
 
 def test_a_chat_template_that_refuses_a_row_names_it(sft_stage, tmp_path, policy_folder):

@@ -32,7 +32,7 @@ from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.calls import RewardError
 from rlhf_recipes.runs.files import audit_file, read_audit, read_manifest, run_path
 from rlhf_recipes.runs.inputs import go_offline, hub_references
-from rlhf_recipes.system.files import MARKER, checkpoints, step_of, write_whole, writing
+from rlhf_recipes.system.files import MARKER, checkpoints, read_lines, step_of, write_whole, writing
 from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     """Lines of a jsonl file; none without it, and not the last one of a run that was killed while it wrote."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+    return read_lines(file, drop_torn=True)
 
 
 def _texts(rollout: list[dict[str, Any]]) -> list[tuple[Any, Any]]:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from rlhf_recipes.recipe.schema import Judge, Recipe, RecipeError, check_url
 from rlhf_recipes.runs.references import is_hub_model, resolve_model
+from rlhf_recipes.system.files import stamp_of
 from rlhf_recipes.system.terminal import hush_libraries
 
 Question = dict[str, Any]
@@ -493,7 +494,7 @@ def _weights(recipe: Recipe, reference: str) -> str | None:
     adapter = adapter_of("judge.model", folder)
     folders = [folder] if adapter is None else [folder, base_of("judge.model", folder, adapter)]
     files = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        stamp_of(path)
         for folder in folders
         for path in sorted(Path(folder).iterdir())
         if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
