@@ -14,8 +14,9 @@ from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards import try_out as score
 from rlhf_recipes.rewards.calls import RewardError
 from rlhf_recipes.rewards.functions import reward_model
-from rlhf_recipes.rewards.reader import FILE, trained_scoring
+from rlhf_recipes.rewards.reader import trained_scoring
 from rlhf_recipes.rewards.registry import as_reward_func
+from rlhf_recipes.runs.files import SCORING
 from support.processes import cli
 from support.texts import WORDS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
@@ -94,7 +95,7 @@ def test_finished_texts_are_read_as_in_training(architecture, special, side, wit
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
     tokenizer.save_pretrained(folder)
     if not with_file:
-        (folder / FILE).unlink()
+        (folder / SCORING).unlink()
     found = scores(reward_model(str(folder), batch_size=3), PROMPTS * 2, CHOSEN + REJECTED)
     expected = as_trained(trainer)
     assert found == pytest.approx(expected, abs=1e-5)
@@ -233,7 +234,7 @@ def trained(tmp_path):
 
 def test_the_file_is_readable_and_says_what_counts(trained):
     folder, _ = trained
-    assert json.loads((folder / FILE).read_text()) == {
+    assert json.loads((folder / SCORING).read_text()) == {
         "format": "text",
         "append_eos": True,
         "eos_token": "<eos>",
@@ -251,7 +252,7 @@ def test_the_log_says_which_contract_is_followed(trained, caplog):
     folder, _ = trained
     with caplog.at_level(logging.INFO, "rlhf_recipes.rewards.reader"):
         reward_model(str(folder))
-        (folder / FILE).unlink()
+        (folder / SCORING).unlink()
         reward_model(str(folder))
     ours = [record for record in caplog.records if record.name == "rlhf_recipes.rewards.reader"]
     with_file, without = (record.getMessage() for record in ours)
@@ -265,7 +266,7 @@ def test_the_stored_center_counts_and_the_configurations_where_there_is_none(tra
     raw = as_trained(trainer)[: len(CHOSEN)]
     found = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     assert found == pytest.approx([value - 0.25 for value in raw], abs=1e-5)
-    (folder / FILE).unlink()
+    (folder / SCORING).unlink()
     change(folder / "config.json", score_center=0.5)  # as models were written before there was a file
     found = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     assert found == pytest.approx([value - 0.5 for value in raw], abs=1e-5)
@@ -284,7 +285,7 @@ def test_the_trained_pad_token_counts_whatever_the_tokenizers_files_say(trained)
 
 def test_without_a_file_the_models_own_pad_token_counts(trained):
     folder, _ = trained
-    (folder / FILE).unlink()
+    (folder / SCORING).unlink()
     before = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
@@ -318,7 +319,7 @@ def test_longer_texts_lose_their_beginning_and_keep_their_end(trained, caplog):
 )
 def test_what_cannot_be_followed_is_refused(trained, values, expected):
     folder, _ = trained
-    change(folder / FILE, **values)
+    change(folder / SCORING, **values)
     with pytest.raises(RecipeError) as refused:
         reward_model(str(folder))
     assert expected in str(refused.value)
@@ -414,7 +415,7 @@ def test_from_the_real_stage_to_the_score(kind, tmp_path, policy_folder):
     done = cli("reward", "r.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "r" / "reward"
-    written = json.loads((folder / FILE).read_text())
+    written = json.loads((folder / SCORING).read_text())
     assert written["format"] == ("chat" if kind == "chat" else "text") and written["max_length"] == 40
     assert written["center"] == json.loads((folder / "manifest.json").read_text())["results"]["score_center"] != 0
 
