@@ -12,6 +12,7 @@ from rlhf_recipes.comparison.held_out import Measured, find_held_out, read_sampl
 from rlhf_recipes.comparison.runs import TrainedRun, points
 from rlhf_recipes.comparison.verdict import decide, view_of, void
 from rlhf_recipes.evaluation.intervals import bootstrap_band, bootstrap_interval
+from rlhf_recipes.pages.metrics import TRAINING
 from rlhf_recipes.runs.files import read_audit
 from rlhf_recipes.system.files import read_json
 
@@ -27,8 +28,8 @@ GRID = 400
 FRONTIER = 100
 """Points at most of a run's way from the reference."""
 
-BANDED = ("score_mean", "kl", "kl_per_token", "entropy", "length_mean", "eos_rate", "reward_mean", "clip_fraction")
-"""Metrics that get a band, and those of single reward functions."""
+BANDED = [name for name, metric in TRAINING.items() if metric.banded]
+"""Metrics that get a band; those of single reward functions get one too."""
 
 UNKNOWN = "Plain Trainer runs do not store their settings, so models, data, rewards and budgets may differ."
 

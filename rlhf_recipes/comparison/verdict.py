@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.evaluation.intervals import bootstrap_difference, bootstrap_interval, student_interval, welch_interval
+from rlhf_recipes.pages.metrics import EVAL
 
 Values = list[tuple[int | None, float | None]]
 """(seed, value) of every run of one algorithm; without a seed each run counts as one, without a value as none."""
@@ -22,9 +23,6 @@ WHERE = {
     "seconds": "In training, after {} seconds each,",
 }
 """View -> how a sentence says where the numbers come from; the budget goes into the braces."""
-
-METRICS = {"score_mean": "mean score", "held_out_mean": "mean held-out score"}
-"""Metric -> how a sentence calls it."""
 
 MUCH_KL = 1.5
 """A winner that is this many times as far from the reference has bought its score with KL; it is said."""
@@ -158,7 +156,7 @@ def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
 def _numbers(view: dict[str, Any]) -> str:
     """The means and their difference, as a sentence or two."""
     at = "" if view["at"] is None else f"{view['at']:,.0f}" if view["at"] >= 100 else f"{view['at']:.3g}"
-    where, metric = WHERE[view["view"]].format(at), METRICS.get(view["metric"], view["metric"])
+    where, metric = WHERE[view["view"]].format(at), EVAL[view["metric"]].phrase
     decimals = _decimals(view)
     means = [
         f"{_digits(mean, decimals)} with {name_of(label)}" for label, mean in view["means"].items() if mean is not None

@@ -86,6 +86,7 @@ def _context(comparison: dict[str, Any]) -> dict[str, Any]:
         "views": _forest(view_rows(comparison)),
         "axes": _axes(comparison),
         "metrics": {key: CURVES.get(key, key) for key in _metrics(comparison)},
+        "small_curves": list(CURVES)[1:],
         "seeds": list(dict.fromkeys(run["seed"] for run in comparison["runs"] if run["seed"] is not None)),
         "thinned": max(lengths, default=0) if max(lengths, default=0) > POINTS else None,
         "held_out_columns": columns,

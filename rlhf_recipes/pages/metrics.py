@@ -1,7 +1,7 @@
-"""Every metric that the project logs or reports: add a metric here, and tables, plots and reports know it.
+"""The registry of metrics: an entry here puts a metric into tables, plots, reports, the progress bar and trackers.
 
-A metric stands in the table of the place that reports it, under the name it has there. `NAME` in a name is the name of
-a reward function. The README's tables are `markdown(TRAINING)` and `markdown(EVAL)`.
+There is one dictionary for each file that holds metrics; its keys are the names in that file. `NAME` in a name stands for the
+name of a reward function. `make docs` writes `TRAINING` and `EVAL` into the README.
 """
 
 import re
@@ -14,15 +14,20 @@ class Metric:
     """One number that the project logs or reports.
 
     Attributes:
-        meaning: What the number says, for someone who has not seen it before.
-        heading: Column of a table, or title of a plot. Metrics without a heading stand in files only.
-        unit: "" for numbers without a unit.
-        form: How a table prints it.
-        better: Which direction is good; None where neither is.
-        trl: TRL's name of the same number, which our trainers replace by ours.
+        meaning: Says what the number measures, to someone who does not know it.
+        heading: Column of a table, or title of a plot. A metric without a heading is in files only.
+        unit: "" for a number without a unit.
+        form: Format of the number in a table.
+        better: The good direction; None if neither is.
+        trl: TRL's name of the same number. The trainers replace it by the name here.
         elsewhere: Names in the logs of plain TRL trainers: RLOO and GRPO of 1.16, PPO of 1.12.
-        of_text: True if it describes the texts, which have a table of their own.
-        only: The algorithm that logs it; "" where every one does.
+        of_text: Whether it describes the texts; tables of models show these metrics apart.
+        only: The algorithm that logs it; "" if all do.
+        section: Section of the view that `rlhf-recipes wandb` saves; "" leaves it out.
+        progress: Whether the progress bar shows it.
+        banded: Whether comparisons draw its mean and interval over seeds.
+        swept: Whether the table of a sweep shows it.
+        phrase: Its name inside a verdict's sentence.
     """
 
     meaning: str
@@ -34,6 +39,11 @@ class Metric:
     elsewhere: tuple[str, ...] = ()
     of_text: bool = False
     only: str = ""
+    section: str = ""
+    progress: bool = False
+    banded: bool = False
+    swept: bool = False
+    phrase: str = ""
 
     @property
     def title(self) -> str:
@@ -47,6 +57,9 @@ TRAINING = {
         better="higher",
         trl="reward",
         elsewhere=("objective/scores",),
+        section="Score",
+        progress=True,
+        banded=True,
     ),
     "score_std": Metric("standard deviation of that score", trl="reward_std"),
     "score/NAME": Metric("mean of one reward function", better="higher"),
@@ -54,6 +67,8 @@ TRAINING = {
     "reward_mean": Metric(
         "what is trained on: the score after `missing_eos`, normalization and clipping, minus `beta` times the KL",
         better="higher",
+        section="Score",
+        banded=True,
     ),
     "kl": Metric(
         "log pi - log pi_ref of the sampled tokens (k1), summed over a completion; without a reference (`beta: 0`) "
@@ -62,9 +77,19 @@ TRAINING = {
         "nats per completion",
         better="lower",
         elsewhere=("objective/kl",),
+        section="Distance from the SFT model",
+        progress=True,
+        banded=True,
     ),
     # TRL's RLOO and GRPO log the mean over tokens as `kl`.
-    "kl_per_token": Metric("the same, mean over tokens", unit="nats per token", better="lower", elsewhere=("kl",)),
+    "kl_per_token": Metric(
+        "the same, mean over tokens",
+        unit="nats per token",
+        better="lower",
+        elsewhere=("kl",),
+        section="Distance from the SFT model",
+        banded=True,
+    ),
     "kl_k3": Metric("the KL by the k3 estimate, which is never negative", unit="nats per completion", better="lower"),
     "kl_k3_per_token": Metric("the same, mean over tokens", unit="nats per token", better="lower"),
     "beta": Metric("weight of the KL in the reward"),
@@ -73,23 +98,39 @@ TRAINING = {
         "entropy",
         "nats per token",
         elsewhere=("policy/entropy_avg",),
+        section="Text",
+        banded=True,
     ),
     "length_mean": Metric(
-        "length of a completion, EOS counted", "completion length", "tokens", trl="completions/mean_length"
+        "length of a completion, EOS counted",
+        "completion length",
+        "tokens",
+        trl="completions/mean_length",
+        section="Text",
+        banded=True,
     ),
     "length_min": Metric("shortest completion", unit="tokens", trl="completions/min_length"),
     "length_max": Metric("longest completion", unit="tokens", trl="completions/max_length"),
-    "eos_rate": Metric("share of completions that end with EOS; the others are cut off", "EOS", form="{:.0%}"),
-    "loss": Metric("the loss of the optimizer step"),
+    "eos_rate": Metric("share of completions that end with EOS; the others are cut off", section="Text", banded=True),
+    "loss": Metric("the loss of the optimizer step", section="Training", progress=True),
     "policy_loss": Metric("the policy's part of the loss", elsewhere=("loss/policy_avg",)),
     "ratio": Metric("probability ratio to the rollout's policy, mean over tokens (PPO) or completions (RLOO)"),
-    "clip_fraction": Metric("share of ratios whose clipped value decides the loss", elsewhere=("policy/clipfrac_avg",)),
-    "approx_kl": Metric("KL to the rollout's policy (k3)", unit="nats per token", elsewhere=("policy/approxkl_avg",)),
-    "grad_norm": Metric("norm of the gradient before clipping, of the last optimizer step"),
+    "clip_fraction": Metric(
+        "share of ratios whose clipped value decides the loss", elsewhere=("policy/clipfrac_avg",), banded=True
+    ),
+    "approx_kl": Metric(
+        "KL to the rollout's policy (k3)",
+        unit="nats per token",
+        elsewhere=("policy/approxkl_avg",),
+        section="Distance from the SFT model",
+    ),
+    "grad_norm": Metric("norm of the gradient before clipping, of the last optimizer step", section="Training"),
     "learning_rate": Metric("step size of the last optimizer step"),
     "tokens": Metric("tokens so far, prompts counted", unit="tokens", trl="num_tokens"),
     "episodes": Metric("completions sampled so far", unit="episodes", elsewhere=("episode",)),
-    "episodes_per_second": Metric("completions per second of training", unit="1/s", better="higher"),
+    "episodes_per_second": Metric(
+        "completions per second of training", unit="1/s", better="higher", section="Training"
+    ),
     "seconds_generate": Metric("time since the last line that went into sampling", unit="s"),
     "seconds_score": Metric("into reward functions", unit="s"),
     "seconds_forward": Metric("into passes without gradient", unit="s"),
@@ -110,8 +151,21 @@ TRAINING = {
 }
 """In `metrics.jsonl` of PPO and RLOO: means over all processes since the last line."""
 
+SUPERVISED = {
+    "accuracy": Metric("share of pairs whose chosen text scores higher", better="higher", progress=True),
+    "mean_token_accuracy": Metric("share of tokens that the model finds likeliest", better="higher", progress=True),
+}
+"""In `metrics.jsonl` of `sft` and `reward`, beside `loss`: TRL's names."""
+
 EVAL = {
-    "score_mean": Metric("mean of the score that PPO and RLOO are trained on", "score", form="{:.2f}", better="higher"),
+    "score_mean": Metric(
+        "mean of the score that PPO and RLOO are trained on",
+        "score",
+        form="{:.2f}",
+        better="higher",
+        swept=True,
+        phrase="mean score",
+    ),
     "score_std": Metric("standard deviation of that score over the completions", "std", form="{:.2f}"),
     "score_min": Metric("smallest score"),
     "score_max": Metric("largest score"),
@@ -121,12 +175,15 @@ EVAL = {
         "positive",
         form="{:.0%}",
         better="higher",
+        swept=True,
     ),
     "held_out_mean": Metric(
         "mean score of reward functions that training does not see (`eval.held_out_funcs`)",
         "held out",
         form="{:.2f}",
         better="higher",
+        swept=True,
+        phrase="mean held-out score",
     ),
     "held_out_positive_share": Metric("share of completions whose score by them is above 0", better="higher"),
     "held_out/NAME": Metric("mean of one of them", better="higher"),
@@ -136,6 +193,7 @@ EVAL = {
         "nats per completion",
         "{:.1f}",
         "lower",
+        swept=True,
     ),
     "kl_per_token": Metric("the same over all tokens of the samples", "KL/token", "nats per token", "{:.3f}", "lower"),
     "perplexity": Metric(
@@ -154,7 +212,9 @@ EVAL = {
     ),
     "rouge2": Metric("the same for pairs of words", "ROUGE-2", form="{:.3f}", better="higher"),
     "rougeL": Metric("the same for the longest common subsequence of words", "ROUGE-L", form="{:.3f}", better="higher"),
-    "length_mean": Metric("tokens per completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True),
+    "length_mean": Metric(
+        "tokens per completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True, swept=True
+    ),
     "length_std": Metric("standard deviation of that length", unit="tokens"),
     "eos_rate": Metric("share of completions that end before they are cut off", "EOS", form="{:.0%}", of_text=True),
     "empty_share": Metric("share of empty completions", "empty", form="{:.0%}", better="lower", of_text=True),
@@ -189,7 +249,7 @@ RESULTS = {
         "share of held-out pairs whose chosen text scores higher", "accuracy", form="{:.1%}", better="higher"
     ),
 }
-"""Of a stage's `results` in its manifest, those that a sweep compares."""
+"""In `results` of a stage's manifest: the numbers that the table of a sweep shows."""
 
 AUDIT = {
     "step": Metric("optimizer step", "step", form="{}"),

@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlhf_recipes.pages.metrics import TRAINING
+from rlhf_recipes.pages.metrics import TRAINING, tabled
 
-CURVES = {name: TRAINING[name].title for name in ("score_mean", "kl", "entropy", "length_mean")}
-"""Metrics of `metrics.jsonl` that are drawn over episodes -> title."""
+CURVES = {name: metric.title for name, metric in tabled(TRAINING).items()}
+"""Metric of `metrics.jsonl` that is drawn over episodes -> title of its plot."""
 
 COLORS = {"ppo": "#d1495b", "rloo": "#00798c", "sft": "#8d96a3"}
 OTHER_COLORS = ("#b07d12", "#5b5f97", "#66a182", "#b56576")
@@ -51,8 +51,9 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
     axis_name = "episodes" if comparison["bands"].get("episodes") or not runs else _x_of(runs)
     bands = comparison["bands"].get(axis_name, {})
     looks = _looks(comparison["algorithms"])
-    figure, axes = _pyplot().subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=True):
+    rows = -(-len(CURVES) // 2)
+    figure, axes = _pyplot().subplots(rows, 2, figsize=(10, 3 * rows), constrained_layout=True)
+    for axis, (metric, title) in zip(axes.flat, CURVES.items(), strict=False):
         for run in runs:
             known = _known(zip(run["curves"].get(axis_name, ()), run["curves"].get(metric, ()), strict=False))
             if known:
@@ -66,6 +67,8 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(axis_name, fontsize=9)
         _tidy(axis)
+    for axis in axes.flat[len(CURVES) :]:
+        axis.remove()
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
         axes.flat[0].legend(handles, labels, frameon=False)

@@ -15,12 +15,8 @@ from rlhf_recipes.system.terminal import print_table
 COLUMNS = tabled(EVAL)
 """Metrics of `eval.json` that tables show."""
 
-SWEEP_COLUMNS = {
-    "score_last": RESULTS["score_last"],
-    **{f"eval/{key}": EVAL[key] for key in ("score_mean", "positive_share", "held_out_mean", "kl", "length_mean")},
-    **{key: RESULTS[key] for key in ("eval_perplexity", "eval_accuracy")},
-}
-"""Numbers that a sweep's table shows, where its runs have them."""
+SWEEP_COLUMNS = RESULTS | {f"eval/{key}": metric for key, metric in EVAL.items() if metric.swept}
+"""Numbers that the table of a sweep shows, where its runs have them."""
 
 
 def print_models(models: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> None:

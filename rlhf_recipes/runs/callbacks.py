@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_recipes.launch.setup import confirm
+from rlhf_recipes.pages.metrics import SUPERVISED, TRAINING
 from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.runs.files import COMPLETIONS, METRICS
 from rlhf_recipes.runs.folder import Run
@@ -32,7 +33,7 @@ from rlhf_recipes.system.files import (
 SIZES = "log_sizes.json"
 """In a checkpoint: the bytes of both files when it was saved. If it is missing, nothing was logged after the checkpoint."""
 
-SHOWN = ("score_mean", "kl", "loss", "accuracy", "mean_token_accuracy")
+IN_PROGRESS_BAR = [name for name, metric in (TRAINING | SUPERVISED).items() if metric.progress]
 """Metrics that the progress bar shows, if the stage has them."""
 
 COMPLETIONS_PER_LOG = 8
@@ -99,7 +100,7 @@ class RunCallback(TrainerCallback):
         line |= {key: without_nan(value) for key, value in logs.items()}
         self._append(METRICS, [line])
         if self._bar is not None:
-            self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in SHOWN if key in self.last})
+            self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in IN_PROGRESS_BAR if key in self.last})
         if hasattr(self.trainer, "sampled_completions"):
             self._append(COMPLETIONS, self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
 

@@ -2,21 +2,25 @@
 
 import os
 import shlex
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlhf_recipes.pages.metrics import TRAINING
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.files import run_path
 from rlhf_recipes.runs.trackers import PROJECT, wandb_mode
 from rlhf_recipes.system.terminal import say
 
-SECTIONS = {
-    "Score": ("score_mean", "reward_mean"),
-    "Distance from the SFT model": ("kl", "kl_per_token", "approx_kl"),
-    "Text": ("entropy", "length_mean", "eos_rate"),
-    "Training": ("loss", "grad_norm", "episodes_per_second"),
-}
-"""Section -> metrics that PPO and RLOO both log, a plot over episodes each."""
+
+def view_sections(reward_names: Iterable[str]) -> dict[str, list[str]]:
+    """Section of the view -> the metrics that it plots over episodes."""
+    sections: dict[str, list[str]] = {}
+    for name, metric in TRAINING.items():
+        if metric.section:
+            sections.setdefault(metric.section, []).append(name)
+    sections["Score"] += [f"score/{name}" for name in dict.fromkeys(reward_names)]
+    return sections
 
 
 def save_view(recipe: Recipe, group: str | None) -> str:
@@ -43,13 +47,9 @@ def save_view(recipe: Recipe, group: str | None) -> str:
     from wandb_workspaces import expr
 
     group = group or os.environ.get("WANDB_RUN_GROUP") or recipe.name
-    names = {section: list(metrics) for section, metrics in SECTIONS.items()}
-    names["Score"] += [
-        f"score/{name}" for name in dict.fromkeys(spec.name.rpartition(":")[2] for spec in recipe.reward_funcs)
-    ]
     sections = [
         ws.Section(name=section, panels=[_plot(metric) for metric in metrics], is_open=True)
-        for section, metrics in names.items()
+        for section, metrics in view_sections(spec.name.rpartition(":")[2] for spec in recipe.reward_funcs).items()
     ]
     tables = [wr.WeavePanelSummaryTable(table_name="completions"), wr.WeavePanelSummaryTable(table_name="models")]
     sections.append(ws.Section(name="Completions; what eval measured", panels=tables, is_open=True))

@@ -202,8 +202,9 @@ function curves(metric) {
 }
 
 plots["plot-curves"] = () => curves(choices().metric);
-for (const metric of ["kl", "entropy", "length_mean"]) plots[`plot-${metric}`] = () => {
-  const found = curves(metric);
+const smallCurves = [...document.querySelectorAll(".three .plot")].map((element) => element.id);
+for (const id of smallCurves) plots[id] = () => {
+  const found = curves(id.slice("plot-".length));
   found.layout.yaxis.title.text = ""; // the heading says it
   return found;
 };
@@ -373,7 +374,7 @@ function showSamples() {
 
 for (const id of ["curve-controls", "sample-controls"]) byId(id)?.addEventListener("submit", (event) => event.preventDefault());
 byId("curve-controls")?.addEventListener("change", (event) =>
-  event.target.name === "metric" ? draw("plot-curves") : ["plot-curves", "plot-kl", "plot-entropy", "plot-length_mean"].forEach(draw));
+  event.target.name === "metric" ? draw("plot-curves") : ["plot-curves", ...smallCurves].forEach(draw));
 byId("sample-controls")?.addEventListener("input", () => { page = 0; showSamples(); });
 for (const button of document.querySelectorAll("[data-turn]"))
   button.addEventListener("click", () => {
