@@ -14,12 +14,15 @@ import urllib.request
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_recipes.evaluation.intervals import bootstrap_interval
-from rlhf_recipes.evaluation.judge.ask import judge, outcome_of_orders, vote
-from rlhf_recipes.evaluation.judge.backends import Local, RateLimit, _label_tokens, in_threads
+from rlhf_recipes.evaluation.judge import threads
+from rlhf_recipes.evaluation.judge.ask import judge
+from rlhf_recipes.evaluation.judge.backends import Local, _label_tokens
+from rlhf_recipes.evaluation.judge.parse import outcome_of_orders, vote
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError, Scratch
 from support.processes import run_python
@@ -460,7 +463,7 @@ def test_lasting_faults_stop_and_the_same_command_goes_on(backend, fault, senten
     where = server.address + BACKENDS[backend]
     with pytest.raises(RecipeError, match=re.escape(sentence.format(at=where))) as raised:
         asked_of(server, recipe, "judge.workers=1", backend=backend)
-    assert "goes on from there" in str(raised.value) and "\n" not in str(raised.value)
+    assert "continues from there" in str(raised.value) and "\n" not in str(raised.value)
     assert len(server.requests) == 6  # three answers, then one question three times
     assert counts(asked_of(server, recipe, "judge.workers=1", backend=backend)) == [2, 1, 2, 0, 0]
     assert len(server.requests) == 6 + 5
@@ -651,21 +654,22 @@ def test_names_of_models_stay_inside_of_the_folder(server, recipe, tmp_path):
     assert result("ppo-vs-.._.._out")["wins"] == 1
 
 
-def test_rate_limit_spaces_requests_evenly():
+def test_rate_limit_spaces_requests_evenly(monkeypatch):
     now, slept = [100.0], []
 
     def sleep(seconds):
         slept.append(seconds)
         now[0] += seconds
 
-    limit = RateLimit(30, lambda: now[0], sleep)
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    limit = threads.RateLimit(30)
     turns = []
     for pause in (0, 0, 0, 10, 0):
         now[0] += pause
         limit.wait()
         turns.append(now[0])
     assert turns == [100, 102, 104, 114, 116] and slept == [2, 2, 2]
-    free = RateLimit(None, lambda: now[0], sleep)
+    free = threads.RateLimit(None)
     for _ in range(100):
         free.wait()
     assert len(slept) == 3
@@ -683,7 +687,7 @@ def test_rate_limit_holds_for_all_workers_and_retries(server, recipe):
 
 def test_workers_ask_at_once():
     together = threading.Barrier(4, timeout=10)
-    done = dict(in_threads(lambda item: together.wait() * 0 + item * 2, range(8), 4))
+    done = dict(threads.in_threads(lambda item: together.wait() * 0 + item * 2, range(8), 4))
     assert done == {i: 2 * i for i in range(8)}
 
 
@@ -697,7 +701,7 @@ def test_the_first_error_ends_it_while_others_wait():
 
     began = time.monotonic()
     with pytest.raises(RecipeError, match="no"):
-        list(in_threads(work, range(100), 3))
+        list(threads.in_threads(work, range(100), 3))
     held.set()
     assert time.monotonic() - began < 10
 
