@@ -212,7 +212,7 @@ def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
     with writing(path.name, path):
         if size is not None:
             os.truncate(path, min(size, path.stat().st_size))
-        kept = [line for line in read_lines(path, drop_torn=True) if line["step"] <= step]
+        kept = [line for line in read_lines(path, skip_damaged=True) if line["step"] <= step]
         write_whole(path, as_lines(kept))
     return kept
 

@@ -62,17 +62,23 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def read_lines(path: Path, most: int | None = None, drop_torn: bool = False) -> list[Any]:
+def read_lines(path: Path, most: int | None = None, skip_damaged: bool = False) -> list[Any]:
     """The values in a jsonl file, one a line. A line ends at a line break only, not at U+2028.
 
     Args:
         path: The file.
         most: Read only the first so many lines.
-        drop_torn: Leave out a last line that has no line break: its writer was killed.
+        skip_damaged: Leave out lines that are not JSON, such as half a line that a killed writer left.
     """
+    found = []
     with open(path, "rb") as file:
-        lines = (line for line in file if line.endswith(b"\n") or not drop_torn)
-        return [json.loads(line) for line in islice(lines, most)]
+        for line in islice(file, most):
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError):
+                if not skip_damaged:
+                    raise
+    return found
 
 
 def as_lines(rows: Iterable[dict]) -> str:
