@@ -1,4 +1,4 @@
-"""Intervals of means: by bootstrap over many values, by Student's t over few."""
+"""Intervals of means: by bootstrap for many values, by Student's t for few."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -9,34 +9,38 @@ RESAMPLES = 2000
 
 
 def bootstrap_interval(
-    *columns: Sequence[float], statistic: Callable[..., float] = fmean, resamples: int = RESAMPLES
+    *columns: Sequence[float],
+    statistic: Callable[..., float] = fmean,
+    paired: bool = True,
+    resamples: int = RESAMPLES,
 ) -> tuple[float, float] | None:
     """Percentile bootstrap 95 % interval; the same values give the same interval.
 
-    Of a handful of values it is too narrow: three that are all above 0 never give an interval with 0 in it, which
-    happens by chance one time in eight. Use `student_interval` where something is decided by few seeds.
+    For a handful of values it is too narrow: three values above 0 never give an interval that contains 0, although
+    chance gives three such values one time in eight. Use `student_interval` where a few seeds decide something.
 
     Source: Efron 1979; scipy.stats.bootstrap.
 
     Args:
-        columns: Values; several columns are drawn together, row by row.
+        columns: Values.
         statistic: Number of one drawn sample; takes as many sequences as there are columns.
+        paired: Draw the columns together, row by row, instead of each on its own.
         resamples: Samples to draw.
 
     Returns:
-        Low and high; None for fewer than two rows.
+        Low and high; None for a column of fewer than two values.
     """
     import numpy
     from scipy.stats import bootstrap
 
-    if len(columns[0]) < 2:
+    if min(map(len, columns)) < 2:
         return None
     found = bootstrap(
         columns,
         statistic,
         n_resamples=resamples,
         vectorized=False,
-        paired=len(columns) > 1,
+        paired=paired and len(columns) > 1,
         confidence_level=LEVEL,
         method="percentile",
         rng=numpy.random.default_rng(0),
@@ -47,7 +51,7 @@ def bootstrap_interval(
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of a mean, mean +- t * s / sqrt(n) with n - 1 degrees of freedom; None for fewer than two values.
 
-    Source: Student 1908. Exact for normal values, at any number of them.
+    Exact for any number of normal values. Source: Student 1908.
     """
     import numpy
     from scipy.stats import t
@@ -80,21 +84,17 @@ def welch_interval(first: Sequence[float], second: Sequence[float]) -> tuple[flo
 
 def bootstrap_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
     """Percentile bootstrap 95 % interval of the difference of two means, each side drawn on its own."""
-    import numpy
-
-    if len(first) < 2 or len(second) < 2:
-        return None
-    rng = numpy.random.default_rng(0)
-    drawn = [rng.choice(numpy.asarray(side), (RESAMPLES, len(side))).mean(1) for side in (first, second)]
-    low, high = numpy.quantile(drawn[0] - drawn[1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return bootstrap_interval(first, second, statistic=lambda x, y: fmean(x) - fmean(y), paired=False)
 
 
 def bootstrap_band(rows: Sequence[Sequence[float]]) -> tuple[list[float], list[float]] | None:
-    """Percentile bootstrap 95 % intervals of the mean curve of some curves: low and high at every point.
+    """Percentile bootstrap 95 % interval of the mean of some curves: low and high at every point.
 
     Args:
-        rows: Curves of equal length; they are drawn whole. None for fewer than two.
+        rows: Curves of equal length, which are drawn whole.
+
+    Returns:
+        None for fewer than two curves.
     """
     import numpy
 

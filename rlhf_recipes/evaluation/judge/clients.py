@@ -59,10 +59,9 @@ class Endpoint:
                 f"judge.backend: {self.settings.backend} needs the package {self.package}: "
                 "pip install 'rlhf-recipes[judge]'"
             ) from error
-        with self._client(library) as client:
-            yield from in_threads(
-                lambda question: self._answer(library, client, question["text"]), questions, self.settings.workers
-            )
+        # Never closed: requests under way when this ends early would fail, and be tried again.
+        client = self._client(library)
+        return in_threads(lambda q: self._answer(library, client, q["text"]), questions, self.settings.workers)
 
     def _request(self, client: Any, text: str) -> Any:
         """The raw response to one question."""

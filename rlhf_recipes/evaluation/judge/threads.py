@@ -44,4 +44,7 @@ def in_threads(
             raise
 
     with ThreadPool(min(workers, len(questions))) as pool:
-        yield from pool.imap_unordered(answer, questions)
+        try:
+            yield from pool.imap_unordered(answer, questions)
+        finally:
+            errors.append(RuntimeError("nobody waits for further answers"))
