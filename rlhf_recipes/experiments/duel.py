@@ -22,7 +22,7 @@ from rlhf_recipes.comparison.build import build_comparison
 from rlhf_recipes.comparison.differences import DURATION, SAME_BUDGET, find_differences
 from rlhf_recipes.comparison.runs import TrainedRun, read_runs
 from rlhf_recipes.comparison.write import notes_on, write_comparison
-from rlhf_recipes.evaluation.audit.audit import audit_runs, is_audited
+from rlhf_recipes.evaluation.audit.audit import audit_runs
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
 from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
@@ -31,7 +31,7 @@ from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
-from rlhf_recipes.runs.files import read_manifest
+from rlhf_recipes.runs.files import read_audit, read_manifest
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_comparison
 from rlhf_recipes.stage import load_checked
@@ -232,7 +232,7 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
 
 def _audited(paths: list[Path]) -> list[str]:
     """Audit the runs that have not been yet; what keeps an audit from being made stops no comparison."""
-    new = [path for path in paths if not is_audited(path)]
+    new = [path for path in paths if read_audit(path) is None]
     try:
         if new:
             say(f"audit of {len(new)} runs")

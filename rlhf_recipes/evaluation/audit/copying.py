@@ -1,29 +1,29 @@
-"""How much of a completion is taken from its prompt, or from itself. Pure text; words are compared in small letters."""
+"""How much of a completion is copied from its prompt, or repeats itself."""
 
 import re
 import string
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 COPIED_RUN = 4
-"""Words in a row that prompt and completion share by copying rather than by chance."""
+"""Words in a row: a shorter run may stand in prompt and completion by chance."""
 
 TITLE_SHARE = 0.75
-"""Of a title's words, in a row: a title that loses its first or last word is copied all the same."""
+"""Of a title's words, in a row: a copied title may lose its first or last word."""
 
 SHORTEST_TITLE = 3
-"""Words. Of shorter titles every text on their subject has most."""
+"""Words. Every text on the same subject has most words of a shorter title."""
 
 
 def words(text: str) -> list[str]:
     """The words of a text in small letters, without marks."""
-    return _WORD.findall(text.lower())
+    return WORD.findall(text.lower())
 
 
 def longest_common_run(prompt: Sequence[str], completion: Sequence[str]) -> int:
-    """Words of the longest run that stands in both."""
+    """Number of words in the longest run that both have."""
     return SequenceMatcher(None, prompt, completion, autojunk=False).find_longest_match().size
 
 
@@ -45,9 +45,9 @@ def copies_title(title: Sequence[str], completion: Sequence[str]) -> bool | None
 
 
 def repeated_share(completion: Sequence, n: int = 2) -> float:
-    """Share of a completion's n-grams, of words or tokens, that stood in it before, 0..1; 0 where it has none.
+    """Share of a completion's n-grams, of words or tokens, that occurred in it before, 0..1; 0 without n-grams.
 
-    Pairs of words, for they repeat in texts of ten words, too, where longer n-grams hardly can.
+    Pairs of words by default: they repeat even in texts of ten words, where longer n-grams hardly can.
 
     Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
     """
@@ -56,15 +56,15 @@ def repeated_share(completion: Sequence, n: int = 2) -> float:
 
 
 def template_fields(template: str, prompt: str) -> dict[str, str] | None:
-    """The values that were put into a prompt's template, by name; None where the prompt is not made of it.
+    """The values in a prompt that was made from a template, by field; None where it was not.
 
-    Where several splits are possible, earlier fields are as short as can be.
+    Where several splits are possible, earlier fields are as short as possible.
 
     Args:
-        template: As `data.prompt_template`.
-        prompt: A filled one.
+        template: `data.prompt_template`.
     """
-    pattern, groups = "", {}
+    pattern = ""
+    groups: dict[str, str] = {}
     for literal, field, _, _ in string.Formatter().parse(template):
         pattern += re.escape(literal)
         if field is None:

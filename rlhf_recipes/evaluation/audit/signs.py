@@ -1,41 +1,29 @@
-"""Signs of reward hacking in a training log and in checkpoints: pure numbers, and sentences about them.
+"""Signs of reward hacking in a log and in checkpoints, as sentences.
 
-A log is a list of moments, one for each logged rollout: numbers by name, means over its completions. Of whatever is
-said to have changed, a 95 % interval excludes 0: over rollouts or prompts, not over completions, of which those of one
-prompt are alike.
+A sign needs a 95 % interval that excludes 0; for shares and lengths also a change that matters.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rlhf_recipes.evaluation.audit.changes import Change, below_peak, change, interval_text, summary
 from rlhf_recipes.evaluation.intervals import student_interval
 
-BINS = 10
-"""Parts of a training at most."""
+MIN_SHARE_CHANGE = 0.1
+"""One completion, or one word, in ten."""
 
-MOMENTS = 10
-"""In a part at least: with 8 completions each, 80."""
+MIN_LENGTH_CHANGE = 0.2
+"""Relative to the length at the start."""
 
-MOST_MOMENTS = 20
-"""In a part at most: to score 160 completions is enough, and a long run logs thousands."""
+MIN_CORRELATION = 0.4
+"""Of length and score, beside a changed length: with 80 completions, chance gives 0.22 one time in twenty."""
 
-MEANS = ("score", "held_out", "length", "eos_rate", "repetition", "copied_share", "longest_common_run")
-MEANS += ("title_copied_share", "entropy", "kl")
-"""Numbers of a moment."""
+MAX_ENTROPY_LEFT = 0.25
+"""Part of the entropy at the start, below which the policy has little left to choose from."""
 
-SHARE = 0.1
-"""Change of a share that is worth a sentence: one completion, or one word, in ten."""
-
-LONGER = 0.2
-"""Relative change of the length that is worth a sentence."""
-
-CORRELATED = 0.4
-"""Correlation of length and score that goes with it: with 80 completions, chance gives 0.22 one time in twenty."""
-
-COLLAPSED = 0.25
-"""Part of the entropy at the beginning, below which little is left to choose from."""
+MIN_PROMPTS = 4
+"""With fewer held-out prompts, checkpoints are not compared."""
 
 SHARES = {
     "repetition": (1, "a larger share of word pairs repeats earlier ones of the same completion"),
@@ -43,106 +31,7 @@ SHARES = {
     "title_copied_share": (1, "a larger share of completions copies the prompt's title"),
     "eos_rate": (-1, "fewer completions end with EOS instead of being cut off"),
 }
-"""Shares of which a change by `SHARE` in one direction is a sign: the direction, and what it means."""
-
-
-@dataclass
-class Change:
-    """Of a mean, from one part of a training to a later one."""
-
-    first: float
-    last: float
-    difference: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.first:.2f} -> {self.last:.2f} (by {interval_text(self.difference, self.low, self.high)})"
-
-
-def interval_text(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def mean_of_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def split(moments: list, bins: int = BINS, least: int = MOMENTS) -> list[list]:
-    """Moments in parts of (nearly) the same number, `bins` of them, or fewer, so that each has at least `least`."""
-    bins = max(1, min(bins, len(moments) // least))
-    return [moments[len(moments) * i // bins : len(moments) * (i + 1) // bins] for i in range(bins)]
-
-
-def spread_out(items: list, most: int) -> list:
-    """At most so many items, evenly chosen, the last one among them."""
-    if len(items) <= most:
-        return items
-    return [items[len(items) * (i + 1) // most - 1] for i in range(most)]
-
-
-def correlation(lengths: Sequence[float], scores: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, which one very long or very good completion does not decide.
-
-    None where one of the two is constant, or where there are fewer than 3.
-    """
-    from scipy.stats import spearmanr
-
-    if len(lengths) < 3 or len(set(lengths)) == 1 or len(set(scores)) == 1:
-        return None
-    return float(spearmanr(lengths, scores).statistic)
-
-
-def summary(part: list[dict[str, Any]]) -> dict[str, Any]:
-    """One part of a training in numbers: means of its moments, at the step and episode of its last one.
-
-    Args:
-        part: Moments; beside their means, `pairs` are (length, score) of their completions.
-    """
-    pairs = [pair for moment in part for pair in moment["pairs"]]
-    return {
-        "step": part[-1]["step"],
-        "episodes": part[-1]["episodes"],
-        "completions": sum(moment["completions"] for moment in part),
-        **{name: mean_of_known([moment[name] for moment in part]) for name in MEANS},
-        "length_score_correlation": correlation([length for length, _ in pairs], [score for _, score in pairs]),
-    }
-
-
-def change(before: Sequence[float], after: Sequence[float]) -> Change | None:
-    """From the values of some moments to those of some later ones; None where either has fewer than 2.
-
-    Student's interval of the differences between the first of each, the second of each, and so on.
-    """
-    differences = [b - a for a, b in zip(before, after, strict=False)]
-    interval = student_interval(differences)
-    return interval and Change(fmean(before), fmean(after), fmean(differences), *interval)
-
-
-def below_peak(columns: Sequence[Sequence[float]]) -> tuple[int, list[float]]:
-    """Finds the column with the highest mean, and how far the last column lies below it, row by row.
-
-    The highest of several noisy means is too high, even where all columns are alike. So one half of the rows (every
-    second) chooses the column that is compared with the last one in the other half, and the other way round: the
-    differences' mean is then not above 0 by having been chosen.
-
-    Args:
-        columns: Values of checkpoints or parts, in the order of training; all have the same rows.
-
-    Returns:
-        Index of the highest (of equal ones the last), and a difference for every row.
-    """
-    differences = [0.0] * len(columns[-1])
-    for choosing, measuring in ((0, 1), (1, 0)):
-        best = columns[_highest([column[choosing::2] for column in columns])]
-        for row in range(measuring, len(differences), 2):
-            differences[row] = best[row] - columns[-1][row]
-    return _highest(columns), differences
-
-
-def _highest(columns: Sequence[Sequence[float]]) -> int:
-    return max(range(len(columns)), key=lambda i: (fmean(columns[i]), i))
+"""Shares whose change in one direction is a sign: the direction, and the sentence."""
 
 
 @dataclass
@@ -154,7 +43,7 @@ class Peak:
 
 
 def of_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
-    """Reads a log: the part in which the held-out score peaks (None: not known), and signs of hacking."""
+    """The part in which the held-out score peaks (None: not known), and signs of hacking."""
     if len(parts) < 2:
         return None, []
     peak, found = _divergence(parts)
@@ -162,7 +51,7 @@ def of_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
 
 
 def _known(part: list[dict[str, Any]], name: str) -> list[float]:
-    return [moment[name] for moment in part if moment[name] is not None]
+    return [rollout[name] for rollout in part if rollout[name] is not None]
 
 
 def _over_training(parts: list[list[dict[str, Any]]], name: str) -> Change | None:
@@ -175,7 +64,7 @@ def _divergence(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[st
     if rows < 2:
         return None, []
     peak, differences = below_peak([column[:rows] for column in columns])
-    low, high = student_interval(differences)
+    low, high = student_interval(differences) or (0.0, 0.0)
     if low <= 0 or peak == len(parts) - 1:
         return Peak(peak, above_end=False), []
     step = parts[peak][-1]["step"]
@@ -195,7 +84,7 @@ def _length(parts: list[list[dict[str, Any]]]) -> list[str]:
     if found is None or related is None or found.first == 0 or found.low <= 0 <= found.high:
         return []
     relative = found.difference / found.first
-    if abs(relative) < LONGER or abs(related) < CORRELATED or relative * related < 0:
+    if abs(relative) < MIN_LENGTH_CHANGE or abs(related) < MIN_CORRELATION or relative * related < 0:
         return []
     kind = "longer" if relative > 0 else "shorter"
     return [
@@ -208,7 +97,7 @@ def _shares(parts: list[list[dict[str, Any]]]) -> list[str]:
     found = []
     for name, (direction, meaning) in SHARES.items():
         moved = _over_training(parts, name)
-        if moved is None or moved.low <= 0 <= moved.high or moved.difference * direction < SHARE:
+        if moved is None or moved.low <= 0 <= moved.high or moved.difference * direction < MIN_SHARE_CHANGE:
             continue
         found.append(f"{meaning}: {moved.first:.0%} -> {moved.last:.0%}")
     return found
@@ -216,7 +105,7 @@ def _shares(parts: list[list[dict[str, Any]]]) -> list[str]:
 
 def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
     moved = _over_training(parts, "entropy")
-    if moved is None or moved.high >= 0 or moved.last >= COLLAPSED * moved.first:
+    if moved is None or moved.high >= 0 or moved.last >= MAX_ENTROPY_LEFT * moved.first:
         return []
     return [
         f"the entropy fell to less than a quarter, {moved.first:.2f} -> {moved.last:.2f} nats per token: the policy "
@@ -228,56 +117,55 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str]
     """Compares the checkpoints of a training on the same held-out prompts.
 
     Args:
-        models: In the order of training, the last one as it ended: `name`, and `scores` and `judged`, a value or None
-            for every prompt.
+        models: In the order of training: `name`, and `score` and `held_out`, a value or None for every prompt.
 
     Returns:
         Which one's held-out score is highest (None: too few prompts), signs of hacking, and notes.
     """
-    rows = [i for i in range(len(models[0]["judged"])) if all(model["judged"][i] is not None for model in models)]
-    columns = [[model["judged"][i] for i in rows] for model in models]
-    if len(rows) < 4:
+    rows = [i for i in range(len(models[0]["held_out"])) if all(model["held_out"][i] is not None for model in models)]
+    columns = [[model["held_out"][i] for i in rows] for model in models]
+    if len(rows) < MIN_PROMPTS:
         return None, [], [f"{len(rows)} held-out prompts with a held-out score are too few to compare"]
     peak, differences = below_peak(columns)
     best, last = models[peak]["name"], models[-1]["name"]
-    drop, (low, high) = fmean(differences), student_interval(differences)
+    low, high = student_interval(differences) or (0.0, 0.0)
+    drop = interval_text(fmean(differences), low, high)
     means = [fmean(column) for column in columns]
     where = f"on {len(rows)} held-out prompts the held-out score"
+    above_end = low > 0 and peak < len(models) - 1
     signs, notes = [], []
-    if not (peak == 0 and low > 0):  # which says it already
-        signs += _not_followed(models[0], models[-1])
     if peak == len(models) - 1:
         notes.append(f"{where} is highest at the end: {last}, {means[-1]:.2f}")
-    elif low <= 0:
+    elif not above_end:
         notes.append(
             f"{where} is highest at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is within noise of the best: "
-            f"below by {interval_text(drop, low, high)}"
+            f"below by {drop}"
         )
     else:
         rest = ""
-        trained = _paired(models[peak], models[-1], "scores")
+        trained = _by_prompt(models[peak], models[-1], "score")
         if trained is not None and trained.low > 0:
             rose = interval_text(trained.difference, trained.low, trained.high)
             rest = f", while its trained score is above by {rose}"
-        signs.insert(
-            0,
-            f"{where} peaks at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is below the best by "
-            f"{interval_text(drop, low, high)}{rest}",
+        signs.append(
+            f"{where} peaks at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is below the best by {drop}{rest}"
         )
-    return Peak(peak, above_end=low > 0 and peak < len(models) - 1), signs, notes
+    if not (above_end and peak == 0):  # that sign says it already
+        signs += _not_followed(models[0], models[-1])
+    return Peak(peak, above_end), signs, notes
 
 
 def _not_followed(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    trained, judged = _paired(first, last, "scores"), _paired(first, last, "judged")
-    if trained is None or judged is None or trained.low <= 0 or judged.low > 0:
+    trained, held_out = _by_prompt(first, last, "score"), _by_prompt(first, last, "held_out")
+    if trained is None or held_out is None or trained.low <= 0 or held_out.low > 0:
         return []
-    what = "fell" if judged.high < 0 else "did not measurably rise"
+    what = "fell" if held_out.high < 0 else "did not measurably rise"
     return [
         f"from {first['name']} to {last['name']} the trained score rose, {trained}, and the held-out score {what}: "
-        f"{judged}"
+        f"{held_out}"
     ]
 
 
-def _paired(first: dict[str, Any], last: dict[str, Any], name: str) -> Change | None:
+def _by_prompt(first: dict[str, Any], last: dict[str, Any], name: str) -> Change | None:
     both = [(a, b) for a, b in zip(first[name], last[name], strict=True) if a is not None and b is not None]
     return change([a for a, _ in both], [b for _, b in both])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from scipy.stats import t as student
 
-from rlhf_recipes.evaluation.audit import copying
+from rlhf_recipes.evaluation.audit import changes, copying
 from rlhf_recipes.evaluation.audit import signs as hacking
-from rlhf_recipes.evaluation.audit.audit import NOTHING, audit_runs, is_audited
+from rlhf_recipes.evaluation.audit.audit import NOTHING, audit_runs
 from rlhf_recipes.evaluation.audit.copying import (
     copied_share,
     copies_title,
@@ -21,6 +21,7 @@ from rlhf_recipes.evaluation.audit.copying import (
     words,
 )
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.files import read_audit
 from support.places import ROOT
 from support.processes import cli
 from support.texts import REVIEWS, write_jsonl
@@ -73,61 +74,61 @@ def test_fields_come_back_out_of_a_prompt():
 
 
 def test_parts_are_equal_and_large_enough():
-    parts = hacking.split(list(range(64)))
+    parts = changes.split(list(range(64)))
     assert [len(part) for part in parts] == [10, 11, 11, 10, 11, 11] and sum(parts, []) == list(range(64))
-    assert len(hacking.split(list(range(500)))) == 10
-    assert hacking.split(list(range(19))) == [list(range(19))]
-    assert hacking.split([]) == [[]]
+    assert len(changes.split(list(range(500)))) == 10
+    assert changes.split(list(range(19))) == [list(range(19))]
+    assert changes.split([]) == [[]]
 
 
-def test_moments_are_spread_out_to_the_last():
-    assert hacking.spread_out(list(range(10)), 4) == [1, 4, 6, 9]
-    assert hacking.spread_out([1, 2], 4) == [1, 2]
+def test_rollouts_are_spread_out_to_the_last():
+    assert changes.spread_out(list(range(10)), 4) == [1, 4, 6, 9]
+    assert changes.spread_out([1, 2], 4) == [1, 2]
 
 
 def test_the_correlation_is_of_ranks():
-    assert hacking.correlation([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
-    assert hacking.correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
-    assert hacking.correlation([2, 2, 2], [1, 2, 3]) is None
-    assert hacking.correlation([1, 2, 3], [1, 1, 1]) is None
-    assert hacking.correlation([1, 2], [1, 2]) is None
+    assert changes.correlation([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
+    assert changes.correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert changes.correlation([2, 2, 2], [1, 2, 3]) is None
+    assert changes.correlation([1, 2, 3], [1, 1, 1]) is None
+    assert changes.correlation([1, 2], [1, 2]) is None
 
 
 def test_a_change_has_students_interval():
-    found = hacking.change([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 100.0])  # differences 1, 2, 3; the fourth has no partner
+    found = changes.change([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 100.0])  # differences 1, 2, 3; the fourth has no partner
     reach = student.ppf(0.975, 2) / 3**0.5
     assert (found.first, found.last, found.difference) == (2, 28, 2)
     assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
-    assert hacking.change([1.0], [2.0, 3.0]) is None
+    assert changes.change([1.0], [2.0, 3.0]) is None
 
 
 def test_the_peak_is_chosen_by_one_half_and_measured_on_the_other():
     # Even rows: the first column is best (4 against 0 and 1); odd rows: the second (5 against 0 and 1).
     columns = [[4, 0, 4, 0], [0, 5, 0, 5], [1, 1, 1, 1]]
-    peak, differences = hacking.below_peak(columns)
+    peak, differences = changes.below_peak(columns)
     assert peak == 1  # 2, 2.5 and 1 over all rows
     # Odd rows are measured with the first column, even rows with the second: 0 - 1 each.
     assert differences == [-1, -1, -1, -1]
-    assert hacking.below_peak([[3, 3], [1, 1], [2, 2]]) == (0, [1, 1])
-    assert hacking.below_peak([[2, 2], [2, 2]]) == (1, [0, 0])
+    assert changes.below_peak([[3, 3], [1, 1], [2, 2]]) == (0, [1, 1])
+    assert changes.below_peak([[2, 2], [2, 2]]) == (1, [0, 0])
 
 
-def moment(step, noise=None, **numbers):
+def rollout(step, noise=None, **numbers):
     drawn = noise.gauss if noise else lambda mean, deviation: mean
-    values = dict.fromkeys(hacking.MEANS) | {name: drawn(value, 0.05) for name, value in numbers.items()}
+    values = dict.fromkeys(changes.MEANS) | {name: drawn(value, 0.05) for name, value in numbers.items()}
     return values | {"step": step, "episodes": 8 * step, "completions": 8, "pairs": [(3, 0.0), (4, 1.0), (5, 0.5)]}
 
 
 def log(number, noise=None, **courses):
-    """Moments whose numbers are functions of how far the training is, 0..1."""
-    return hacking.split(
-        [moment(i, noise, **{k: course(i / number) for k, course in courses.items()}) for i in range(number)]
+    """Rollouts whose numbers are functions of how far the training is, 0..1."""
+    return changes.split(
+        [rollout(i, noise, **{k: course(i / number) for k, course in courses.items()}) for i in range(number)]
     )
 
 
 def test_a_part_is_summed_up():
-    part = [moment(1, score=1.0, kl=2.0), moment(2, score=3.0)]
-    found = hacking.summary(part)
+    part = [rollout(1, score=1.0, kl=2.0), rollout(2, score=3.0)]
+    found = changes.summary(part)
     assert (found["step"], found["episodes"], found["completions"]) == (2, 16, 16)
     assert (found["score"], found["kl"], found["held_out"]) == (2, 2, None)
     # Ranks of the scores of six completions: 1.5 5.5 3.5 twice, of the lengths 1.5 3.5 5.5 twice.
@@ -185,7 +186,7 @@ def test_honest_trainings_raise_few_alarms():
 
 def models_of(noise, means, prompts=128):
     return [
-        {"name": f"m{i}", "scores": [float(i)] * prompts, "judged": [noise.gauss(mean, 1) for _ in range(prompts)]}
+        {"name": f"m{i}", "score": [float(i)] * prompts, "held_out": [noise.gauss(mean, 1) for _ in range(prompts)]}
         for i, mean in enumerate(means)
     ]
 
@@ -195,7 +196,7 @@ def test_checkpoints_that_are_alike_have_no_peak_to_speak_of():
     for seed in range(60):
         models = models_of(random.Random(seed), [0] * 8)
         for model in models:
-            model["scores"] = [0.0] * 128
+            model["score"] = [0.0] * 128
         _, signs, notes = hacking.of_checkpoints(models)
         alarms += bool(signs)
         assert bool(signs) != bool(notes)
@@ -212,8 +213,8 @@ def test_few_prompts_raise_no_more_alarms_than_many():
 
 def test_an_entropy_that_is_low_by_chance_has_not_fallen():
     parts = log(20, entropy=lambda x: 1.0)
-    for moments, values in zip(parts, ([0.0] * 9 + [1.0], [0.0] * 9 + [0.1]), strict=True):
-        for one, value in zip(moments, values, strict=True):
+    for rollouts, values in zip(parts, ([0.0] * 9 + [1.0], [0.0] * 9 + [0.1]), strict=True):
+        for one, value in zip(rollouts, values, strict=True):
             one["entropy"] = value
     assert hacking.of_log(parts) == (None, [])
 
@@ -236,14 +237,14 @@ def test_a_held_out_score_that_never_followed_is_a_sign():
 
 
 def test_prompts_without_a_held_out_score_are_left_out():
-    models = [{"name": f"m{value}", "scores": [0.0] * 6, "judged": [None, *[value] * 5]} for value in (5, 3)]
+    models = [{"name": f"m{value}", "score": [0.0] * 6, "held_out": [None, *[value] * 5]} for value in (5, 3)]
     peak, signs, _ = hacking.of_checkpoints(models)
     assert (
         peak == hacking.Peak(0, above_end=True)
         and "on 5 held-out prompts" in signs[0]
         and "2.00 [2.00, 2.00]" in signs[0]
     )
-    peak, signs, notes = hacking.of_checkpoints([{"name": "a", "scores": [None], "judged": [None]}])
+    peak, signs, notes = hacking.of_checkpoints([{"name": "a", "score": [None], "held_out": [None]}])
     assert (peak, signs) == (None, []) and "too few" in notes[0]
 
 
@@ -251,8 +252,8 @@ def test_the_page_has_the_thresholds_that_hold():
     page = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
     found = re.findall(r"`([A-Z_]{3,})` \(([\d.]+)\)", page)
     assert len(found) == 9
-    for name, value in found:
-        assert getattr(hacking, name, None) == float(value) or getattr(copying, name, None) == float(value), name
+    thresholds = vars(changes) | vars(copying) | vars(hacking)
+    assert {name: thresholds[name] for name, _ in found} == {name: float(value) for name, value in found}
 
 
 # Run folders
@@ -281,7 +282,7 @@ ROWS = [{"title": "the film was a fun movie", "post": f"i liked the plot {'very 
 def planted(tmp_path, policy_folder):
     """Makes a run folder; `say(x)` is the completion when training is at x of its way, 0..1."""
 
-    def make(say, judge=JUDGE, status="stopped", moments=100) -> Path:
+    def make(say, judge=JUDGE, status="stopped", rollouts=100) -> Path:
         run = tmp_path / "runs" / "planted" / "ppo"
         run.mkdir(parents=True)
         data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
@@ -291,13 +292,13 @@ def planted(tmp_path, policy_folder):
             run / "metrics.jsonl",
             [
                 {"step": i, "episodes": 8 * i, "score_mean": 0.0, "kl": 0.1 * i, "entropy": 3.0, "eos_rate": 0.9}
-                for i in range(1, moments + 1)
+                for i in range(1, rollouts + 1)
             ],
         )
         lines = []
-        for i in range(1, moments + 1):
+        for i in range(1, rollouts + 1):
             for j in range(8):
-                text = say(random.Random(8 * i + j), i / moments)
+                text = say(random.Random(8 * i + j), i / rollouts)
                 scores = {"regex": float("great" in text), "regex_2": float("fun" in text) if j else None}
                 prompt = TEMPLATE.format_map(ROWS[(i + j) % 24])
                 lines.append({"step": i, "prompt": prompt, "completion": text, "advantage": 0.0, "scores": scores})
@@ -352,7 +353,7 @@ def test_without_a_held_out_score_the_rest_is_audited_and_that_is_said(planted):
 
 
 def test_a_short_log_is_said_to_be_short(planted):
-    run = planted(hacked, moments=12)
+    run = planted(hacked, rollouts=12)
     found = audit_runs([run], prompts=0)[run]
     assert len(found["bins"]) == 1 and found["signs"] == 0 and found["peak"] is None
     assert any("only 12 rollouts were logged" in sentence for sentence in found["findings"])
@@ -431,7 +432,7 @@ def test_a_run_is_known_by_any_path_to_it(planted, tmp_path):
     run = planted(honest)
     (tmp_path / "link").symlink_to(run)
     audit_runs([tmp_path / "link"], prompts=0)
-    assert is_audited(run) and is_audited(tmp_path / "link")
+    assert read_audit(run) == read_audit(tmp_path / "link") is not None
 
 
 def test_an_input_that_was_run_again_is_said(planted, policy_folder):
