@@ -26,7 +26,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.evaluation.reward_quality import kept, measure, own_references, scorer
     from rlhf_recipes.models.load import config_of, fit_length, scale_head
     from rlhf_recipes.models.start import Start
-    from rlhf_recipes.rewards.reader import trained_scoring
+    from rlhf_recipes.rewards.scoring import trained_scoring
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
     from rlhf_recipes.runs.files import REWARD_REPORT

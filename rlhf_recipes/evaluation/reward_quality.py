@@ -10,7 +10,8 @@ from rlhf_recipes.data.shapes import prompts
 from rlhf_recipes.evaluation.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy
 from rlhf_recipes.models.samples import shared_out
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.reader import Scoring, reader
+from rlhf_recipes.rewards.reader import RewardModelReader
+from rlhf_recipes.rewards.scoring import Scoring
 from rlhf_recipes.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Text = tuple[str | list[dict], str | list[dict]]
 def scorer(run: Run, trainer: Any, scoring: Scoring) -> Callable[[list[Text]], list[float]]:
     """What the trained model scores finished texts, read by `scoring`; every process reads its share of them."""
     batch_size = trainer.args.per_device_eval_batch_size
-    read = reader(str(run.path), trainer.model, trainer.processing_class, batch_size, None, scoring)
+    read = RewardModelReader(str(run.path), trainer.model, trainer.processing_class, batch_size, None, scoring)
 
     def score(texts: list[Text]) -> list[float]:
         prompts, completions = [text[0] for text in texts], [text[1] for text in texts]

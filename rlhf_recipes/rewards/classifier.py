@@ -9,7 +9,7 @@ from rlhf_recipes.runs.references import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -70,17 +70,16 @@ def batch_logits(
             yield classifier(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
 
 
-def label_index(model: str, config: "PreTrainedConfig", label: str | int) -> int:
+def label_index(model: str, config: Any, label: str | int) -> int:
     """The number of a label that is given by name, in any case, or by number.
 
     Raises:
         RecipeError: The model has no such label.
     """
-    by_name = {str(name).lower(): i for i, name in config.id2label.items()}
     if isinstance(label, int) and 0 <= label < config.num_labels:
         return label
-    if str(label).lower() in by_name:
-        return by_name[str(label).lower()]
-    raise RecipeError(
-        f"reward_funcs.args.label: {model} has no label {label!r}; it has: {', '.join(map(str, config.id2label.values()))}."
-    )
+    names = [str(name) for name in config.id2label.values()]
+    for index, name in zip(config.id2label, names, strict=True):
+        if name.lower() == str(label).lower():
+            return index
+    raise RecipeError(f"reward_funcs.args.label: {model} has no label {label!r}; it has: {', '.join(names)}.")

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.calls import Reward
+from rlhf_recipes.rewards.checked import Reward
 from rlhf_recipes.rewards.classifier import Dtype, batch_logits, label_index, load_classifier
-from rlhf_recipes.rewards.reader import reader
+from rlhf_recipes.rewards.reader import RewardModelReader
 
 
 def sentiment(
@@ -84,7 +84,7 @@ def reward_model(
         dtype: What the model computes in; bfloat16 and float16 take half the memory, auto is what it was saved in.
     """
     parts = load_classifier("reward_model", model, dtype=dtype, trust_remote_code=trust_remote_code)
-    return reader(model, *parts, batch_size, max_length)
+    return RewardModelReader(model, *parts, batch_size, max_length)
 
 
 def vader_sentiment(text: Literal["all", "completion"] = "all") -> Reward:

@@ -9,11 +9,11 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError, RewardFunc
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
-from rlhf_recipes.rewards.calls import Reward, callable_name, checked
+from rlhf_recipes.rewards.checked import CheckedReward, Reward, checked
 from rlhf_recipes.rewards.classifier import load_classifier, own_tokenizer, placed
 from rlhf_recipes.rewards.functions import (
     length,
@@ -24,7 +24,7 @@ from rlhf_recipes.rewards.functions import (
     sentiment,
     vader_sentiment,
 )
-from rlhf_recipes.rewards.reader import reader
+from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.runs.references import resolve_model
 
 REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
@@ -36,6 +36,9 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
     "repetition": repetition,
     "regex": regex,
 }
+
+CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
+"""Parameters of a user's reward function that a call fills in; the others are arguments in the recipe."""
 
 
 def check_reward_funcs(recipe: Recipe) -> list[str]:
@@ -50,7 +53,7 @@ def check_reward_funcs(recipe: Recipe) -> list[str]:
     return findings
 
 
-def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[Reward]:
+def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[CheckedReward]:
     """Reward functions ready for a trainer: arguments bound, models loaded, every call checked.
 
     Each has a `__name__` of its own, under which TRL logs it.
@@ -112,34 +115,30 @@ def _find(name: str) -> Callable:
 
 
 def _is_reward_itself(function: Callable) -> bool:
-    """A function that takes completions is a reward function, as TRL's users write them; any other is a factory."""
+    """Whether it takes completions, as reward functions for TRL do; any other function is a factory."""
     return "completions" in inspect.signature(function).parameters
 
 
 def _check_args(spec: RewardFunc, found: Callable) -> None:
-    parameters = inspect.signature(found).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    of_a_call = {"prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric"}
-    itself = _is_reward_itself(found)
-    known = [
-        name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and not (itself and name in of_a_call)
-    ]
+    takes_completions = _is_reward_itself(found)
+    parameters = inspect.signature(found).parameters.values()
+    known = {
+        p.name: p
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not (takes_completions and p.name in CALL_KEYWORDS)
+    }
+    takes_any = takes_completions and any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name, value in spec.args.items():
-        if name not in known and not (itself and takes_any):
+        if name not in known and not takes_any:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"nearest: {near[0]}" if near else f"it takes: {', '.join(known) or 'none'}"
             raise RecipeError(f"{spec.name} has no argument {name!r}; {hint}.")
-        allowed = getattr(parameters[name].annotation, "__args__", ()) if name in parameters else ()
-        if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
-            raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(allowed)}, not {value!r}.")
-    if not itself:
-        for name in known:
-            if (
-                parameters[name].default is inspect.Parameter.empty
-                and name not in spec.args
-                and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL
-            ):
-                raise RecipeError(f"{spec.name} needs the argument {name!r}.")
+        choices = get_args(known[name].annotation) if name in known else ()
+        if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+            raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(choices)}, not {value!r}.")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in spec.args and not takes_completions:
+            raise RecipeError(f"{spec.name} needs the argument {name!r}.")
 
 
 def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
@@ -155,41 +154,33 @@ def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
     return function
 
 
-def as_reward_func(
-    function: Any, processing_class: Any = None, batch_size: int = 64, max_length: int | None = None
-) -> Callable:
-    """Turns anything that TRL's trainers take as a reward function into a function with a `__name__`, which TRL logs.
+def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
+    """Turns anything that TRL's trainers take as a reward function into a callable.
 
     Args:
-        function: A callable, which comes back as it is (or as a `partial` of it, where it has no name); or a Hub id, a
-            folder or an instance of a sequence classifier with one label: it is read as `reward_model` reads.
-        processing_class: The tokenizer of such a model. None: its own.
-        batch_size: Of such a model: texts a forward pass.
-        max_length: Of such a model: see `reward_model`.
+        function: A callable, which is returned as it is; or a sequence classifier with one label, as a model id or an
+            instance. Such a model scores as the reward function `reward_model` does.
+        processing_class: The model's tokenizer. None: the one saved with it.
 
     Raises:
-        RecipeError: The model cannot be used as a reward model, or it is none of these.
+        RecipeError: The model cannot be used as a reward model, or `function` is something else.
     """
     from torch import nn
 
+    config = getattr(function, "config", None)
     if isinstance(function, str):
         model, (classifier, tokenizer) = function, load_classifier("reward_model", function, processing_class)
-    elif isinstance(function, nn.Module) and hasattr(function, "config"):  # not only PreTrainedModel: compiled, PEFT
-        model, classifier = function.config._name_or_path, placed(function)
+    elif isinstance(function, nn.Module) and config is not None:  # also a compiled model or one with PEFT
+        model, classifier = config._name_or_path, placed(function)
         if processing_class is None and not model:
             raise RecipeError(
                 f"reward_funcs: {type(function).__name__} does not say where it was loaded from; pass its tokenizer too."
             )
         tokenizer = processing_class or own_tokenizer("reward_model", model)
     elif callable(function):
-        if not hasattr(function, "__name__"):
-            function, name = functools.partial(function), callable_name(function)
-            function.__name__ = name
         return function
     else:
         raise RecipeError(
             f"reward_funcs: {function!r} is no reward function; it must be a callable, or a model, its Hub id or its folder."
         )
-    score = reader(model, classifier, tokenizer, batch_size, max_length)
-    score.__name__ = model.split("/")[-1] or type(function).__name__
-    return score
+    return RewardModelReader(model, classifier, tokenizer, batch_size=64, max_length=None)

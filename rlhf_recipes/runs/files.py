@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 SCORING = "scoring.json"
-"""Beside a reward model: the format of text that it reads, see `rewards.reader`."""
+"""Beside a reward model: the format of text that it reads, see `rewards.scoring`."""
 
 REWARD_REPORT = "reward_report.json"
 """Beside a reward model: how well it tells chosen texts from rejected ones."""

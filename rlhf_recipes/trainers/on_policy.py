@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model, get_callable_name
 
 from rlhf_recipes.data.tokenizer import continuation
 from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
-from rlhf_recipes.rewards.calls import call_all_on_every_rank, checked
+from rlhf_recipes.rewards.calls import call_all_on_every_rank
+from rlhf_recipes.rewards.checked import checked
 from rlhf_recipes.rewards.registry import as_reward_func
 from rlhf_recipes.rewards.score import shape_scores
 from rlhf_recipes.runs.callbacks import CompletionTables
@@ -120,7 +121,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
         made = [as_reward_func(f, t) for f, t in zip(functions, tokenizers, strict=True)]
-        return [checked(f, f.__name__, may_skip=True, timeout=args.reward_timeout) for f in made]
+        return [checked(f, get_callable_name(f), may_skip=True, timeout=args.reward_timeout) for f in made]
 
     def _prepare_reference(self, model: nn.Module) -> nn.Module:
         if self.args.disable_dropout:
@@ -216,7 +217,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             "log_extra": self._log_completion_extra,
             "log_metric": self._log_metric,
         }
-        values = call_all_on_every_rank(self.reward_funcs, self.accelerator.num_processes, **columns)
+        values = call_all_on_every_rank(self.reward_funcs, **columns)
         local = torch.tensor(
             [[math.nan if v is None else v for v in row] for row in values],
             dtype=torch.float32,

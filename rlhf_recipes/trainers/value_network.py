@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from rlhf_recipes.models.load import load_model
-from rlhf_recipes.rewards.reader import stored_scoring
+from rlhf_recipes.rewards.scoring import stored_scoring
 
 HEAD_FILE = "value_head.safetensors"
 

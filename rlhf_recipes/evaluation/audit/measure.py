@@ -15,7 +15,7 @@ from rlhf_recipes.evaluation.audit.copying import (
 from rlhf_recipes.evaluation.audit.run import START, AuditedRun, Model
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.calls import RewardError
+from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.runs.files import COMPLETIONS, METRICS
 
 

@@ -110,7 +110,8 @@ class RewardModel(LocalBackend):
     labels: tuple[str, ...] = ()
 
     def ask(self, questions: list[Question]) -> Iterator[tuple[Question, Answer]]:
-        from rlhf_recipes.rewards.calls import call_all, checked
+        from rlhf_recipes.rewards.calls import call_all
+        from rlhf_recipes.rewards.checked import checked
         from rlhf_recipes.rewards.functions import reward_model
 
         function = reward_model(self._folder(), batch_size=self.batch_size, trust_remote_code=self.trusted)

@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import get_callable_name, is_async_callable
 
-from rlhf_recipes.rewards.calls import RewardError, call_all, checked, is_async
+from rlhf_recipes.rewards.calls import call_all
+from rlhf_recipes.rewards.checked import RewardError, checked
 from support.places import ROOT
 from support.processes import run_python
 
@@ -33,6 +34,10 @@ def call(**columns) -> dict:
 def said(function, may_skip: bool = False, timeout: float | None = None, **columns) -> list:
     """What one function says."""
     return call_all([checked(function, "f", may_skip, timeout)], **call(**columns))[0]
+
+
+def all_values(functions: list, **arguments) -> list[list]:
+    return call_all([checked(f, get_callable_name(f), may_skip=len(functions) > 1) for f in functions], **arguments)
 
 
 async def on_the_loop(function) -> list:
@@ -87,7 +92,7 @@ def test_numbers_of_any_type_are_taken(answer):
         ([0.0, float("nan")], "returned nan for sample 1: ' was bad'; a score is finite"),
         ([float("-inf"), 0.0], "returned -inf for sample 0: ' was good .'"),
         ([0, 10**400], "for sample 1: ' was bad'; a score is finite"),
-        ([0.0, None], "returned None for sample 1: ' was bad'; None is for one of several functions"),
+        ([0.0, None], "returned None for sample 1: ' was bad'; only one of several functions may return None"),
         (["1.0", "2.0"], "returned '1.0' for sample 0: ' was good .'; a score is one number"),
         ([[1.0], [2.0]], "returned [1.0] for sample 0: ' was good .'; a score is one number"),
         ([1j, 0.0], "returned 1j for sample 0"),
@@ -152,11 +157,10 @@ def test_async_is_seen_through_partials_and_callable_objects():
         return [scale] * len(completions)
 
     for function in (later, Later(), functools.partial(later, scale=2.0), functools.partial(Later(), scale=2.0)):
-        assert is_async(function) and is_async(checked(function, "f", False))
-        assert is_async_callable(checked(function, "f", False))  # TRL's trainers treat the wrapper alike
+        assert is_async_callable(function) and is_async_callable(checked(function, "f", False))
         scale = 2.0 if isinstance(function, functools.partial) else 1.0
         assert said(function) == said(function, timeout=60) == [scale] * 2
-    assert not is_async(checked(lambda completions: [], "f", False))
+    assert not is_async_callable(checked(lambda completions: [], "f", False))
 
 
 def test_checking_twice_is_checking_once():
@@ -204,7 +208,7 @@ def test_what_a_function_does_to_its_arguments_nobody_else_sees():
 
     chats = [[{"role": "assistant", "content": "good"}], [{"role": "assistant", "content": "bad"}]]
     arguments = call(completions=chats, label=[1, 0])
-    call_all([spoil, report, spoil], **arguments)
+    all_values([spoil, report, spoil], **arguments)
     assert arguments == call(completions=chats, label=[1, 0]) and chats[0][0]["content"] == "good"
 
 
@@ -234,7 +238,7 @@ def test_slow_functions_run_side_by_side_and_while_the_others_run():
         return [3] * len(completions)
 
     threads = [checked(aside, "aside", False, timeout=60) for _ in range(2)]
-    found = call_all([meet(0), threads[0], here, meet(1), threads[1]], **call())
+    found = all_values([meet(0), threads[0], here, meet(1), threads[1]], **call())
     assert found == [[0, 0], [3, 3], [2, 2], [1, 1], [3, 3]]
 
 
@@ -253,9 +257,9 @@ def test_functions_of_this_thread_run_in_order():
 
     functions = [draw("a"), draw("b"), draw("c")]
     random.seed(7)
-    first = call_all(functions, **call())
+    first = all_values(functions, **call())
     random.seed(7)
-    assert call_all(functions, **call()) == first and order == ["a", "b", "c"] * 2
+    assert all_values(functions, **call()) == first and order == ["a", "b", "c"] * 2
 
 
 def test_all_async_calls_share_one_loop():
@@ -267,7 +271,7 @@ def test_all_async_calls_share_one_loop():
         return [1.0] * len(completions)
 
     for _ in range(2):
-        call_all([remember, checked(remember, "with", False, timeout=60)], **call())
+        all_values([remember, checked(remember, "with", False, timeout=60)], **call())
     assert len(set(map(id, loops))) == 1 and len(loops) == 4
 
 
@@ -284,10 +288,10 @@ def test_of_several_errors_the_first_functions_is_raised(wait):
 
     called = []
     with pytest.raises(RewardError, match="'late_error' raised ValueError: the first"):
-        call_all([late_error, error, lambda completions: called.append(1)], **call())
+        all_values([late_error, error, lambda completions: called.append(1)], **call())
     assert not called
     with pytest.raises(RewardError, match="the second"):  # and what hangs behind it is not waited for
-        call_all([error, never, late_error], **call())
+        all_values([error, never, late_error], **call())
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -295,7 +299,7 @@ def test_a_call_that_hangs_is_an_error_with_its_name(kind, wait):
     function = checked(wait if kind == "sync" else forever, "remote", False, timeout=SOON)
     expected = "'remote' did not answer within 0.05 s .on 2 completions, the first: ' was good .'"
     with pytest.raises(RewardError, match=expected):
-        call_all([function], **call())
+        all_values([function], **call())
     with pytest.raises(RewardError, match=expected):  # called as TRL's trainers call it, too
         asyncio.run(on_the_loop(function)) if kind == "async" else function(**call())
 
@@ -339,7 +343,8 @@ def test_the_interpreter_exits_while_a_call_hangs(tmp_path):
     (tmp_path / "hang.py").write_text(
         """
 import asyncio, time
-from rlhf_recipes.rewards.calls import call_all, checked
+from rlhf_recipes.rewards.calls import call_all
+from rlhf_recipes.rewards.checked import checked
 def hang(completions):
     time.sleep(3600)
 async def block(completions):

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from rlhf_recipes.cli import app
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, RewardFunc
-from rlhf_recipes.rewards.calls import RewardError, score_all
+from rlhf_recipes.rewards.calls import score_all
+from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_reward_funcs
 from rlhf_recipes.rewards.score import apply_missing_eos, shape_scores
 from support.tiny_models import causal_lm, save_pair, word_tokenizer

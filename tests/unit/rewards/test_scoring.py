@@ -12,10 +12,11 @@ from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards import try_out as score
-from rlhf_recipes.rewards.calls import RewardError
+from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.rewards.functions import reward_model
-from rlhf_recipes.rewards.reader import trained_scoring
+from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.rewards.registry import as_reward_func
+from rlhf_recipes.rewards.scoring import trained_scoring
 from rlhf_recipes.runs.files import SCORING
 from support.processes import cli
 from support.texts import WORDS, write_jsonl
@@ -128,7 +129,7 @@ def test_neither_order_nor_company_changes_a_score(architecture, special, tmp_pa
     for batch_size in (1, 5, 64):
         order = dice.sample(range(24), 24)
         together = scores(
-            as_reward_func(model, tokenizer, batch_size),
+            RewardModelReader("", model, tokenizer, batch_size, None),
             ["the"] * 24,
             [texts[i] for i in order],
             [ends[i] for i in order],
@@ -256,7 +257,7 @@ def test_the_log_says_which_contract_is_followed(trained, caplog):
         reward_model(str(folder))
     ours = [record for record in caplog.records if record.name == "rlhf_recipes.rewards.reader"]
     with_file, without = (record.getMessage() for record in ours)
-    assert "scoring.json says: plain texts, EOS '<eos>' (1) behind finished ones" in with_file
+    assert "scoring.json says: plain texts, EOS '<eos>' (1) at the end of finished ones" in with_file
     assert "padded on the right with '<pad>' (0)" in with_file and "16 tokens at most; minus 0.25." in with_file
     assert "no scoring.json, so read as TRL's RewardTrainer trains" in without and "64 tokens at most." in without
 
@@ -371,7 +372,9 @@ def test_trls_call_style(trained, caplog):
     by_folder = as_reward_func(str(folder))
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     for function in (by_folder, as_reward_func(loaded), as_reward_func(loaded, trainer.processing_class)):
-        assert function.__name__ == "rm" and scores(function, [""] * 4, CHOSEN) == pytest.approx(expected, abs=1e-6)
+        assert get_callable_name(function) == "rm" and scores(function, [""] * 4, CHOSEN) == pytest.approx(
+            expected, abs=1e-6
+        )
 
     class Judge:
         def __call__(self, completions, **columns):
@@ -382,7 +385,7 @@ def test_trls_call_style(trained, caplog):
 
     for function in (named, Judge(), functools.partial(named, scale=1.0), lambda completions, **columns: [1.0]):
         made = as_reward_func(function)
-        assert made.__name__ == get_callable_name(function) and scores(made, ["it"], ["bad"]) == [1.0]
+        assert get_callable_name(made) == get_callable_name(function) and scores(made, ["it"], ["bad"]) == [1.0]
     assert as_reward_func(named) is named
     with pytest.raises(RecipeError, match="3 is no reward function"):
         as_reward_func(3)
@@ -390,7 +393,7 @@ def test_trls_call_style(trained, caplog):
     model.config._name_or_path = ""
     with pytest.raises(RecipeError, match="pass its tokenizer too"):
         as_reward_func(model)
-    assert as_reward_func(model, tokenizer).__name__ == "GPT2ForSequenceClassification"
+    assert get_callable_name(as_reward_func(model, tokenizer)) == "GPT2ForSequenceClassification"
 
 
 @pytest.mark.slow
