@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a comparison: opens offline, and asks nothing of the network."""
+"""A comparison as one HTML file that opens offline and makes no request to the network."""
 
 import base64
 import gzip
@@ -12,39 +12,29 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from rlhf_recipes.pages.plots import CURVES, algorithm_of, slots
-from rlhf_recipes.pages.rows import (
-    audit_rows,
-    clean,
-    cost_rows,
-    difference_rows,
-    finding_rows,
-    held_out_rows,
-    number,
-    setting_rows,
-    view_rows,
-)
+from rlhf_recipes.pages.rows import clean, setting_rows, template_values
 from rlhf_recipes.pages.tables import COLUMNS
+from rlhf_recipes.recipe.messages import as_text, with_roles
 
 AXES = {"episodes": "episodes", "tokens": "tokens", "seconds": "seconds", "step": "steps"}
 
 POINTS = 1000
-"""Most points of one line: as many as a wide screen has columns for it."""
+"""Most points of one line. A wide screen has about as many columns for it."""
 
+MAX_BYTES = 5_000_000
+"""Size limit of a page, so that it can be sent by mail. The page leaves out the samples beyond it, and says so."""
 
-LARGEST = 5_000_000
-"""Bytes that a page may have, so that it can be sent about; samples that go beyond are left out, and it says so."""
-
-FOR_TABLES = 400_000
-"""Of them, for what is not packed: text, tables, style and script."""
+BYTES_FOR_TABLES = 400_000
+"""Share of `MAX_BYTES` kept for the parts that are not packed: text, tables, style and script."""
 
 
 def write_page(file: Path, comparison: dict[str, Any]) -> None:
     """Write the page.
 
     Args:
-        file: Where to.
-        comparison: What `comparison.json` holds. All text in it is a stranger's: the page escapes it, and its script
-            handles it as text only.
+        file: HTML file to write.
+        comparison: The content of `comparison.json`. Models and data wrote its texts: the page escapes them, and its script
+            handles them as text only.
     """
     from plotly.offline import get_plotlyjs
 
@@ -52,7 +42,8 @@ def write_page(file: Path, comparison: dict[str, Any]) -> None:
     context = _context(comparison)
     script, plotly = _template_text("report.js"), get_plotlyjs()
     packed_plotly = _pack(plotly)
-    data, shown = _fitting(_data(comparison, context["slots"]), LARGEST - FOR_TABLES - len(packed_plotly))
+    room = MAX_BYTES - BYTES_FOR_TABLES - len(packed_plotly)
+    data, shown = _pack_with_samples(_data(comparison, context["slots"]), room)
     page = (
         Environment(loader=PackageLoader("rlhf_recipes.pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .get_template("report.html")
@@ -67,46 +58,37 @@ def write_page(file: Path, comparison: dict[str, Any]) -> None:
             shown=shown,
         )
     )
-    # The policy's hashes are of these very characters: no system may write other line ends.
+    # The policy holds hashes of these characters, so that line ends must be the same on every system.
     file.write_text(page, encoding="utf-8", newline="\n")
 
 
 def _context(comparison: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows, as text."""
+    """The values of the template."""
     algorithms = comparison["algorithms"]
     measured = comparison["evaluation"]
     sampled = (name for line in comparison["samples"] for name in line["models"])
     models = list(dict.fromkeys([*(measured["models"] if measured else ()), *sampled]))
     models.sort(key=lambda name: _place(name, algorithms))
-    columns, held_out = held_out_rows(comparison)
-    lengths = [len(run["curves"]["step"]) for run in comparison["runs"]]
-    return {
-        "comparison": comparison,
+    points = max((len(run["curves"]["step"]) for run in comparison["runs"]), default=0)
+    values = template_values(comparison)
+    _add_places(values["views"])
+    return values | {
         "slots": _slots(comparison, models),
-        "views": _forest(view_rows(comparison)),
         "axes": _axes(comparison),
         "metrics": {key: CURVES.get(key, key) for key in _metrics(comparison)},
         "small_curves": list(CURVES)[1:],
         "seeds": list(dict.fromkeys(run["seed"] for run in comparison["runs"] if run["seed"] is not None)),
-        "thinned": max(lengths, default=0) if max(lengths, default=0) > POINTS else None,
-        "held_out_columns": columns,
-        "held_out": held_out,
+        "thinned": points if points > POINTS else None,
         "model_rows": measured["models"] if measured else {},
         "lengths": _length_groups(measured, algorithms),
-        "cost": cost_rows(comparison),
-        "audits": audit_rows(comparison),
-        "findings": finding_rows(comparison),
         "models": models,
-        "differences": difference_rows(comparison),
         "settings": setting_rows(comparison),
-        "algorithms": algorithms,
         "meanings": {column.heading: column.meaning for column in COLUMNS.values()},
-        "number": number,
     }
 
 
 def _slots(comparison: dict[str, Any], models: list[str]) -> dict[str, str]:
-    """Name of an algorithm, run or model -> the class that colours it."""
+    """Name of an algorithm, run or model -> the style class that gives its colour."""
     algorithms = comparison["algorithms"]
     others = [name for name in models if algorithm_of(name, algorithms) is None and name != "sft"]
     of_algorithm = slots([*algorithms, *others])
@@ -115,15 +97,15 @@ def _slots(comparison: dict[str, Any], models: list[str]) -> dict[str, str]:
 
 
 def _length_groups(measured: dict[str, Any] | None, algorithms: list[str]) -> list[str]:
-    """Whose lengths are drawn: an algorithm's models together, every other model alone."""
+    """Names of the lines in the plot of lengths: one for all models of an algorithm, one for each other model."""
     counts = ((measured or {}).get("length_histograms") or {}).get("counts", {})
     return list(dict.fromkeys(algorithm_of(name, algorithms) or name for name in counts))
 
 
-def _forest(views: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where dots and intervals stand, in percent of a track whose middle is 0.
+def _add_places(views: list[dict[str, Any]]) -> None:
+    """Add to each view the places of its dot and its interval, in percent of a track whose middle is 0.
 
-    Views of training share one scale. Held-out means are of many more completions: on it they would be a dot.
+    Views of training share one scale. Held-out means are over many more completions: they need a finer scale.
     """
     reach: dict[tuple[bool, str], float] = {}
     for view in views:
@@ -134,20 +116,18 @@ def _forest(views: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_one = 50 / (1.1 * reach[view["view"] == "held_out", view["metric"]] or 1)
         view["dot"] = None if view["difference"] is None else round(50 + of_one * view["difference"], 2)
         view["bar"] = None if view["interval"] is None else [round(50 + of_one * end, 2) for end in view["interval"]]
-    return views
 
 
 def _axes(comparison: dict[str, Any]) -> dict[str, str]:
-    """What curves can be drawn over: what every run has."""
-    runs = [run["curves"] for run in comparison["runs"]]
-    return {key: title for key, title in AXES.items() if runs and all(_any_number(run.get(key)) for run in runs)}
+    """The axes that every run has numbers for."""
+    curves = [run["curves"] for run in comparison["runs"]]
+    return {key: title for key, title in AXES.items() if curves and all(_any_number(run.get(key)) for run in curves)}
 
 
 def _metrics(comparison: dict[str, Any]) -> list[str]:
-    found = dict.fromkeys(CURVES)
-    for run in comparison["runs"]:
-        found |= dict.fromkeys(run["curves"])
+    """The metrics that some run has numbers for; those of `CURVES` come first."""
     curves = [run["curves"] for run in comparison["runs"]]
+    found = dict.fromkeys([*CURVES, *(key for run in curves for key in run)])
     return [key for key in found if key not in AXES and any(_any_number(run.get(key)) for run in curves)]
 
 
@@ -155,8 +135,8 @@ def _any_number(values: list[float | None] | None) -> bool:
     return values is not None and any(value is not None for value in values)
 
 
-def _fitting(data: dict[str, Any], room: int) -> tuple[str, int]:
-    """What the script draws, packed, with as many samples as there is room for; and their number."""
+def _pack_with_samples(data: dict[str, Any], room: int) -> tuple[str, int]:
+    """Pack the script's data with as many samples as fit into `room` bytes; also returns their number."""
     number = len(data["samples"])
     while True:
         kept = data | {"samples": data["samples"][:number]}
@@ -167,7 +147,7 @@ def _fitting(data: dict[str, Any], room: int) -> tuple[str, int]:
 
 
 def _data(comparison: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:
-    """What the page's script draws."""
+    """The data that the page's script draws."""
     algorithms, measured = comparison["algorithms"], comparison["evaluation"]
     runs = [
         {"name": run["name"], "algorithm": run["algorithm"], "seed": run["seed"], "slot": slots[run["name"]]}
@@ -178,7 +158,7 @@ def _data(comparison: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:
         run | {"slot": slots[run["algorithm"]], "training": run["training"][:: 1 + len(run["training"]) // POINTS]}
         for run in comparison["frontier"]
     ]
-    return _short(
+    return _round_numbers(
         {
             "algorithms": algorithms,
             "axes": AXES,
@@ -197,40 +177,28 @@ def _data(comparison: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:
 
 def _sample(line: dict[str, Any], algorithms: list[str]) -> dict[str, Any]:
     models = {
-        name: {
-            "algorithm": algorithm_of(name, algorithms),
-            "completion": _text(found["completion"]),
-            "score": found.get("score"),
-            "held_out": found.get("held_out"),
-            "tokens": found.get("tokens"),
-            "finished": found.get("finished"),
-        }
+        name: {"algorithm": algorithm_of(name, algorithms), "completion": _text(found["completion"])}
+        | {key: found.get(key) for key in ("score", "held_out", "tokens", "finished")}
         for name, found in sorted(line["models"].items(), key=lambda item: _place(item[0], algorithms))
     }
-    sample = {"prompt": _text(line["prompt"]), "models": models}
-    if line.get("reference") is not None:
-        sample["reference"] = _text(line["reference"])
-    return sample
+    reference = line.get("reference")
+    return {"prompt": _text(line["prompt"]), "models": models, "reference": reference and _text(reference)}
 
 
 def _place(model: str, algorithms: list[str]) -> int:
-    """What training started from comes first, then the runs of one algorithm after the other."""
+    """Sorting key of a model: the models that training started from, then the models of each algorithm."""
     return [None, *algorithms].index(algorithm_of(model, algorithms))
 
 
-def _text(value: Any) -> str:
-    """A text, or the messages of a chat, one after the other."""
-    if not isinstance(value, list):
-        return str(value)
-    said = [(message.get("role", ""), message.get("content")) for message in value]
-    texts = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) for _, content in said]
-    if len(said) == 1:
-        return texts[0]
-    return "\n\n".join(f"{role}: {text}" for (role, _), text in zip(said, texts, strict=True))
+def _text(value: str | list[dict]) -> str:
+    """A text, or the messages of a chat, each with its role if there are several."""
+    if isinstance(value, str) or len(value) == 1:
+        return as_text(value)
+    return "\n\n".join(with_roles([message]) for message in value)
 
 
 def _thin(curves: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """At most `POINTS` points: of each stretch of steps the smallest and the largest value, in their order."""
+    """At most `POINTS` points: the smallest and the largest value of each stretch of steps, in their order."""
     steps = len(curves["step"])
     if steps <= POINTS:
         return curves
@@ -251,12 +219,12 @@ def _thin(curves: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return thinned
 
 
-def _short(value: Any) -> Any:
-    """Numbers to five digits: more than a screen shows."""
+def _round_numbers(value: Any) -> Any:
+    """A copy with all numbers rounded to five digits; a screen shows fewer."""
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: _round_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [_round_numbers(item) for item in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else float(f"{value:.5g}")
     return value
@@ -267,7 +235,7 @@ def _template_text(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """A script as the page's policy names it: no other runs, whatever text finds its way into the page."""
+    """The name of a script in the page's policy. A browser runs only the scripts that the policy names."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 

@@ -65,7 +65,8 @@ TRAINING = {
     "score/NAME": Metric("mean of one reward function", better="higher"),
     "score/NAME/std": Metric("its standard deviation"),
     "reward_mean": Metric(
-        "what is trained on: the score after `missing_eos`, normalization and clipping, minus `beta` times the KL",
+        "the number that training raises: the score after `missing_eos`, normalization and clipping, minus `beta` times "
+        "the KL",
         better="higher",
         section="Score",
         banded=True,
@@ -90,11 +91,15 @@ TRAINING = {
         section="Distance from the SFT model",
         banded=True,
     ),
-    "kl_k3": Metric("the KL by the k3 estimate, which is never negative", unit="nats per completion", better="lower"),
+    "kl_k3": Metric(
+        "the KL by the k3 estimate, which is never negative, summed over a completion",
+        unit="nats per completion",
+        better="lower",
+    ),
     "kl_k3_per_token": Metric("the same, mean over tokens", unit="nats per token", better="lower"),
     "beta": Metric("weight of the KL in the reward"),
     "entropy": Metric(
-        "of the policy's distribution over the next token, mean over completion tokens",
+        "entropy of the policy's next-token distribution, mean over completion tokens",
         "entropy",
         "nats per token",
         elsewhere=("policy/entropy_avg",),
@@ -102,7 +107,7 @@ TRAINING = {
         banded=True,
     ),
     "length_mean": Metric(
-        "length of a completion, EOS counted",
+        "mean length of a completion, EOS counted",
         "completion length",
         "tokens",
         trl="completions/mean_length",
@@ -114,37 +119,41 @@ TRAINING = {
     "eos_rate": Metric("share of completions that end with EOS; the others are cut off", section="Text", banded=True),
     "loss": Metric("the loss of the optimizer step", section="Training", progress=True),
     "policy_loss": Metric("the policy's part of the loss", elsewhere=("loss/policy_avg",)),
-    "ratio": Metric("probability ratio to the rollout's policy, mean over tokens (PPO) or completions (RLOO)"),
+    "ratio": Metric(
+        "probability ratio of the policy to the rollout's policy, mean over tokens (PPO) or completions (RLOO)"
+    ),
     "clip_fraction": Metric(
         "share of ratios whose clipped value decides the loss", elsewhere=("policy/clipfrac_avg",), banded=True
     ),
     "approx_kl": Metric(
-        "KL to the rollout's policy (k3)",
+        "KL of the policy to the rollout's policy (k3)",
         unit="nats per token",
         elsewhere=("policy/approxkl_avg",),
         section="Distance from the SFT model",
     ),
-    "grad_norm": Metric("norm of the gradient before clipping, of the last optimizer step", section="Training"),
+    "grad_norm": Metric("norm of the last optimizer step's gradient, before clipping", section="Training"),
     "learning_rate": Metric("step size of the last optimizer step"),
-    "tokens": Metric("tokens so far, prompts counted", unit="tokens", trl="num_tokens"),
+    "tokens": Metric("tokens of prompts and completions so far", unit="tokens", trl="num_tokens"),
     "episodes": Metric("completions sampled so far", unit="episodes", elsewhere=("episode",)),
     "episodes_per_second": Metric(
         "completions per second of training", unit="1/s", better="higher", section="Training"
     ),
-    "seconds_generate": Metric("time since the last line that went into sampling", unit="s"),
-    "seconds_score": Metric("into reward functions", unit="s"),
-    "seconds_forward": Metric("into passes without gradient", unit="s"),
-    "seconds_update": Metric("into passes with gradient and optimizer steps", unit="s"),
+    "seconds_generate": Metric("time spent on sampling since the last line", unit="s"),
+    "seconds_score": Metric("time spent in reward functions since the last line", unit="s"),
+    "seconds_forward": Metric("time spent in passes without gradient since the last line", unit="s"),
+    "seconds_update": Metric("time spent in passes with gradient and in optimizer steps since the last line", unit="s"),
     "value_loss": Metric("the value network's loss", better="lower", elsewhere=("loss/value_avg",), only="ppo"),
     "value_clip_fraction": Metric("share of values that leave the clip range", only="ppo"),
     "value_mean": Metric("mean of the predicted returns", only="ppo"),
     "return_mean": Metric("mean of the returns", only="ppo"),
     "explained_variance": Metric(
-        "how well values predict returns: 1 is perfect, 0 no better than the mean", better="higher", only="ppo"
+        "how well values predict returns: 1 is perfect, 0 is no better than predicting their mean",
+        better="higher",
+        only="ppo",
     ),
     "baseline_mean": Metric("mean of the baseline", only="rloo"),
     "no_signal_fraction": Metric(
-        "share of prompts whose completions all have advantage 0: nothing is learned from them",
+        "share of prompts whose completions all have advantage 0, so that training learns nothing from them",
         better="lower",
         only="rloo",
     ),
@@ -155,7 +164,7 @@ SUPERVISED = {
     "accuracy": Metric("share of pairs whose chosen text scores higher", better="higher", progress=True),
     "mean_token_accuracy": Metric("share of tokens that the model finds likeliest", better="higher", progress=True),
 }
-"""In `metrics.jsonl` of `sft` and `reward`, beside `loss`: TRL's names."""
+"""In `metrics.jsonl` of `sft` and `reward`, under TRL's names; `loss` is there too."""
 
 EVAL = {
     "score_mean": Metric(
@@ -169,7 +178,7 @@ EVAL = {
     "score_std": Metric("standard deviation of that score over the completions", "std", form="{:.2f}"),
     "score_min": Metric("smallest score"),
     "score_max": Metric("largest score"),
-    "score/NAME": Metric("mean of one reward function; `/std`, `/min` and `/max` stand beside it", better="higher"),
+    "score/NAME": Metric("mean of one reward function; `/std`, `/min` and `/max` are logged too", better="higher"),
     "positive_share": Metric(
         "share of completions whose score is above `eval.positive_threshold`",
         "positive",
@@ -185,8 +194,8 @@ EVAL = {
         swept=True,
         phrase="mean held-out score",
     ),
-    "held_out_positive_share": Metric("share of completions whose score by them is above 0", better="higher"),
-    "held_out/NAME": Metric("mean of one of them", better="higher"),
+    "held_out_positive_share": Metric("share of completions whose held-out score is above 0", better="higher"),
+    "held_out/NAME": Metric("mean of one held-out reward function", better="higher"),
     "kl": Metric(
         "KL between the model and the reference (`eval.reference`), on the model's own samples",
         "KL",
@@ -197,54 +206,62 @@ EVAL = {
     ),
     "kl_per_token": Metric("the same over all tokens of the samples", "KL/token", "nats per token", "{:.3f}", "lower"),
     "perplexity": Metric(
-        "of the samples under the reference: lower is more like its language", "perplexity", form="{:.1f}"
+        "perplexity of the samples under the reference; lower is closer to its language", "perplexity", form="{:.1f}"
     ),
     "perplexity_other": Metric(
-        "of the samples' texts under another model (`eval.perplexity_model`), per token of its own",
+        "perplexity of the samples' texts under another model (`eval.perplexity_model`), per token of that model",
         "other perplexity",
         form="{:.1f}",
     ),
     "rouge1": Metric(
-        "F1 of the words that a completion shares with the data's own, no stemming",
+        "F1 of the words that a completion shares with the gold completion, no stemming",
         "ROUGE-1",
         form="{:.3f}",
         better="higher",
     ),
-    "rouge2": Metric("the same for pairs of words", "ROUGE-2", form="{:.3f}", better="higher"),
-    "rougeL": Metric("the same for the longest common subsequence of words", "ROUGE-L", form="{:.3f}", better="higher"),
+    "rouge2": Metric("F1 of the pairs of words that both share", "ROUGE-2", form="{:.3f}", better="higher"),
+    "rougeL": Metric("F1 of the longest common subsequence of words", "ROUGE-L", form="{:.3f}", better="higher"),
     "length_mean": Metric(
-        "tokens per completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True, swept=True
+        "mean length of a completion, EOS not counted", "length", "tokens", "{:.1f}", of_text=True, swept=True
     ),
     "length_std": Metric("standard deviation of that length", unit="tokens"),
-    "eos_rate": Metric("share of completions that end before they are cut off", "EOS", form="{:.0%}", of_text=True),
+    "eos_rate": Metric(
+        "share of completions that end with EOS; the others are cut off", "EOS", form="{:.0%}", of_text=True
+    ),
     "empty_share": Metric("share of empty completions", "empty", form="{:.0%}", better="lower", of_text=True),
     "distinct_1": Metric(
-        "different tokens over all tokens of the samples", "distinct-1", form="{:.2f}", better="higher", of_text=True
+        "number of different tokens over number of tokens in all samples",
+        "distinct-1",
+        form="{:.2f}",
+        better="higher",
+        of_text=True,
     ),
     "distinct_2": Metric("the same for pairs of tokens", "distinct-2", form="{:.2f}", better="higher", of_text=True),
     "distinct_3": Metric(
         "the same for three tokens in a row", "distinct-3", form="{:.2f}", better="higher", of_text=True
     ),
     "unique_token_ratio": Metric(
-        "different tokens over all tokens of a completion, mean",
+        "number of different tokens over number of tokens in a completion, mean",
         "unique",
         form="{:.2f}",
         better="higher",
         of_text=True,
     ),
     "repetition": Metric(
-        "share of a completion's 4-token sequences that it has said before, mean",
+        "share of 4-token sequences that occurred earlier in the completion, mean",
         "repeated",
         form="{:.1%}",
         better="lower",
         of_text=True,
     ),
 }
-"""In `eval.json`, of each model."""
+"""In `eval.json`, for each model."""
 
 RESULTS = {
     "score_last": Metric("mean score of the last tenth of the rollouts", "training score", form="{:.2f}"),
-    "eval_perplexity": Metric("of held-out texts under the SFT model", "perplexity", form="{:.1f}", better="lower"),
+    "eval_perplexity": Metric(
+        "perplexity of held-out texts under the SFT model", "perplexity", form="{:.1f}", better="lower"
+    ),
     "eval_accuracy": Metric(
         "share of held-out pairs whose chosen text scores higher", "accuracy", form="{:.1%}", better="higher"
     ),
@@ -266,7 +283,7 @@ AUDIT = {
     "copied_share": Metric("share of words taken from the prompt", "copied", form="{:.0%}"),
     "title_copied_share": Metric("share of completions that copy the prompt's title", "title", form="{:.0%}"),
 }
-"""In an audit, of each part of a training and of each checkpoint."""
+"""In an audit, for each part of a training and each checkpoint."""
 
 COST = {
     "seconds": Metric("wall time of the training", "training time", "s", better="lower"),
@@ -275,29 +292,29 @@ COST = {
     "tokens": Metric("tokens sampled", "tokens sampled"),
     "episodes_per_second": Metric("completions per second", "episodes per second", better="higher"),
 }
-"""In a comparison, of each run."""
+"""In a comparison, for each run."""
 
 RENAMED = {metric.trl: name for name, metric in TRAINING.items() if metric.trl}
-"""TRL's name of a metric -> ours, in the logs of our trainers; `rewards/NAME/mean` becomes `score/NAME`."""
+"""TRL's name of a metric -> the name here, in the logs of this project's trainers."""
 
 FROM_TRL = RENAMED | {other: name for name, metric in TRAINING.items() for other in metric.elsewhere}
 """The same in the logs of plain TRL trainers."""
 
 
 def our_name(logged: str, names: dict[str, str]) -> str | None:
-    """The project's name of a number that TRL logs; None where `names` does not have it."""
+    """The project's name of a number that TRL logs: `score/NAME` for `rewards/NAME/mean`; None if `names` lacks it."""
     if func := re.fullmatch(r"rewards/(.+)/(mean|std)", logged):
         return f"score/{func[1]}" + ("/std" if func[2] == "std" else "")
     return names.get(logged)
 
 
 def tabled(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Those that stand in tables."""
+    """The metrics that have a heading."""
     return {name: metric for name, metric in metrics.items() if metric.heading}
 
 
 def markdown(metrics: dict[str, Metric]) -> str:
-    """A table of metrics as the README has it."""
+    """The table of metrics in the README."""
     labels = {"ppo": " (PPO)", "rloo": " (RLOO)", "": ""}
     rows = [
         f"| `{name}`{labels[metric.only]} | {metric.meaning} | {metric.unit} | {metric.better or ''} |\n"

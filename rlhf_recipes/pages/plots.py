@@ -1,4 +1,4 @@
-"""Pictures for papers and pages: curves, lengths, sweeps."""
+"""Pictures as PNG: curves, score over KL, lengths, sweeps."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ OTHER_DASHES = ((0, (9, 3, 2, 3)), (0, (12, 3)), (0, (4, 2, 1, 2)), (0, (1, 2)))
 
 
 def slots(algorithms: list[str]) -> dict[str, str]:
-    """Name -> look: ppo and rloo have their own, other algorithms and models take `other-0` to `other-3` in turn."""
+    """Name -> style class: `ppo` and `rloo` for these two, `other-0` to `other-3` in turn for all other names."""
     others = [name for name in algorithms if name not in ("ppo", "rloo")]
     found = {name: f"other-{i % len(OTHER_COLORS)}" for i, name in enumerate(others)}
     return {name: found.get(name, name) for name in algorithms}
 
 
 def algorithm_of(model: str, algorithms: list[str]) -> str | None:
-    """The algorithm that trained a model of the evaluation: `ppo` and `ppo-seed_42` are ppo's; None: no run did."""
+    """The algorithm that trained a model of the evaluation, such as ppo for `ppo-seed_42`; None if no run did."""
     found = [name for name in algorithms if model == name or model.startswith((f"{name}-", f"{name} "))]
     return max(found, key=len, default=None)
 
@@ -33,10 +33,10 @@ def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """Draw a comparison for papers: `curves.png`, `frontier.png`, and `lengths.png` where models were evaluated.
 
     Args:
-        comparison: What `comparison.json` holds.
-        folder: Where to; it must exist.
+        comparison: The content of `comparison.json`.
+        folder: An existing folder for the pictures.
     """
-    # Names are strangers' text, and between two dollar signs matplotlib would read formulas.
+    # A name may hold dollar signs, and matplotlib would read the text between two of them as a formula.
     with _pyplot().rc_context({"text.parse_math": False}):
         _draw_curves(comparison, folder / "curves.png")
         _draw_frontier(comparison, folder / "frontier.png")
@@ -46,9 +46,10 @@ def draw_comparison(comparison: dict[str, Any], folder: Path) -> None:
 
 
 def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
-    """Every metric of `CURVES`: bold means with bands over seeds, thin lines of the runs."""
+    """Draw every metric of `CURVES`: bold means with bands over seeds, thin lines of the runs."""
     runs = comparison["runs"]
-    axis_name = "episodes" if comparison["bands"].get("episodes") or not runs else _x_of(runs)
+    episodes_known = all(any(x is not None for x in run["curves"].get("episodes", ())) for run in runs)
+    axis_name = "episodes" if episodes_known else "step"
     bands = comparison["bands"].get(axis_name, {})
     looks = _looks(comparison["algorithms"])
     rows = -(-len(CURVES) // 2)
@@ -76,12 +77,8 @@ def _draw_curves(comparison: dict[str, Any], file: Path) -> None:
 
 
 def _known(points: Iterable[Sequence[float | None]]) -> list[tuple[float, float]]:
-    """Points (x, y) without those that lack either."""
+    """The points (x, y) that have both numbers."""
     return [(x, y) for x, y in points if x is not None and y is not None]
-
-
-def _x_of(runs: list[dict[str, Any]]) -> str:
-    return "episodes" if all(any(x is not None for x in run["curves"].get("episodes", ())) for run in runs) else "step"
 
 
 def _band(axis: Any, band: dict[str, Any], look: dict[str, Any], label: str) -> None:
@@ -112,7 +109,7 @@ def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
             x, y = zip(*known, strict=True)
             axis.plot(_smooth(x), _smooth(y), linewidth=1.2, alpha=0.7, **look, **label)
         if run["held_out"]:
-            mark = "D" if run["algorithm"] == "rloo" else "o"  # on grey paper, too, they are two
+            mark = "D" if run["algorithm"] == "rloo" else "o"  # tells the two apart without colours
             axis.plot(*run["held_out"], marker=mark, markersize=9, markeredgecolor="white", color=look["color"])
     axis.set_title("lines: training, smoothed; marks: held-out prompts", fontsize=10)
     axis.set_xlabel(CURVES["kl"], fontsize=9)
@@ -124,7 +121,7 @@ def _draw_frontier(comparison: dict[str, Any], file: Path) -> None:
 
 
 def _draw_lengths(histograms: dict[str, Any], algorithms: list[str], file: Path) -> None:
-    """How long every model's completions are, one histogram a model, over the same bins."""
+    """Draw one histogram of completion lengths for each model, over the same bins."""
     edges, counts = histograms["edges"], histograms["counts"]
     looks = _looks(algorithms)
     figure, axes = _pyplot().subplots(
@@ -156,7 +153,7 @@ def _looks(algorithms: list[str]) -> dict[str, dict[str, Any]]:
 def _pyplot() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")  # to files only: there need not be a screen
+    matplotlib.use("Agg")  # draws to files, without a screen
     from matplotlib import pyplot
 
     return pyplot
@@ -173,24 +170,24 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> None:
-    """Draw the score over episodes (of sft and reward the loss over steps): mean and deviation over seeds of each row.
+    """Draw mean and deviation over the seeds of each row: the score over episodes, for sft and reward the loss over steps.
 
     Args:
-        curves: Label of a row -> lines of `metrics.jsonl` of each of its finished runs.
+        curves: Label of a row -> the lines of `metrics.jsonl` of each of its finished runs.
         file: PNG to write.
     """
     pyplot = _pyplot()
-    panels: dict[tuple[str, str], dict[str, Any]] = {("episodes", "score_mean"): {}, ("step", "loss"): {}}
+    panels: dict[tuple[str, str], dict[str, Any]] = {}
     for label, runs in curves.items():
         on_policy = any("score_mean" in line for lines in runs for line in lines)
         x, y = ("episodes", "score_mean") if on_policy else ("step", "loss")
-        panels[x, y][label] = [
+        panels.setdefault((x, y), {})[label] = [
             {line[x]: line[y] for line in lines if isinstance(line.get(y), (int, float))} for lines in runs
         ]
-    drawn = {axes: rows for axes, rows in panels.items() if rows} or {("episodes", "score_mean"): {}}
-    size = (8 * len(drawn), 5)
-    figure, all_axes = pyplot.subplots(1, len(drawn), figsize=size, constrained_layout=True, squeeze=False)
-    for axis, ((x, y), rows) in zip(all_axes.flat, drawn.items(), strict=True):
+    panels = panels or {("episodes", "score_mean"): {}}
+    size = (8 * len(panels), 5)
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
+    for axis, ((x, y), rows) in zip(all_axes.flat, sorted(panels.items()), strict=True):
         colors = pyplot.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
         for i, (label, runs) in enumerate(rows.items()):
             shared = sorted(set.intersection(*(set(run) for run in runs)))
@@ -214,7 +211,7 @@ def draw_sweep(curves: dict[str, list[list[dict[str, Any]]]], file: Path) -> Non
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.8) -> list[float]:
-    """Exponential moving average, started at the first value."""
+    """Exponential moving average that starts at the first value."""
     smoothed, last = [], values[0]
     for value in values:
         last = weight * last + (1 - weight) * value

@@ -1,8 +1,9 @@
-"""Rows of text that the page and the markdown show: one place that says how a comparison's numbers read."""
+"""The rows of text that the page and the markdown show, and the format of their numbers."""
 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rlhf_recipes.pages.metrics import COST
@@ -21,19 +22,18 @@ VIEWS = {
 }
 
 LONG, SMALL = 1e12, 0.01
-"""Beyond these a number is read by its exponent, or by its first digits: a run may diverge, and a scale be small."""
+"""Larger numbers get an exponent, smaller ones keep their first digits: a run may diverge, a score's scale be small."""
 
 NEGATIVE_ZERO = re.compile(r"^-(?=[0.]+%?$)")
 
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, marks that turn the direction of all that follows, halves of surrogate pairs."""
+"""Control characters, marks that change the direction of the text behind them, halves of surrogate pairs."""
 
 
 def clean(value: Any) -> Any:
-    """A copy that a page can hold: what no reader sees is spelled out as ⟨U+202E⟩, NaN and infinity are None."""
+    """A copy that a page can hold: invisible characters are written as ⟨U+202E⟩; NaN and infinity become None."""
     if isinstance(value, str):
-        text = value.replace("\r\n", "\n")
-        return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+        return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value.replace("\r\n", "\n"))
     if isinstance(value, dict):
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,7 +42,7 @@ def clean(value: Any) -> Any:
 
 
 def number(value: float | None, form: str | None = None) -> str:
-    """Three digits, thousands apart; `form` where the metric has one."""
+    """A number in its metric's `form`, or else with three digits and separated thousands."""
     if value is None:
         return ABSENT
     if abs(value) >= LONG:
@@ -58,7 +58,7 @@ def number(value: float | None, form: str | None = None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference: always with its sign."""
+    """A difference, always with its sign."""
     if value is None:
         return ABSENT
     size = abs(value)
@@ -68,7 +68,7 @@ def signed(value: float | None) -> str:
 
 
 def spread(found: dict[str, Any] | None, show: Callable[[float | None], str] = number) -> tuple[str, str]:
-    """A mean and its interval, "" where there is none."""
+    """A mean and its interval; "" if there is no interval."""
     if found is None or found.get("mean") is None:
         return ABSENT, ""
     if found.get("low") is None or found.get("high") is None:
@@ -77,12 +77,29 @@ def spread(found: dict[str, Any] | None, show: Callable[[float | None], str] = n
 
 
 def setting(value: Any) -> str:
-    """A setting's value as a recipe has it."""
+    """The value of a setting as it stands in a recipe."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def template_values(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The values that the templates of the page and the markdown share."""
+    columns, held_out = held_out_rows(comparison)
+    return {
+        "comparison": comparison,
+        "algorithms": comparison["algorithms"],
+        "views": view_rows(comparison),
+        "held_out_columns": columns,
+        "held_out": held_out,
+        "cost": cost_rows(comparison),
+        "audits": audit_rows(comparison),
+        "findings": finding_rows(comparison),
+        "differences": difference_rows(comparison),
+        "number": number,
+    }
+
+
 def view_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a view: words, means, difference, interval."""
+    """One row for each view: heading, means, difference, interval."""
     rows = []
     for view in comparison["views"]:
         low, high = view["interval"] or (None, None)
@@ -107,7 +124,7 @@ def _mean(value: float | None) -> str:
 
 
 def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns (algorithms, then models that are none of their runs) and one row a metric."""
+    """Columns (algorithms, then models that no algorithm trained) and one row for each metric."""
     measured, held_out = comparison["evaluation"], comparison["held_out"]
     models = measured["models"] if measured else {}
     metrics = held_out["metrics"] if held_out else {}
@@ -118,10 +135,7 @@ def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str,
     for key in sorted(known, key=lambda key: list(COLUMNS).index(key) if key in COLUMNS else len(COLUMNS)):
         metric = COLUMNS.get(key)
         heading, form, meaning = (metric.heading, metric.form, metric.meaning) if metric else (key, None, "")
-
-        def show(value: float | None, form: str | None = form) -> str:
-            return number(value, form)
-
+        show = partial(number, form=form)
         cells = [spread(metrics.get(key, {}).get(name), show) for name in algorithms]
         cells += [(show(models[name].get(key)), "") for name in others]
         if any(cell != (ABSENT, "") for cell in cells):
@@ -130,7 +144,7 @@ def held_out_rows(comparison: dict[str, Any]) -> tuple[list[str], list[dict[str,
 
 
 def cost_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a measure, with each algorithm's share of the largest for a bar."""
+    """One row for each measure; `shares` are the lengths of the bars, in percent of the longest."""
     rows = []
     for key, metric in COST.items():
         found = [comparison["cost"].get(name, {}).get(key) for name in comparison["algorithms"]]
@@ -144,16 +158,13 @@ def cost_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def difference_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """Differences that void the comparison first; each with its values and the runs that have them."""
-    rows = [
-        {"key": item["key"], "kind": item["kind"], "refuses": item["refuses"], "values": _by_value(item["values"])}
-        for item in comparison["differences"]
-    ]
+    """Each difference with its values and their runs; differences that forbid a verdict come first."""
+    rows = [item | {"values": _by_value(item["values"])} for item in comparison["differences"]]
     return sorted(rows, key=lambda row: not row["refuses"])
 
 
 def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every setting of the runs; one value where all agree."""
+    """Every setting of the runs with its values and their runs; `all` says whether every run has it."""
     keys = sorted({key for run in comparison["runs"] for key in run["settings"]})
     rows = []
     for key in keys:
@@ -163,7 +174,7 @@ def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a run: how many signs of reward hacking, and where its held-out score is highest."""
+    """One row for each run: its number of signs of reward hacking, and the place of its highest held-out score."""
     rows = []
     for run, found in comparison["audit"].items():
         peak, at = found["peak"], ABSENT
@@ -179,7 +190,7 @@ def audit_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def finding_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each finding of the audits once, with the runs that it is about; signs of hacking come first."""
+    """Each finding of the audits once, with its runs; signs of reward hacking come first."""
     rows: dict[tuple[bool, str], list[str]] = {}
     for run, found in comparison["audit"].items():
         for i, finding in enumerate(found["findings"]):

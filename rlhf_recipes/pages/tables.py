@@ -1,4 +1,4 @@
-"""Tables on the terminal: what eval measured, and what a sweep found."""
+"""Tables of evaluations, sweeps and comparisons, on the terminal and in markdown."""
 
 import re
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from rlhf_recipes.pages.metrics import EVAL, RESULTS, Metric, tabled
 from rlhf_recipes.system.terminal import print_table
 
 COLUMNS = tabled(EVAL)
-"""Metrics of `eval.json` that tables show."""
+"""The metrics of `eval.json` that tables show."""
 
 SWEEP_COLUMNS = RESULTS | {f"eval/{key}": metric for key, metric in EVAL.items() if metric.swept}
 """Numbers that the table of a sweep shows, where its runs have them."""
 
 
 def print_models(models: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> None:
-    """Print the metrics of every model, one row each: how good it is, then what its texts are like.
+    """Print one row for each model: first the metrics of its quality, then those that describe its texts.
 
-    Where the terminal is too narrow, columns that do not fit stand in further tables: no number is cut off.
+    On a narrow terminal, columns that do not fit go into further tables, so that no number is cut off.
 
     Args:
-        models: Those of `eval.json`.
+        models: The models of `eval.json`.
         notes: Sentences under the tables.
     """
     console = Console(highlight=False)
@@ -47,7 +47,7 @@ def _groups(models: dict[str, dict[str, Any]]) -> list[dict[str, Metric]]:
 
 
 def _fitting(models: dict[str, dict[str, Any]], columns: dict[str, Metric], width: int) -> list[dict[str, Metric]]:
-    """Columns in as few parts as fit into a width, each beside the models' names."""
+    """Split columns into as few tables as possible that fit into a width beside the models' names."""
     names = max(map(cell_len, models), default=0)
     parts: list[dict[str, Metric]] = []
     used = width
@@ -63,7 +63,7 @@ def _fitting(models: dict[str, dict[str, Any]], columns: dict[str, Metric], widt
 
 
 def markdown_tables(models: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> str:
-    """The tables of `print_models` in markdown, with what their columns mean."""
+    """The tables of `print_models` in markdown, and the meaning of each column."""
     lines = []
     for columns in _groups(models):
         rows = [["", *(column.heading for column in columns.values())], ["---", *["---:"] * len(columns)]]
@@ -82,16 +82,16 @@ def present(models: dict[str, dict[str, Any]]) -> dict[str, Metric]:
 
 
 def cells(metrics: dict[str, Any], columns: dict[str, Metric]) -> list[str]:
-    """One row of a table: metrics as text, "" where there is no number."""
+    """One row of a table: metrics as text; "" for a number that is missing."""
     values = {key: metrics.get(key) for key in columns}
     return ["" if value is None else columns[key].form.format(value) for key, value in values.items()]
 
 
 def print_sweep(rows: list[dict[str, Any]]) -> None:
-    """Print a sweep's table: a row per setting, numbers as mean and standard deviation over its seeds.
+    """Print one row for each setting of a sweep: means and standard deviations over its seeds.
 
     Args:
-        rows: Those of `sweep.json`.
+        rows: The rows of `sweep.json`.
     """
     columns = {key: column for key, column in SWEEP_COLUMNS.items() if any(key in row["numbers"] for row in rows)}
     shown = []
@@ -120,12 +120,12 @@ def _mean_and_deviation(numbers: dict[str, Any] | None, form: str, whole: int) -
 
 
 def verdict_line(comparison: dict[str, Any]) -> str:
-    """The verdict where only one line is shown."""
+    """The verdict in one line."""
     return f"{comparison['verdict']['label']}: {comparison['verdict']['sentence']}"
 
 
 def print_comparison(comparison: dict[str, Any], page: Path) -> None:
-    """Print what refuses a comparison, its views, what was noted, and last the verdict and where the page is."""
+    """Print the differences that forbid a verdict, the views, the notes, the verdict, and the path of the page."""
     console = Console(highlight=False, markup=False)
     for difference in comparison["differences"]:
         if difference["refuses"]:

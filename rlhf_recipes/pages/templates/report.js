@@ -1,5 +1,5 @@
 "use strict";
-// Texts come from models and data: they enter the page as text nodes only, and Plotly with its markup switched off.
+// Models and data wrote the texts: they enter the page only as text nodes, and Plotly with its markup escaped.
 
 const PAGE = 10;
 const FOLD = 600;
@@ -32,7 +32,7 @@ const shown = (value, digits = 3) =>
   value === null || value === undefined ? "–" : value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(digits - 1)
     : Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 6 });
 
-/** What an object has under a stranger's name: `constructor` is one that every object would answer to. */
+/** An object's own value under a name from the data; every object inherits names such as `constructor`. */
 const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
 
 // ---------------------------------------------------------------- light and dark
@@ -64,7 +64,7 @@ byId("theme").addEventListener("click", () => {
 });
 dark.addEventListener("change", () => { setTheme(); drawAll(); });
 
-// What is folded away is printed too; plots take the paper's colours and width.
+// On paper all folded parts are open; plots take the paper's colours and width.
 let unfolded = [];
 print.addEventListener("change", () => {
   if (print.matches) {
@@ -93,7 +93,7 @@ const DASHES = { ppo: "solid", rloo: "6px,3px", sft: "2px,3px", "other-0": "9px,
 const plots = {};
 let data = null;
 
-/** Plotly reads a few tags and entities in names: these are names only. */
+/** A name without the tags and entities that Plotly would read in it. */
 const plain = (text) => [...text].slice(0, 80).join("").replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
 const line = (slot, width, alpha = 1) => ({ color: faint(colour(slot), alpha), width, dash: DASHES[slot] });
@@ -103,7 +103,7 @@ function layout(x, y) {
   const axis = (title) => ({
     title: { text: plain(title), standoff: 8 }, type: "linear", color: ink, gridcolor: colour("", "--line"), zeroline: false, automargin: true, ticks: "",
   });
-  const small = { exponentformat: "e", minexponent: 4 }; // a learning rate is 1e-6 and not 1μ
+  const small = { exponentformat: "e", minexponent: 4 }; // writes a learning rate as 1e-6, not as 1μ
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
@@ -144,7 +144,7 @@ function tabulate(details) {
 for (const details of document.querySelectorAll("details[data-of]"))
   details.addEventListener("toggle", () => details.open && tabulate(details));
 
-/** Exponential moving average, started at the first value; what is missing stays missing. */
+/** Exponential moving average that starts at the first value; missing values stay missing. */
 function smooth(values, weight) {
   let last = null;
   return values.map((value) => {
@@ -180,7 +180,7 @@ function curves(metric) {
     });
     if (!behind) said.push(`${run.name} ends at ${shown(y.findLast((value) => value !== null))}`);
   }
-  const means = []; // above all bands
+  const means = []; // drawn above all bands
   for (const [algorithm, band] of bands) {
     const mine = data.runs.filter((run) => run.algorithm === algorithm);
     if (mine.length < 2 || !mine.some((run) => runs.has(run))) continue;
@@ -197,7 +197,7 @@ function curves(metric) {
     said.push(`${algorithm} ends at ${shown(mean.findLast((value) => value !== null))}`);
   }
   traces.push(...means);
-  const over = data.axes[axis] ?? ""; // runs without a line have no axis
+  const over = data.axes[axis] ?? ""; // without any logged line there is no axis
   return { traces, layout: layout(over, title), heads: [over, weight ? `${title}, smoothed` : title], label: `${title} over ${over}: ${said.join("; ") || "no runs chosen"}.` };
 }
 
@@ -231,7 +231,7 @@ plots["plot-frontier"] = () => {
 
 plots["plot-lengths"] = () => {
   const { edges, counts } = data.lengths;
-  const groups = new Map(); // an algorithm's models are one line: each has as many completions
+  const groups = new Map(); // all models of an algorithm are one line: each has the same number of completions
   for (const [model, heights] of Object.entries(counts)) {
     const name = data.algorithms.includes(data.owners[model]) ? data.owners[model] : model;
     groups.set(name, heights.map((height, i) => height + (groups.get(name)?.[i] ?? 0)));
@@ -264,7 +264,7 @@ for (const key of ["score", "held_out"]) plots[`plot-audit-${key}`] = () => {
 
 let page = 0;
 
-/** Text with every place that matches marked. */
+/** A text with every match of the pattern marked. */
 function marked(text, pattern) {
   if (!pattern) return [text];
   const parts = [];
@@ -276,7 +276,7 @@ function marked(text, pattern) {
   return [...parts, text.slice(from)];
 }
 
-/** A text that starts folded when it is long, around the first match where there is one. */
+/** A text; a long one starts folded, and shows its first match if there is one. */
 function folding(tag, attributes, text, pattern) {
   const element = make(tag, { dir: "auto", ...attributes });
   if (text.length <= FOLD) {
@@ -291,7 +291,7 @@ function folding(tag, attributes, text, pattern) {
     element.tabIndex = -1;
     element.focus();
   });
-  // Cut between code points: half of an emoji is no text.
+  // Cut between code points, not inside of an emoji.
   const cut = text.slice(start, start + FOLD).replace(/^[\udc00-\udfff]|[\ud800-\udbff]$/g, "");
   element.append(start ? "… " : "", ...marked(cut, pattern), "… ", more);
   return element;
@@ -350,7 +350,7 @@ function completionCard(name, found, pattern) {
   if (typeof found.tokens === "number") facts.push(`${found.tokens}\u00a0tokens`);
   return make("div", { class: `completion ${data.slots[name] ?? "sft"}` },
     make("h3", {}, make("bdi", {}, name)),
-    folding("p", {}, found.completion.replace(/^ /, ""), pattern), // most tokenizers begin a word with its blank
+    folding("p", {}, found.completion.replace(/^ /, ""), pattern), // most tokenizers put a blank before each word
     make("small", {}, facts.join(" · "), found.finished === false ? make("span", { class: "cut" }, `${facts.length ? " · " : ""}cut off`) : null));
 }
 
@@ -365,7 +365,7 @@ function showSamples() {
       folding("div", { class: "prompt" }, sample.prompt, pattern),
       make("div", { class: "completions" },
         ...Object.entries(sample.models).filter(([name]) => names.includes(name)).map(([name, found]) => completionCard(name, found, pattern)),
-        sample.reference === undefined ? null : make("div", { class: "completion" }, make("h3", {}, "the data's own"), folding("p", {}, sample.reference, pattern))))));
+        sample.reference === null ? null : make("div", { class: "completion" }, make("h3", {}, "the data's own"), folding("p", {}, sample.reference, pattern))))));
   byId("found").textContent = `${samples.length} of ${data.samples.length} prompts, page ${page + 1} of ${pages}`;
   for (const button of document.querySelectorAll("[data-turn]")) button.disabled = button.dataset.turn === "1" ? page >= pages - 1 : page <= 0;
 }
