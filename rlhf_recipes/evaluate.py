@@ -63,7 +63,8 @@ def main(run: Run) -> str:
 
 def _check_models(recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", new_tokens: int) -> None:
     """Refuse what would stop the stage after hours of sampling; every finding."""
-    from rlhf_recipes.models.load import check_context, config_of
+    from rlhf_recipes.models.limits import check_context
+    from rlhf_recipes.models.load import config_of
 
     findings = []
     for name, reference in eval_models(recipe).items():

@@ -19,12 +19,14 @@ def main(run: Run) -> str:
     from trl import RewardConfig, RewardTrainer
     from trl.data_utils import is_conversational
 
+    from rlhf_recipes.data.filters import warn_of_copies
     from rlhf_recipes.data.pairs import pairs
     from rlhf_recipes.data.rows import load_rows
-    from rlhf_recipes.data.shapes import warn_of_copies
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.reward_quality import kept, measure, own_references, scorer
-    from rlhf_recipes.models.load import config_of, fit_length, scale_head
+    from rlhf_recipes.models.limits import fit_length
+    from rlhf_recipes.models.load import config_of
+    from rlhf_recipes.models.new_weights import scale_head
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.rewards.scoring import trained_scoring
     from rlhf_recipes.runs.callbacks import attach, save_model

@@ -14,7 +14,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.models.load import check_context
+    from rlhf_recipes.models.limits import check_context
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.rewards.registry import build_reward_funcs
     from rlhf_recipes.runs.callbacks import attach, save_model

@@ -21,11 +21,14 @@ LARGEST_LOSS = 700.0
 def main(run: Run) -> str:
     from trl import SFTConfig, SFTTrainer
 
+    from rlhf_recipes.data.filters import warn_of_copies
     from rlhf_recipes.data.rows import load_rows
-    from rlhf_recipes.data.shapes import corpus, texts, warn_of_copies
+    from rlhf_recipes.data.shapes import corpus, texts
     from rlhf_recipes.data.tokenizer import load_tokenizer, make_tokenizer
     from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
-    from rlhf_recipes.models.load import config_of, fit_length, make_model
+    from rlhf_recipes.models.limits import fit_length
+    from rlhf_recipes.models.load import config_of
+    from rlhf_recipes.models.new_weights import make_model
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable

@@ -1,11 +1,12 @@
-"""Preference pairs for the reward model, from pairs, from choices, or from texts with labels."""
+"""Preference pairs for the reward model, made of pairs, of choices, or of texts with labels."""
 
 import random
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from rlhf_recipes.data.rows import put_column
-from rlhf_recipes.data.shapes import first_words, label_reader, need_column, short_enough, valid_rows, with_prompts
+from rlhf_recipes.data.filters import short_enough, valid_rows
+from rlhf_recipes.data.rows import need_column, put_column
+from rlhf_recipes.data.shapes import first_words, label_reader, with_prompts
 from rlhf_recipes.recipe.schema import Data, RecipeError
 
 if TYPE_CHECKING:
@@ -23,20 +24,20 @@ def pairs(
     apart_from: "Dataset | None" = None,
     key: str = "data",
 ) -> "Dataset":
-    """Pairs for the reward model: `chosen` and `rejected` (and `prompt`, where the data has one).
+    """Pairs for the reward model: `chosen` and `rejected`, and `prompt` if the data has it.
 
-    Where the data has labels instead of pairs, a text with the one label is chosen over a text with the other that has
-    as many words, so that length tells nothing. No text is used twice.
+    Data with labels instead of pairs: a pair has a text of either label and the same number of words in both, so that
+    length predicts nothing. No text is used twice.
 
     Args:
-        data: What the rows were loaded by.
+        data: The section that the rows were loaded by.
         rows: From `load_rows`.
-        tokenizer: Measures prompts, where `data.max_prompt_tokens` limits them.
-        limit: Number of pairs at most; None for all.
+        tokenizer: Measures prompts for `data.max_prompt_tokens`.
+        limit: Most pairs; None: all.
         seed: Draws the pairs of texts with labels.
-        chosen_label: Which texts with labels are chosen: positive ones (1) or negative ones (0).
-        apart_from: Rows whose texts no pair of texts with labels may have: the training rows, for held-out pairs.
-        key: Where `data` stands in the recipe, for messages.
+        chosen_label: Label of the chosen texts: 1 (positive) or 0 (negative).
+        apart_from: Rows whose texts no pair may have: for held-out pairs, the training rows.
+        key: The section's key in the recipe, for messages.
     """
     rows = with_prompts(data, rows, key)
     if "chosen" in rows.column_names and "rejected" in rows.column_names:
@@ -54,8 +55,8 @@ def _by_choice(data: Data, rows: "Dataset", key: str) -> "Dataset":
     for choice in rows["choice"]:
         if choice not in (0, 1):
             raise RecipeError(
-                f"{key}: the choice column of {data.path} holds {choice!r}; it must be 0 or 1: which of completion_0 "
-                "and completion_1 was chosen."
+                f"{key}: the choice column of {data.path} holds {choice!r}; it must be 0 or 1, for completion_0 or "
+                "completion_1."
             )
     both = list(zip(rows["completion_0"], rows["completion_1"], rows["choice"], strict=True))
     rows = put_column(rows, "chosen", [second if choice else first for first, second, choice in both])
@@ -67,10 +68,8 @@ def _by_label(
 ) -> "Dataset":
     from datasets import Dataset
 
-    need_column(
-        data, rows, "text", "or chosen and rejected, or completion_0, completion_1 and choice: reward makes pairs", key
-    )
-    need_column(data, rows, "label", "reward makes pairs of positive and negative texts", key)
+    need_column(data, rows, "text", "or chosen and rejected, or completion_0, completion_1 and choice: for pairs", key)
+    need_column(data, rows, "label", "for pairs of positive and negative texts", key)
     rows = valid_rows(data, rows, ["text"], key)
     read = label_reader(data, key)
     others = set() if apart_from is None else set(apart_from["text"])
@@ -80,9 +79,10 @@ def _by_label(
         if text not in used:
             used.add(text)
             by_label[read(label)].append(text)
-    made, seen = [], set(others)
+    made: list[dict[str, str]] = []
+    seen = set(others)
     for pair in _match_lengths(by_label[chosen_label], by_label[1 - chosen_label], random.Random(seed)):
-        if pair["chosen"] != pair["rejected"] and seen.isdisjoint(pair.values()):  # two that were cut may be one
+        if pair["chosen"] != pair["rejected"] and seen.isdisjoint(pair.values()):  # cut texts may be equal
             seen.update(pair.values())
             made.append(pair)
     if not made:
@@ -92,21 +92,22 @@ def _by_label(
                 f"{found} texts; pairs need both: look at {key}.columns, {key}.filter and {key}.max_rows."
             )
         raise RecipeError(
-            f"{found} held-out texts that no training row has; pairs need both: hold out more rows with "
-            f"{key}.eval_fraction, or another {key}.eval_split."
+            f"{found} held-out texts that are no training texts; pairs need both: hold out more rows with "
+            f"{key}.eval_fraction, or set another {key}.eval_split."
         )
     return Dataset.from_list(made)
 
 
 def _match_lengths(chosen: list[str], rejected: list[str], order: random.Random) -> list[dict[str, str]]:
-    """Pair texts with the same number of words; what has no partner is cut to the length of the nearest."""
+    """Pair texts with the same number of words. Texts without a partner are paired by order of length, and cut."""
     buckets = []
     for texts in (chosen, rejected):
         by_length = defaultdict(list)
         for text in order.sample(texts, len(texts)):
             by_length[len(text.split())].append(text)
         buckets.append(by_length)
-    made, left = [], ([], [])
+    made: list[dict[str, str]] = []
+    left: tuple[list[str], list[str]] = ([], [])
     for length in sorted(buckets[0].keys() | buckets[1].keys()):
         both = [bucket[length] for bucket in buckets]
         paired = min(map(len, both))

@@ -1,8 +1,8 @@
-"""Tokenizers: loading a model's, making one, and what prompts and completions are in its tokens."""
+"""Tokenizers: loading, training from scratch, and the tokens of prompts and completions."""
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError, Scratch
 from rlhf_recipes.runs.references import loading, resolve_model
@@ -11,24 +11,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-"""Special tokens of a tokenizer made from scratch: pad and EOS are distinct, so that padding never hides an EOS."""
+"""Special tokens of a tokenizer from scratch. Pad and EOS differ, so that padding never hides an EOS."""
 
 
 def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer, with the recipe's special tokens where it lacks them; else without pad it pads with EOS.
+    """Load a model's tokenizer. The recipe's `special_tokens` replace missing ones; otherwise it pads with EOS.
 
-    A pad token that is the EOS token counts as none where the recipe has one.
+    If the recipe names a pad token, it also replaces a pad token that is the EOS token.
 
-    Args:
-        recipe: The recipe, for `special_tokens` and `trust_remote_code`.
-        key: Where the model stands in the recipe, for messages.
-        reference: The model, as in `resolve_model`.
-        classifier: Whether a sequence classifier will read it: then it pads on the right, and a tokenizer without EOS
-            (BERT's) ends texts with its separator. Otherwise it pads on the left, and must have an EOS token of its
-            own that it does not put behind every prompt.
+    A classifier's tokenizer pads on the right, and ends texts with its separator if it has no EOS (BERT's). Other
+    tokenizers pad on the left, and must have an EOS token that they do not append to prompts.
 
     Raises:
-        RecipeError: It cannot be loaded, or cannot be used.
+        RecipeError: It cannot be loaded, has no EOS token, or appends it to prompts.
     """
     from transformers import AutoTokenizer
 
@@ -50,13 +45,13 @@ def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = 
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise RecipeError(
-            f"{key}: the tokenizer of {reference} has no EOS token, so no text could ever end. "
+            f"{key}: the tokenizer of {reference} has no EOS token, which ends a text. "
             'Name one: special_tokens={eos_token: "..."}.'
         )
     if not classifier and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         raise RecipeError(
-            f"{key}: the tokenizer of {reference} ends every text with {tokenizer.eos_token}, a prompt too. "
-            "Set it in its tokenizer_config.json."
+            f"{key}: the tokenizer of {reference} ends every text with {tokenizer.eos_token}, even a prompt. "
+            "Change that in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -64,7 +59,7 @@ def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = 
 
 
 def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBase":
-    """Train a tokenizer on `texts`: whole words (blanks separate them), or byte-level BPE."""
+    """Train a tokenizer on `texts`: whole words between blanks, or byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +67,9 @@ def make_tokenizer(scratch: Scratch, texts: list[str]) -> "PreTrainedTokenizerBa
     if scratch.tokenizer == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        trainer = trainers.WordLevelTrainer(vocab_size=scratch.vocabulary, special_tokens=special, show_progress=False)
+        trainer: Any = trainers.WordLevelTrainer(
+            vocab_size=scratch.vocabulary, special_tokens=special, show_progress=False
+        )
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,14 +96,14 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) ->
 
 
 def longest_prompt(tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[str | list[dict]]) -> int:
-    """Tokens of the longest of some prompts."""
+    """Number of tokens of the longest prompt."""
     return max(len(token_ids(tokenizer, prompt)) for prompt in prompts)
 
 
 def continuation(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion_ids: list[int]) -> str:
-    """The completion's text such that prompt + completion is the text of both, without special tokens.
+    """The completion's text without special tokens, such that prompt + completion is the whole text.
 
-    Decoders of whole words and of SentencePiece drop a blank at the beginning, which a completion decoded alone loses.
+    A completion decoded alone may lose its first blank: word-level and SentencePiece decoders drop it.
     """
     prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_ids, *completion_ids], skip_special_tokens=True)
@@ -116,7 +113,7 @@ def continuation(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], co
 
 
 def eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those that the model declares, as TRL counts them."""
+    """All tokens that end a completion, as in TRL: the tokenizer's EOS and those in the model's configuration."""
     declared = model.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
     return sorted({tokenizer.eos_token_id, *declared})
@@ -126,17 +123,17 @@ COUNT_FROM_PAD = {
     "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-"""Encoders whose first position is the one behind that of pads: of RoBERTa's 514 positions a text has 512."""
+"""Encoders that number positions from the pad token id + 1: a text has 512 of RoBERTa's 514 positions."""
 
 
 def context_length(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> float:
-    """Longest text in tokens that a model reads; infinite where nothing limits it."""
+    """The longest text in tokens that a model can read; infinite without a limit."""
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or math.inf
     if config.model_type in COUNT_FROM_PAD:
         context -= config.pad_token_id + 1
-    if tokenizer.model_max_length < VERY_LARGE_INTEGER:  # which it is where nobody set it
+    if tokenizer.model_max_length < VERY_LARGE_INTEGER:  # its value when it is not set
         context = min(context, tokenizer.model_max_length)
     return context

@@ -1,4 +1,4 @@
-"""The model card of an exported model: where the model is from, and how to load it."""
+"""The model card of an exported model: its origin, and how to load it."""
 
 import json
 from importlib.resources import files
@@ -16,13 +16,13 @@ OF_THE_HUB = " of the Hub at commit "
 
 
 def start_of(manifest: dict[str, Any]) -> str | None:
-    """The model id that training starts from; None: random weights."""
+    """The model id that training started from; None: random weights."""
     section = manifest["settings"][manifest["stage"]]
     return section.get("model", section.get("policy"))
 
 
 def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
-    """Where a run's weights come from, stage by stage, back to a model that is no stage's."""
+    """The origin of a run's weights, stage by stage, back to a model that no stage trained."""
     stage, reference = manifest["stage"], start_of(manifest)
     if reference is None:
         return ["random weights (sft.scratch)"]
@@ -30,8 +30,9 @@ def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
         name = reference.removeprefix("stage:")
         step = f"stage {name} (run {manifest['inputs'][name]})"
         earlier = read_manifest(run.resolve().parent / name)
-        known = earlier is not None and earlier["id"] == manifest["inputs"][name]
-        return [step, *(_origin(run.resolve().parent / name, earlier) if known else [])]
+        if earlier is None or earlier["id"] != manifest["inputs"][name]:
+            return [step]
+        return [step, *_origin(run.resolve().parent / name, earlier)]
     key = f"{stage}.{'policy' if stage in ('ppo', 'rloo') else 'model'}"
     source = manifest.get("sources", {}).get(key, {})
     if source.get("revision") is not None:
@@ -44,19 +45,19 @@ def model_card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | No
 
     Args:
         run: Folder of the run.
-        manifest: Of the run.
+        manifest: The run's manifest.
         adapter: Configuration of an adapter that is exported as it is; None: the export is a whole model.
-        notes: Sentences that say what the export is.
+        notes: Sentences that describe the export.
     """
-    stage, is_adapter = manifest["stage"], adapter is not None
+    stage = manifest["stage"]
     origin = _origin(run, manifest)
     hub = [step.partition(OF_THE_HUB) for step in origin if OF_THE_HUB in step]
     auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
-    more = ["num_labels=1"] if stage == "reward" and is_adapter else []
+    more = ["num_labels=1"] if stage == "reward" and adapter is not None else []
     if start_of(manifest) in manifest["settings"].get("trust_remote_code", []):
         more.append("trust_remote_code=True")
     load = [f"from transformers import {auto}, AutoTokenizer", ""]
-    if is_adapter:  # transformers alone loads one of DoRA without its magnitudes
+    if adapter is not None:  # without peft, transformers loads a DoRA adapter without its magnitudes
         beside = (run / MERGED_BASE).is_dir()
         base = f"FOLDER/{MERGED_BASE}" if beside else adapter["base_model_name_or_path"]
         if not beside and adapter.get("revision") is not None:
@@ -76,15 +77,15 @@ def model_card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | No
         "versions": versions,
         "results": json.dumps(manifest["results"]),
     }
-    if is_adapter and is_hub_model(adapter["base_model_name_or_path"] or ""):
+    if adapter is not None and is_hub_model(adapter["base_model_name_or_path"] or ""):
         rows["base"] = f"{adapter['base_model_name_or_path']} at commit {adapter.get('revision')}"
     if (run / SCORING).is_file():
         rows["how it reads"] = (
-            f"{SCORING}: append EOS or not, the pad token, the center to take away; the reward function reward_model "
+            f"{SCORING}: whether to append EOS, the pad token, the center to subtract; the reward function reward_model "
             "of rlhf_recipes follows it"
         )
     data = ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
+        library_name="transformers" if adapter is None else "peft",
         base_model=hub[0][0] if hub else None,
         tags=["rlhf_recipes", "trl", stage],
     )

@@ -1,4 +1,4 @@
-"""A finished run as a folder to keep or to give away: the model as plain `from_pretrained` loads it, and where it is from."""
+"""Exports a finished run: a folder with the model for plain `from_pretrained`, and a card with its origin."""
 
 import json
 import shutil
@@ -26,25 +26,26 @@ NOT_EXPORTED = (MANIFEST, REWARD_REPORT, "log.txt")
 """Files of a run folder that match `SNAPSHOT` and do not belong to the model."""
 
 SHARD = "5GB"
-"""Largest file of weights; transformers' own default, 50 GB, is more than many a file system and upload takes."""
+"""Largest file of weights; transformers' default, 50 GB, is too large for some file systems and uploads."""
 
 
 def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) -> Path:
-    """Write the model of a finished run, its tokenizer and a model card to a folder; say where it is and what it needs.
+    """Write the model of a finished run, its tokenizer and a model card to a folder, and print what the model needs.
 
-    The folder is there as a whole or not at all.
+    The folder is either complete or does not exist.
 
     Args:
-        run: Folder of a finished run of sft, reward, ppo or rloo, also where it was moved to.
-        out: New or empty folder. None: `export-<stage>` beside the run, merged `export-<stage>-merged`.
-        merge: Whether an adapter becomes a whole model, together with its base; a whole model stays one.
-        dtype: What weights are stored in. None: as they are; merged ones as their base's.
+        run: Folder of a finished run of sft, reward, ppo or rloo. It may have been moved.
+        out: New or empty folder. None: `export-<stage>` beside the run, or `export-<stage>-merged`.
+        merge: Whether an adapter is merged into its base. A whole model is exported as it is.
+        dtype: The dtype of the exported weights. None: their own; for merged weights, the base's.
 
     Returns:
         The folder that was written.
 
     Raises:
-        RecipeError: There is no finished run, `out` is in use or in the run, a base is missing, or the weights do not fit `dtype`.
+        RecipeError: No run has finished there, `out` is in use or inside the run, a base is missing, or the weights
+            overflow in `dtype`.
     """
     manifest = _finished(run)
     adapter = read_json(run / ADAPTER) if (run / ADAPTER).is_file() else None
@@ -52,12 +53,11 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
         raise RecipeError(f"--dtype: {run} holds an adapter, which is small and is exported as it is; add --merge.")
     out = out or run.resolve().parent / f"export-{manifest['stage']}{'-merged' if adapter and merge else ''}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"--out: {out} is there already; name a new folder, or move that one away.")
-    if out.resolve().is_relative_to(run.resolve()):  # base/ and value_model/ of a run mean something
-        raise RecipeError(f"--out: {out} is inside of the run; name a folder elsewhere.")
+        raise RecipeError(f"--out: {out} exists already; name a new folder, or move that one away.")
+    if out.resolve().is_relative_to(run.resolve()):  # a run's own base/ and value_model/ must stay
+        raise RecipeError(f"--out: {out} is inside the run; name a folder elsewhere.")
     log_to(None)
-    from_hub = adapter is not None and is_hub_model(adapter["base_model_name_or_path"] or "")
-    if from_hub:
+    if adapter is not None and is_hub_model(adapter["base_model_name_or_path"] or ""):
         go_offline()
     with writing("the export", out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,27 +82,27 @@ def _finished(run: Path) -> dict[str, Any]:
     if manifest is None:
         inside = sorted(path.parent.name for path in run.glob(f"*/{MANIFEST}"))
         found = f"no {MANIFEST} in it" if run.is_dir() else "no such folder"
-        there = f"in it are the runs: {', '.join(inside)}" if inside else "name one such as runs/imdb_tiny/ppo"
+        there = f"it contains the runs: {', '.join(inside)}" if inside else "name one such as runs/imdb_tiny/ppo"
         raise RecipeError(f"{run} is no run ({found}); {there}.")
     if manifest["stage"] not in ("sft", "reward", "ppo", "rloo"):
         raise RecipeError(f"{run}: stage {manifest['stage']} trains no model, so there is nothing to export.")
     if manifest["status"] != "finished":
         raise RecipeError(
             f"{run} has not finished (its {MANIFEST} says {manifest['status']}), so it has no final model yet; "
-            "give the run's own command again."
+            "give its command again."
         )
     if not any(run.glob(WEIGHTS)):
-        raise RecipeError(f"{run} has no weights any more ({WEIGHTS}); run its stage again.")
+        raise RecipeError(f"the weights of {run} are gone ({WEIGHTS}); run its stage again.")
     return manifest
 
 
 def _write(
     run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, part: Path, merge: bool, dtype: Dtype | None
 ) -> list[str]:
-    """Write all but the model card; returns sentences on what it is."""
+    """Write all files but the model card; returns sentences that describe the export."""
     stage, notes = manifest["stage"], []
     files = {path for pattern in SNAPSHOT for path in run.glob(pattern) if path.name not in NOT_EXPORTED}
-    if dtype is not None or (adapter is not None and merge):  # then they are written anew
+    if dtype is not None or (adapter is not None and merge):  # then weights are written below
         files -= {run / ADAPTER, *_weights(run)}
     for path in sorted(files | {run / "recipe.yaml"}):
         shutil.copy(path, part)
@@ -111,7 +111,7 @@ def _write(
     if adapter is None:
         if dtype is not None:
             _convert(stage, run, part, dtype, trusted)
-        notes.append("a whole model" + (", as which it was trained: there is nothing to merge" if merge else ""))
+        notes.append("a whole model" + (", trained as a whole, so there is nothing to merge" if merge else ""))
     elif merge:
         base, stored = _merge(stage, run, part, dtype, trusted)
         notes.append(f"a whole model: the adapter merged into {base}, in {stored}")
@@ -123,9 +123,9 @@ def _write(
             + ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(quantization.items()))
             + "), "
             + (
-                "and merged into unquantized ones: its logits are theirs with the adapter, a little other than in training"
+                "and merged into unquantized ones, so its logits differ a little from those in training"
                 if merge
-                else "so load its base with that as quantization_config to have the logits of the training"
+                else "so load its base with that as quantization_config to get the logits of the training"
             )
         )
     if (run / VALUE_MODEL).is_dir():
@@ -144,7 +144,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _take_along(run: Path, adapter: dict[str, Any], part: Path) -> str:
-    """Have an exported adapter name its base as it is to be found from here; says what the adapter needs."""
+    """Copy the base beside an exported adapter, or write the base's place into it; returns what the adapter needs."""
     name = adapter["base_model_name_or_path"]
     if (run / MERGED_BASE).is_dir():
         shutil.copytree(run / MERGED_BASE, part / MERGED_BASE)
@@ -154,24 +154,23 @@ def _take_along(run: Path, adapter: dict[str, Any], part: Path) -> str:
     base = str(Path(base_of("export", str(run), adapter_of("export", str(run)))).resolve())
     (part / ADAPTER).write_text(json.dumps(adapter | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
     return (
-        f"an adapter; it needs its base, the local folder {base}: elsewhere, take that along and set "
+        f"an adapter; it needs its base, the local folder {base}: on another machine, copy that folder too and set "
         f"base_model_name_or_path in {ADAPTER}, or export with --merge, which makes one whole model"
     )
 
 
 def _merge(stage: str, run: Path, part: Path, dtype: Dtype | None, trusted: bool) -> tuple[str, str]:
-    """Write adapter and base as one model; returns what the base is and what the weights are stored in."""
+    """Write adapter and base as one model; returns the base's name and the dtype of the weights."""
     from transformers import AutoTokenizer
     from transformers.trainer_utils import align_special_tokens
 
     hush_libraries()
-    adapter = adapter_of("export", str(run))
-    name = adapter.base_model_name_or_path
-    base = base_of("export", str(run), adapter)
+    name = read_json(run / ADAPTER)["base_model_name_or_path"]
+    base = base_of("export", str(run), adapter_of("export", str(run)))
     stored = dtype or str(load_config("export", base, trusted).dtype or "float32").removeprefix("torch.")
-    # In float32, so that the sum of base and adapter is rounded once.
+    # In float32, so that the sum of base and adapter is rounded only once.
     model = load_model(_auto_class(stage), "export", str(run), trusted, dtype="float32")
-    # As TRL's trainers do with a whole model: generation ends, and a classifier reads, at the tokenizer's tokens.
+    # As TRL's trainers do: the model's special tokens become those of the tokenizer.
     align_special_tokens(model, AutoTokenizer.from_pretrained(run, trust_remote_code=trusted))
     for path in Path(base).glob("*.py"):
         shutil.copy(path, part)
@@ -192,7 +191,7 @@ def _save(model: "PreTrainedModel", part: Path, dtype: str) -> None:
     model.to(getattr(torch, dtype))
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise RecipeError(f"export: {name} has weights that are no numbers in {dtype}; take --dtype float32.")
+            raise RecipeError(f"export: {name} has weights that are not finite in {dtype}; take --dtype float32.")
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.use_cache = True

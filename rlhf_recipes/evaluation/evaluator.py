@@ -165,7 +165,8 @@ def _load(recipe: Recipe, key: str, reference: str, tokenizer: Any) -> Any:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, set_seed
 
-    from rlhf_recipes.models.load import fit_embeddings, load_model
+    from rlhf_recipes.models.limits import fit_embeddings
+    from rlhf_recipes.models.load import load_model
     from rlhf_recipes.runs.references import resolve_model
 
     folder = resolve_model(recipe, key, reference)

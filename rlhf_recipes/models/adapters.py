@@ -1,7 +1,7 @@
-"""Training an adapter instead of all weights: what `peft:` and `quantization:` of a stage make of its model.
+"""Adapters and quantization: the settings `peft` and `quantization` of a stage, checked against its model.
 
-The folder of such a stage holds the adapter, as peft saves it, and the tokenizer, but no `config.json`: with one,
-transformers would look for whole weights beside it instead of following `base_model_name_or_path`.
+The folder of such a stage holds the adapter, as peft saves it, and the tokenizer, but no `config.json`: transformers
+would then look for whole weights in it, instead of following `base_model_name_or_path`.
 """
 
 import copy
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,11 +28,11 @@ from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.references import loading
 
 INTO_BASE = ("pissa", "olora", "corda", "loftq")
-"""Beginnings of values of `init_lora_weights` by which peft changes the model's own weights."""
+"""Values of `init_lora_weights` with these beginnings make peft change the base's own weights."""
 
 
 def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
-    """`peft_config` and `quantization_config` of a TRL trainer, made of the stage's settings; each None without any.
+    """`peft_config` and `quantization_config` for a TRL trainer; None without the stage's setting.
 
     Raises:
         RecipeError: peft or transformers refuses a value.
@@ -41,7 +40,7 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
     section = getattr(run.recipe, run.stage)
     peft_config = quantization_config = None
     if section.quantization is not None:
-        # Layers compute in what the rest of the model does.
+        # Quantized layers compute in the precision of the other layers.
         compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         quantization_config = quantization_of(run.stage, section.quantization, compute)
     if section.peft is not None:
@@ -49,7 +48,7 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
         if str(peft_config.init_lora_weights).startswith(INTO_BASE):
             raise RecipeError(
                 f"{run.stage}.peft.init_lora_weights: {peft_config.init_lora_weights} moves a part of the model's own weights "
-                "into the adapter, so that what is left is no reference; take gaussian, orthogonal or true."
+                "into the adapter, so that the base is no KL reference; take gaussian, orthogonal or true."
             )
         if peft_config.init_lora_weights == "mica" and quantization_config is not None:
             raise RecipeError(f"{run.stage}.peft.init_lora_weights: mica needs weights that are not quantized.")
@@ -57,28 +56,20 @@ def adapter_args(run: Run, args: TrainingArguments) -> dict[str, Any]:
 
 
 def lora_of(stage: str, settings: dict[str, Any]) -> LoraConfig:
-    """peft's configuration of a stage's adapter.
-
-    Raises:
-        RecipeError: peft refuses a value.
-    """
+    """peft's configuration of a stage's adapter."""
     with _refusals(f"{stage}.peft"):
         return LoraConfig(**settings | {"task_type": "SEQ_CLS" if stage == "reward" else "CAUSAL_LM"})
 
 
 def quantization_of(stage: str, settings: dict[str, Any], compute: str) -> BitsAndBytesConfig:
-    """transformers' configuration of a stage's quantized weights, whose layers compute in `compute` by default.
-
-    Raises:
-        RecipeError: transformers refuses a value.
-    """
+    """transformers' configuration of a stage's quantized weights; the layers compute in the dtype `compute` by default."""
     with _refusals(f"{stage}.quantization"):
         return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": compute} | settings)
 
 
 @contextmanager
 def _refusals(key: str) -> Iterator[None]:
-    """Turn a library's refusal of settings into a `RecipeError`."""
+    """Turns a library's refusal of settings into a `RecipeError`."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, ImportError, re.error) as error:
@@ -86,26 +77,27 @@ def _refusals(key: str) -> Iterator[None]:
 
 
 def fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapter: dict[str, Any]) -> None:
-    """Train the new layers of a classifier whole, and refuse what the model cannot be adapted with."""
+    """Complete the adapter's configuration for a model, and refuse one that does not fit it.
+
+    The new layers of a classifier are trained whole.
+
+    Raises:
+        RecipeError: The configuration names layers, parameters or tokens that cannot be adapted, or peft refuses it.
+    """
     peft_config, quantization_config = adapter["peft_config"], adapter["quantization_config"]
     shape = shape_of(where, model, trusted, auto_class)
     if auto_class is AutoModelForSequenceClassification:
-        # All that is not in the backbone is new: score; or pooler, pre_classifier, classifier of BERT's relatives.
+        # All layers outside the backbone are new: score; for BERT's relatives pooler, pre_classifier, classifier.
         new = [n for n, part in shape.named_children() if n != shape.base_model_prefix and list(part.parameters())]
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
-        if quantization_config is not None:  # what is trained whole must be whole
+        if quantization_config is not None:  # layers that are trained whole must not be quantized
             skipped = {*(quantization_config.llm_int8_skip_modules or []), *peft_config.modules_to_save}
             quantization_config.llm_int8_skip_modules = sorted(skipped)
     layers = _layers(shape)
     known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-    # Of GPT-2; peft finds out itself, with a warning whenever the adapter is loaded.
+    # For GPT-2. Without it, peft warns whenever the adapter is loaded.
     peft_config.fan_in_fan_out |= any(isinstance(part, Conv1D) for part in layers.values())
     key, targets = f"{run.stage}.peft.target_modules", peft_config.target_modules
-    known_to_peft = shape.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    if targets is None and peft_config.target_parameters is None and not known_to_peft:
-        raise RecipeError(
-            f"{key}: peft has no default for {shape.config.model_type} models; set it. {model} has: {known}."
-        )
     for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
         with _refusals(f"{key}: {target!r}"):
             matched = _matched({target} if target is not targets else target, shape)
@@ -119,26 +111,29 @@ def fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapte
         }
         for name in [name for name, given in of_embeddings.items() if given]:
             raise RecipeError(
-                f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter changes one of "
-                "the two only; leave it out."
+                f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter would change "
+                "only one of the two; leave it out."
             )
     _require_tokens(run, model, peft_config, shape)
     if peft_config.lora_alpha == 0:
-        raise RecipeError(f"{run.stage}.peft.lora_alpha is 0, with which an adapter changes nothing; the default is 8.")
-    for name in peft_config.target_parameters or ():  # peft warns, and passes over one that is not there
-        if not any(f".{parameter}".endswith(f".{name}") for parameter, _ in shape.named_parameters()):
-            raise RecipeError(f"{run.stage}.peft.target_parameters: {model} has no parameter {name!r}.")
-    for name in peft_config.modules_to_save or ():  # peft passes over one that is not there
-        if not any(f".{part}".endswith(f".{name}") for part, _ in shape.named_modules()):
-            raise RecipeError(f"{run.stage}.peft.modules_to_save: {model} has no layer {name!r}; it has: {known}.")
+        raise RecipeError(f"{run.stage}.peft.lora_alpha is 0, which switches the adapter off; the default is 8.")
+    parts = (
+        ("target_parameters", "parameter", shape.named_parameters()),
+        ("modules_to_save", "layer", shape.named_modules()),
+    )
+    for setting, kind, there in parts:  # peft ignores wrong names
+        names = [f".{name}" for name, _ in there]
+        for name in getattr(peft_config, setting) or ():
+            if not any(own.endswith(f".{name}") for own in names):
+                raise RecipeError(f"{run.stage}.peft.{setting}: {model} has no {kind} {name!r}; it has: {known}.")
     trial = copy.deepcopy(peft_config)
-    trial.init_lora_weights = True  # others look at the weights, which are not there
+    trial.init_lora_weights = True  # other values need the weights, which are not loaded
     with _refusals(f"{run.stage}.peft"), torch.device("meta"):
         get_peft_model(shape, trial)
 
 
 def _require_tokens(run: Run, model: str, peft_config: LoraConfig, shape: PreTrainedModel) -> None:
-    """Refuse `trainable_token_indices` that are no rows of the embeddings."""
+    """Refuse `trainable_token_indices` that are not rows of the embeddings."""
     key, given = f"{run.stage}.peft.trainable_token_indices", peft_config.trainable_token_indices
     rows = shape.get_input_embeddings().num_embeddings
     for tokens in given.values() if isinstance(given, dict) else [] if given is None else [given]:
@@ -149,24 +144,24 @@ def _require_tokens(run: Run, model: str, peft_config: LoraConfig, shape: PreTra
     for name in given if isinstance(given, dict) else ():
         if any(part is shape.get_output_embeddings() for part in (_layers(shape)[n] for n in _matched({name}, shape))):
             raise RecipeError(
-                f"{key}: {name} is the output layer, which TRL's loss reads past an adapter; leave it out."
+                f"{key}: {name} is the output layer, and TRL's loss ignores an adapter there; leave it out."
             )
 
 
 def shape_of(where: str, model: str, trusted: bool, auto_class: Any) -> PreTrainedModel:
-    """A model without weights, for its names."""
+    """A model without weights, for the names of its layers."""
     config = load_config(where, model, trusted)
     with loading(where, model), torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trusted)
 
 
 def _layers(shape: PreTrainedModel) -> dict[str, nn.Module]:
-    """Layers that can be adapted, by name."""
+    """Name -> layer, of all layers that LoRA can adapt."""
     return {name: part for name, part in shape.named_modules() if isinstance(part, nn.Linear | nn.Embedding | Conv1D)}
 
 
 def _matched(targets: str | set[str], shape: PreTrainedModel) -> set[str]:
-    """Names of a model's layers that `target_modules` means, as peft reads it."""
+    """The names of the layers that `target_modules` selects, by peft's rules."""
     layers = _layers(shape)
     if targets == "all-linear":
         head = shape.get_output_embeddings()
@@ -179,15 +174,15 @@ def _matched(targets: str | set[str], shape: PreTrainedModel) -> set[str]:
 def require_same(
     run: Run, where: str, reference: str, peft_config: LoraConfig, start: PeftConfig, shape: PreTrainedModel
 ) -> None:
-    """Refuse to go on with an adapter under settings that are not its own."""
+    """Refuse to train an existing adapter with settings that differ from its own."""
     if not isinstance(start, LoraConfig) or start.task_type not in ("CAUSAL_LM", None):
         raise RecipeError(
-            f"{where}: {reference} is no LoRA adapter of a language model, so training cannot go on with it."
+            f"{where}: {reference} is no LoRA adapter of a language model, so it cannot be trained further."
         )
     if str(start.init_lora_weights).startswith(INTO_BASE):
         raise RecipeError(
-            f"{where}: the adapter {reference} has a part of its base's weights in it (init_lora_weights: "
-            f"{start.init_lora_weights}), so training cannot go on with it; without {run.stage}.peft the merged model is trained."
+            f"{where}: the adapter {reference} holds a part of its base's weights (init_lora_weights: "
+            f"{start.init_lora_weights}), so it cannot be trained further; train the merged model without {run.stage}.peft."
         )
     start.task_type = "CAUSAL_LM"
     for name in getattr(run.recipe, run.stage).peft:
@@ -198,6 +193,6 @@ def require_same(
         if not same:
             shown = [sorted(value) if isinstance(value, set) else value for value in (wanted, found)]
             raise RecipeError(
-                f"{run.stage}.peft.{name} is {shown[0]}, but the adapter {reference}, with which training goes on, has "
+                f"{run.stage}.peft.{name} is {shown[0]}, but the adapter {reference}, which is trained further, has "
                 f"{str(shown[1])[:200]}; set it to that, or leave it out: peft: {{}} takes all of the adapter's settings."
             )

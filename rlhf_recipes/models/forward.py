@@ -1,4 +1,4 @@
-"""One forward pass over prompts and completions, as sampling saw them; for training and for evaluation alike."""
+"""One forward pass over prompts and completions with the positions of sampling, for training and evaluation."""
 
 import inspect
 from typing import Any
@@ -12,13 +12,13 @@ def completion_logits(
 ) -> tuple[Tensor, Any]:
     """Logits that predict the last `length` tokens.
 
-    Position ids follow the attention mask, as in generation: with learned positions (GPT-2), a left-padded prompt
-    would otherwise be read at other positions than it was continued from. The LM head runs on `length` positions.
+    Position ids follow the attention mask, as in generation; otherwise padding would shift the learned positions of
+    GPT-2. The LM head runs on `length` positions only.
 
     Args:
         model: Causal language model, wrapped or not.
         input_ids: Left-padded prompts and right-padded completions, (B, P + T).
-        attention_mask: 1 for tokens that are no padding, (B, P + T).
+        attention_mask: 0 for padding, else 1, (B, P + T).
         length: T.
         kwargs: Further arguments of the model's forward.
 
@@ -39,7 +39,7 @@ def completion_logits(
 
 
 def takes_position_ids(model: Any) -> bool:
-    """Whether the model's forward has them; models whose positions are relative to the mask (BLOOM) have not."""
+    """Whether the model's forward has `position_ids`; models with positions from the mask (BLOOM) do not."""
     while hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT
@@ -48,7 +48,7 @@ def takes_position_ids(model: Any) -> bool:
 
 
 PLAIN = ("UnsafeViewBackward0", "ViewBackward0", "MmBackward0", "AddmmBackward0")
-"""Last operations of a linear layer: none of them needs its output for its gradient."""
+"""Last operations of a linear layer. Their gradients do not need their output."""
 
 
 def sampled_logps(
@@ -56,15 +56,15 @@ def sampled_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens under logits / temperature, and the entropies of those distributions.
 
-    In float32 whatever the logits' type. Besides logits and their gradient no tensor of that size is made.
+    Computed in float32 for any dtype of the logits. No tensor of their size is made besides their gradient.
 
     Args:
         logits: (B, T, vocabulary).
         tokens: (B, T).
-        temperature: The one that completions are sampled with.
-        entropy: Whether entropies are wanted; without, they are empty.
-        overwrite: Whether nobody else needs the logits: then their gradient takes their place where that can be done,
-            and a second backward pass is an error.
+        temperature: The sampling temperature.
+        entropy: Whether to compute entropies; False: they are empty.
+        overwrite: Whether the gradient may overwrite the logits, if autograd allows it. Nothing else may need the
+            logits, and a second backward pass is an error.
 
     Returns:
         Both (B, T), in nats.
@@ -76,11 +76,11 @@ def sampled_logps(
 
 
 class _SampledLogps(torch.autograd.Function):
-    """log p_y and H = -sum p log p of p = softmax(logits / temperature), with gradients by hand.
+    """log p_y and H = -sum p log p of p = softmax(logits / temperature), with explicit gradients.
 
     d log p_y / dz_j = [j = y] - p_j   and   dH / dz_j = -p_j (log p_j + H),   z = logits / temperature.
 
-    N = B * T tokens, in the shapes of (N, vocabulary) and (N, 1).
+    The shapes are (N, vocabulary) and (N, 1) for N = B * T tokens.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ class _SampledLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_logps: Tensor, of_entropies: Tensor):
         logits, tokens, logsumexp, entropies = ctx.saved_tensors
-        # Autograd notices that a saved tensor was written to, and would refuse a second pass.
+        # Autograd notices the change of a saved tensor and refuses a second pass.
         gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
         for rows in rows_at_once(logits):
             there = gradient[rows]
@@ -123,9 +123,9 @@ class _SampledLogps(torch.autograd.Function):
 
 
 def rows_at_once(logits: Tensor) -> list[slice]:
-    """Slices of the rows of (N, vocabulary) that are worked on at once.
+    """Slices of rows of (N, vocabulary) for chunked work.
 
-    So few that what is temporary stays small, and in a CPU's cache; on a GPU enough to keep it busy.
+    On a CPU, temporary tensors of a chunk fit into the cache; on a GPU, a chunk keeps it busy.
     """
     step = max(1, (2**19 if logits.device.type == "cpu" else 2**26) // logits.size(-1))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
@@ -154,6 +154,6 @@ def pad_batch(
 
 
 def longest(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
-    """How many columns, on the right of the prompts and on the left of the completions, hold all tokens of a batch."""
+    """The numbers of columns that hold all tokens: the last of the prompts, and the first of the completions."""
     P, T = prompt_mask.sum(1).max(), completion_mask.sum(1).max()
     return int(P), max(int(T), 1)

@@ -1,4 +1,4 @@
-"""What a training stage makes of the machine it runs on: precision, attention, gradient checkpointing, vLLM."""
+"""Settings that depend on the machine: precision, attention, gradient checkpointing, vLLM."""
 
 import logging
 from typing import Any
@@ -15,22 +15,21 @@ ALL_TRAINED = frozenset(
     ("albert", "bert", "bloom", "deberta-v2", "distilbert", "electra", "falcon", "gemma", "gemma2", "gpt2", "gpt_neo")
     + ("gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "stablelm")
 )
-"""Architectures of which every weight has a part in every loss; a mixture of experts is none of them."""
+"""Architectures in which every weight has a gradient in every step; a mixture of experts does not."""
 
 
 def settings(stage: str, section: Trained, asked_precision: str | None = None) -> dict[str, Any]:
-    """A trainer's arguments that follow from the hardware, and a line in the log that says why.
+    """A trainer's arguments for this hardware, and a line in the log with the reasons.
 
-    What the stage's own `trainer` says counts first, then the precision of accelerate's configuration, then what the
-    hardware has.
+    The stage's `trainer` section comes first, then accelerate's configuration (precision), then the hardware.
 
     Args:
         stage: Name of the stage.
-        section: Its settings.
-        asked_precision: `mixed_precision` of accelerate's configuration; None: it has none.
+        section: The stage's settings.
+        asked_precision: `mixed_precision` of accelerate's configuration; None: it is not set.
 
     Raises:
-        RecipeError: The hardware has not the precision, or vLLM is asked for with a quantized base.
+        RecipeError: The hardware does not support the precision, or the stage has vLLM and a quantized base.
     """
     given = section.trainer
     _check_vllm(stage, section)
@@ -56,7 +55,7 @@ def settings(stage: str, section: Trained, asked_precision: str | None = None) -
 
 
 def _precision(stage: str, given: dict[str, Any], asked: str | None, on_cpu: bool) -> tuple[str, str]:
-    """bf16, fp16 or no (float32), and why."""
+    """bf16, fp16 or no (float32), and the reason."""
     has, why = ("no", "on a CPU") if on_cpu else native_precision()
     own = [name for name in ("bf16", "fp16") if given.get(name) is not None]
     if own:
@@ -76,7 +75,7 @@ def _precision(stage: str, given: dict[str, Any], asked: str | None, on_cpu: boo
 
 
 def native_precision() -> tuple[str, str]:
-    """What the accelerator computes in, bf16 or fp16, and why; bf16 that is emulated is slower than float32."""
+    """The accelerator's precision, bf16 or fp16, and the reason. Emulated bf16 does not count: float32 is faster."""
     if torch.cuda.is_available():
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -89,7 +88,7 @@ def _device_name() -> str:
 
 
 def _checkpointing(given: dict[str, Any], on_cpu: bool) -> tuple[bool | None, str]:
-    """Whether to compute activations twice instead of keeping them, and why; None: as the recipe says."""
+    """Whether to recompute activations instead of keeping them, and the reason; None: the recipe decides."""
     own = [name for name in ("gradient_checkpointing", "activation_checkpointing") if given.get(name) is not None]
     if own:
         return None, f"{'on' if given[own[0]] else 'off'}: the recipe says so"
@@ -99,7 +98,7 @@ def _checkpointing(given: dict[str, Any], on_cpu: bool) -> tuple[bool | None, st
 
 
 def has_flash_attention(on_cpu: bool, precision: str) -> tuple[bool, str]:
-    """Whether flash-attn can compute attention, and if not, why."""
+    """Whether flash-attn can compute attention, and the reason."""
     if on_cpu or not torch.cuda.is_available():
         return False, "flash-attn needs a CUDA GPU"
     if precision == "no":
@@ -120,25 +119,25 @@ def _attention_line(given: dict[str, Any], on_cpu: bool, precision: str) -> str:
 
 
 def attention(args: TrainingArguments, auto_class: Any, config: PreTrainedConfig) -> dict[str, str]:
-    """`attn_implementation` of a model that is trained, where transformers would not choose the fastest itself.
+    """`attn_implementation` of a trained model, if transformers' own choice is not the fastest.
 
     Args:
         args: The trainer's arguments.
-        auto_class: Of transformers, that the model is loaded with.
-        config: The model's.
+        auto_class: The class of transformers that loads the model.
+        config: The model's configuration.
     """
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    model_class = auto_class._model_mapping.get(type(config), None)  # None: its code is its own
+    model_class = auto_class._model_mapping.get(type(config), None)  # None: the model has its own code
     supported = getattr(model_class, "_supports_flash_attn", False)
     flash = has_flash_attention(args.use_cpu, precision)[0] and supported
     return {"attn_implementation": "flash_attention_2"} if flash else {}
 
 
 def expect_all_gradients(trainer: Any) -> None:
-    """Spare DDP its search for parameters without a gradient where each has one; call it before training.
+    """Switch off DDP's search for parameters without a gradient, if every parameter has one; call it before training.
 
-    The search costs a pass over the graph in every step, and a warning of torch's on every process. Without it a
-    parameter that has no gradient is an error in the second step; so models that are not known to have none keep it.
+    The search costs a pass over the graph in every step, and torch warns on every process. Without the search, a
+    parameter without a gradient is an error in the second step, so unknown architectures keep it.
     """
     models = [part for part in trainer.model.modules() if isinstance(part, PreTrainedModel)]
     known = all(model.config.model_type in ALL_TRAINED for model in models)
@@ -149,6 +148,6 @@ def expect_all_gradients(trainer: Any) -> None:
 def _check_vllm(stage: str, section: Trained) -> None:
     if section.trainer.get("use_vllm") and section.quantization is not None:
         raise RecipeError(
-            f"{stage}.trainer.use_vllm: vLLM is sent the adapter merged into its base, and merging rounds the weights of a "
-            f"quantized base anew each time; take {stage}.quantization out, or sample with transformers."
+            f"{stage}.trainer.use_vllm: TRL sends vLLM the merged model, and each merge rounds the weights of a quantized "
+            f"base again; remove {stage}.quantization, or sample with transformers."
         )

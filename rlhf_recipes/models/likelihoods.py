@@ -1,4 +1,4 @@
-"""How likely a language model finds completions that it or another model wrote: log-probabilities at temperature 1."""
+"""Log-probabilities of completions under a language model, which may be another than their author, at temperature 1."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from rlhf_recipes.recipe.messages import as_text
 def sequence_logps(
     model: Any, tokenizer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
 ) -> list[float]:
-    """Log-probability of every whole completion of a batch, in nats; no prompt may be empty.
+    """Log-probability of every completion of a batch, in nats. No prompt may be empty.
 
-    It is -inf where a completion has a token that is beyond the model's embeddings: another model with this tokenizer
-    may have spare rows, and write from them.
+    It is -inf for a completion with a token beyond the model's embeddings. Another model with the same tokenizer may
+    have spare rows and sample such tokens.
     """
     batch = pad_batch(prompt_ids, completion_ids, tokenizer.pad_token_id)
     ids, attention_mask, mask = (tensor.to(model.device) for tensor in batch)
@@ -33,9 +33,9 @@ def sequence_logps(
 def text_logps(
     model: Any, tokenizer: Any, prompts: list[str | list[dict]], completions: list[str | list[dict]]
 ) -> tuple[list[float], list[int]]:
-    """Log-probabilities of a batch of completions' texts, and their lengths, both in the model's own tokens; no EOS.
+    """Log-probabilities of completions in nats, and their lengths, both in the model's own tokens and without EOS.
 
-    The model need not be the one that wrote them. Of a text longer than its context the beginning is left out.
+    A text longer than the context loses its beginning.
     """
     context = context_length(model.config, tokenizer)
     pairs = []
@@ -48,13 +48,13 @@ def text_logps(
 
 
 def _text_ids(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt, at least one, and those that a completion adds to them."""
+    """Tokens of a prompt, at least one, and the tokens that the completion adds."""
     text = as_text(completion)
     if not isinstance(prompt, str) and tokenizer.chat_template:
         return token_ids(tokenizer, prompt), tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt = prompt if isinstance(prompt, str) else as_text(prompt) + "\n"
     before, whole = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + text)
-    # Tokens may reach over the end of the prompt; nothing says how likely the first token of all is.
+    # A token may cross the end of the prompt. The very first token has no probability.
     same = next(
         (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )

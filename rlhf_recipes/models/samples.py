@@ -1,4 +1,4 @@
-"""Completions of held-out prompts, one for each."""
+"""One completion for each held-out prompt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rlhf_recipes.models.sampling import sample_completions
 
 @dataclass
 class Samples:
-    """The answers of one model, one entry per prompt."""
+    """The completions of one model, one entry per prompt."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -35,13 +35,13 @@ def sample(model, tokenizer, prompts: list, new_tokens: int, temperature: float,
 
 
 def shared_out(accelerator, rows: list, work: Callable[[list], list]) -> list:
-    """Applies `work` to rows, one value a row: every process does its share, and all get all values.
+    """Applies `work`, which returns one value a row, to this process's share of the rows; returns all values.
 
     All ranks call this.
     """
     from accelerate.utils import gather_object
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = range(rank, len(rows), ranks)
-    done = gather_object(list(zip(mine, work([rows[i] for i in mine]), strict=True)))
+    local = range(rank, len(rows), ranks)
+    done = gather_object(list(zip(local, work([rows[i] for i in local]), strict=True)))
     return [value for _, value in sorted(done, key=lambda pair: pair[0])]

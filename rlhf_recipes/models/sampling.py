@@ -19,15 +19,14 @@ def sample_completions(
 ) -> list[list[int]]:
     """One completion for every prompt, each token drawn from softmax(logits / temperature).
 
-    Completions that have ended leave the batch, so that the last long one does not cost as much as all of them. Tokens
-    are drawn by one uniform number each; `torch.multinomial` draws one for each entry of the vocabulary, which on a
-    CPU takes longer than the model.
+    Finished completions leave the batch, so that a long one alone does not cost as much as all. Each token needs one
+    uniform number; `torch.multinomial` draws one for each entry of the vocabulary, which is slower than a small model.
 
     Args:
-        model: The model itself, not wrapped for training.
+        model: The model, not wrapped for training.
         prompt_ids: Token ids of B prompts.
-        pad_token_id: What shorter prompts are padded with, on the left.
-        max_new_tokens: Length at which a completion is cut off.
+        pad_token_id: Pads shorter prompts on the left.
+        max_new_tokens: Longest completion.
         temperature: Above 0.
         eos_token_ids: Tokens that end a completion.
 
@@ -58,7 +57,7 @@ def sample_completions(
         if not running.any():
             break
         positions = positions[:, -1:] + 1
-        # Copying the cache takes time too: not for every single completion that ends.
+        # Copying the cache takes time too, so not for every finished completion.
         if running.sum() <= 0.875 * len(rows) and hasattr(cache, "batch_select_indices"):
             kept = running.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
@@ -73,12 +72,12 @@ def sample_completions(
 
 def _draw(logits: Tensor, temperature: float) -> Tensor:
     """A token for each row of logits (B, vocabulary), by inverting the cumulative distribution."""
-    # In float64, where an entry's share of a large vocabulary survives the summing up; Apple's GPUs have none.
+    # float64 keeps the small probabilities of a large vocabulary in the sum; Apple's GPUs lack it.
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     tokens = []
     for chunk in rows_at_once(logits):
         cumulative = (logits[chunk].float() / temperature).softmax(-1).cumsum(-1, dtype=dtype)
         at = torch.rand(len(cumulative), 1, dtype=dtype, device=logits.device) * cumulative[:, -1:]
-        # The first entry above: never one of probability 0, unless rounding puts `at` on the very top.
+        # The first entry above `at` has a probability above 0, unless rounding puts `at` at the top.
         tokens.append(torch.searchsorted(cumulative, at, right=True).clamp(max=logits.size(-1) - 1))
     return torch.cat(tokens).squeeze(1)

@@ -1,4 +1,4 @@
-"""The model that a stage starts from: found, loaded, put into a TRL trainer, and mended there.
+"""The model that a stage starts from: it is found, loaded and put into a TRL trainer.
 
 start = Start(run, args, "policy")
 trainer = start.trainer(PPOTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=prompts)
@@ -22,14 +22,8 @@ from transformers import (
 
 from rlhf_recipes.models import hardware
 from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_of
-from rlhf_recipes.models.load import (
-    adapter_of,
-    base_of,
-    fit_embeddings,
-    load_adapter,
-    load_config,
-    load_model,
-)
+from rlhf_recipes.models.limits import fit_embeddings
+from rlhf_recipes.models.load import adapter_of, base_of, load_adapter, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.files import MERGED_BASE
 from rlhf_recipes.runs.folder import Run
@@ -41,15 +35,15 @@ if TYPE_CHECKING:
 
 
 class Start:
-    """A stage's starting model. Making this object checks the settings; `trainer` loads the weights.
+    """A stage's starting model. The constructor checks the settings; `trainer` loads the weights.
 
     Args:
         run: The stage's run.
-        args: The trainer's arguments; `trainer` writes into them how the model is loaded.
-        key: `model` or `policy`: the stage's key that names its start. It may be None, for a model from scratch.
+        args: The trainer's arguments; `trainer` adds to them how the model is loaded.
+        key: The stage's key for its start, `model` or `policy`. Its value is None for a model from scratch.
 
     Raises:
-        RecipeError: There is no such model; or peft or transformers refuses a value of `peft` or `quantization`.
+        RecipeError: The model does not exist; or peft or transformers refuses a value of `peft` or `quantization`.
     """
 
     def __init__(self, run: Run, args: TrainingArguments, key: str) -> None:
@@ -57,13 +51,13 @@ class Start:
         self._reference = getattr(getattr(run.recipe, run.stage), key)
         self._adapter = adapter_args(run, args)
         self.model: Any = None if self._reference is None else resolve_model(run.recipe, self._key, self._reference)
-        """Folder of the model; or a model made from scratch, which a stage puts here."""
+        """Folder of the model; a stage may put a model from scratch here."""
 
     def trainer(self, trainer_class: type, tokenizer: "PreTrainedTokenizerBase", **more: Any) -> Any:
-        """A trainer with the model in it, ready to train.
+        """A trainer with the model, ready to train.
 
         Args:
-            trainer_class: Of TRL, or a subclass.
+            trainer_class: A TRL trainer or a subclass.
             tokenizer: The embeddings get a row for each of its tokens.
             more: Other arguments of the trainer: data sets, reward functions.
 
@@ -82,11 +76,11 @@ class Start:
         return trainer
 
     def arguments(self) -> dict[str, Any]:
-        """What a TRL trainer starts from: its arguments `model`, `peft_config` and `quantization_config`.
+        """A TRL trainer's arguments `model`, `peft_config` and `quantization_config`.
 
-        A whole model goes to the trainer by name. A start may be an adapter itself. Without `peft`, training then takes the
-        merged model. With `peft`, a language model trains this very adapter on. A reward model gets a new adapter on the
-        merged model, which is written to the run's folder, where the new adapter finds it.
+        The trainer loads a whole model by its path. If the start is an adapter, a stage without `peft` trains the merged
+        model, and with `peft` it trains this adapter further. A reward model instead gets a new adapter on the merged
+        model, which is saved in the run's folder as the new adapter's base.
         """
         run, args, where, reference = self._run, self._args, self._key, self._reference
         model, peft_config = self.model, self._adapter["peft_config"]
@@ -98,7 +92,7 @@ class Start:
         settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
         settings |= {"use_safetensors": True, "trust_remote_code": trusted}
         start = adapter_of(where, model)
-        _require_whole_numbers(where, reference, config)
+        _require_unquantized(where, reference, config)
         set_seed(args.seed)  # a new head is random
         if start is not None and peft_config is not None and is_reward:
             model, start = _merged_on_disk(run, where, model, settings), None
@@ -110,15 +104,14 @@ class Start:
         args.model_init_kwargs = None
         if getattr(args, "sync_ref_model", False):
             raise RecipeError(
-                f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and only a whole model's reference can be "
-                "synced."
+                f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and TRL syncs only whole models."
             )
         if peft_config is None:
             return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
         require_same(run, where, reference, peft_config, start, shape_of(where, model, trusted, auto_class))
         base = base_of(where, model, start)
         if not is_hub_model(start.base_model_name_or_path or ""):
-            start.base_model_name_or_path = base  # it may have moved with the run's folder
+            start.base_model_name_or_path = base  # it may have moved
         with loading(where, base):
             whole = auto_class.from_pretrained(
                 base, quantization_config=self._adapter["quantization_config"], **settings
@@ -127,7 +120,7 @@ class Start:
 
 
 def _name_bases(adapted: Any, model: str, reference: str) -> None:
-    """Let an adapter name its base so that it is found from everywhere: by Hub id and commit, or by its whole path."""
+    """Write a base name into the adapter that works from any folder: Hub id and commit, or an absolute path."""
     for config in adapted.peft_config.values():
         base = Path(config.base_model_name_or_path)
         if is_hub_model(reference) and base == Path(model):
@@ -137,15 +130,15 @@ def _name_bases(adapted: Any, model: str, reference: str) -> None:
 
 
 def _undo_casts(adapted: Any, trained_on: str | None) -> None:
-    """Take back what TRL and bitsandbytes do to the precision of an adapter on a quantized model.
+    """Restore the precision of an adapter on a quantized model, which TRL and bitsandbytes lower.
 
-    TRL casts the adapter to bf16. There an update below 1/256 of a weight is lost, as those of a small learning rate
-    are; an adapter that training goes on with differs from its frozen copy, and layers that are trained whole differ from
-    what they were. On a CPU, bitsandbytes rounds the base's scales to bf16 at every evaluation between two checkpoints.
+    TRL casts the adapter to bf16, in which updates below 1/256 of a weight are lost, such as those of a small learning
+    rate. The cast also changes an existing adapter, so that it differs from its frozen copy, and layers trained whole.
+    On a CPU, bitsandbytes rounds the base's scales to bf16 at every evaluation.
 
     Args:
         adapted: The model with its adapter.
-        trained_on: Folder of the adapter with which training goes on; None: the adapter is new.
+        trained_on: Folder of the existing adapter that is trained further; None: the adapter is new.
     """
     for name, parameter in adapted.named_parameters():
         if any(f".{adapter}" in name for adapter in adapted.peft_config):
@@ -164,20 +157,20 @@ def _undo_casts(adapted: Any, trained_on: str | None) -> None:
             set_peft_model_state_dict(adapted, weights, adapter)
 
 
-def _require_whole_numbers(where: str, reference: str, config: PreTrainedConfig) -> None:
-    """Refuse a model whose weights are stored quantized: its reference, merged and exported model would be others."""
+def _require_unquantized(where: str, reference: str, config: PreTrainedConfig) -> None:
+    """Refuse stored quantized weights: the KL reference, the merged and the exported model would differ."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
         raise RecipeError(
-            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so that "
-            "training cannot start from them; start from the unquantized original, with peft and quantization, which "
-            "quantizes it when it is loaded."
+            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so "
+            "training cannot start from them; start from the unquantized original. The settings peft and quantization "
+            "quantize it when it is loaded."
         )
 
 
 def _merged_on_disk(run: Run, where: str, model: str, settings: dict[str, Any]) -> str:
-    """The folder of a run in which the start, an adapter, stands as a whole classifier; written by the main process."""
+    """Merge the start, an adapter, into a whole classifier in the run's folder; the main process writes it."""
     folder = run.path / MERGED_BASE
     with PartialState().main_process_first():
         if not folder.exists():

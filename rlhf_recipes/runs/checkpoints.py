@@ -1,4 +1,4 @@
-"""Trainers that can be killed at any moment and go on exactly where their last checkpoint stands."""
+"""Trainers that can be killed at any moment, and that resume exactly from their last checkpoint."""
 
 import os
 import shutil
@@ -26,15 +26,19 @@ def resumable(trainer_class: type) -> type:
     return type(trainer_class.__name__, (Resumable, trainer_class), {})
 
 
-class Resumable:
-    """In front of a TRL trainer: a checkpoint is whole or not taken for one, and going on from it is exact.
+_Trainer: Any = object
+"""The base class of `Resumable` for type checkers: any trainer."""
 
-    What it changes:
-    1. A checkpoint ends with a list of its files and their checksums; an older one is deleted only after that.
-    2. What was summed up since the last log line is saved too: the next line is that of a run never stopped.
-    3. From a checkpoint of the last step no further step is trained; transformers' trainer would train one.
-    4. SIGTERM saves a checkpoint at the end of the current step, on all ranks at the same, and then takes its course.
-    5. When a checkpoint cannot be written, it is removed, and all ranks stop.
+
+class Resumable(_Trainer):
+    """Mixin before a TRL trainer: incomplete checkpoints are recognized, and resuming is exact.
+
+    Changes to the trainer:
+    1. The last file of a checkpoint lists all its files with checksums. Only then is an older checkpoint deleted.
+    2. A checkpoint holds the sums since the last log line, so that the next line equals that of an unstopped run.
+    3. No step is trained after a checkpoint of the last step; transformers' trainer would train one.
+    4. SIGTERM saves a checkpoint at the end of the current step, the same on all ranks; then the signal takes effect.
+    5. If a checkpoint cannot be written, it is removed, and all ranks stop.
     """
 
     def __init__(self, *args, **kwargs):
@@ -43,35 +47,39 @@ class Resumable:
         self.add_callback(self._stop)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As the parent's; `resume_from_checkpoint=True` means the last checkpoint in `output_dir` that is whole.
+        """As the parent's; `resume_from_checkpoint=True` means the last complete checkpoint in `output_dir`.
 
         Raises:
-            RecipeError: There is none, or it was saved by processes in another setup; or nothing could be saved.
+            RecipeError: There is none, another setup saved it, or ZeRO-3 would never save a complete model.
         """
         plugin = self.accelerator.deepspeed_plugin if self.is_deepspeed_enabled else None
         sharding = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
         if sharding.get("stage") == 3 and sharding.get("stage3_gather_16bit_weights_on_model_save") is not True:
             raise RecipeError(
-                "the configuration of accelerate: with ZeRO-3 every process has a part of the model, which would never be "
-                "saved as a whole; set zero3_save_16bit_model: true under deepspeed_config."
+                "accelerate's configuration: with ZeRO-3 every process saves only its part of the model; set "
+                "zero3_save_16bit_model: true under deepspeed_config."
             )
         if resume_from_checkpoint is True:
             found = last_complete(Path(self.args.output_dir)) if self.is_world_process_zero() else None
             found = broadcast_object_list([found])[0]
             if found is None:
-                raise RecipeError(f"{self.args.output_dir} holds no whole checkpoint to go on from.")
+                raise RecipeError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
             require_setup(found, setup_of(self))
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
-            self.args.eval_on_start = False  # that was at the start
+            self.args.eval_on_start = False  # the first start evaluated
         with (
             self._stop.listening(),
-            expected("do not match the ones in the `trainer_state.json`"),  # save_steps: 0.1 is stored as a number
-            expected("missing keys in the checkpoint model"),  # tied weights are saved once, a value head by itself
+            expected(
+                "do not match the ones in the `trainer_state.json`"
+            ),  # such as save_steps: 0.1, stored as a number of steps
+            expected(
+                "missing keys in the checkpoint model"
+            ),  # tied weights are saved once, a value head in its own file
         ):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             if resume_from_checkpoint and self._initial_global_step >= self.state.max_steps:
-                self._load_rng_state(resume_from_checkpoint)  # no epoch was begun that would have done it
+                self._load_rng_state(resume_from_checkpoint)  # the parent does it when an epoch begins
         return output
 
     def _run_epoch(self, **arguments) -> None:
@@ -81,14 +89,14 @@ class Resumable:
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         is_main = self.is_world_process_zero()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # not before the new one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # until the new one is complete
 
         def clear() -> None:
-            if is_main and folder.exists():  # what a killed attempt left of this very step
+            if is_main and folder.exists():  # left by a killed attempt at this step
                 shutil.rmtree(folder)
 
         def mark() -> None:
-            if is_main and not self.args.save_only_model:  # without optimizer there is nothing to go on from
+            if is_main and not self.args.save_only_model:  # without the optimizer's state, none can resume
                 mark_complete(folder, setup_of(self).to_dict())
 
         try:
@@ -102,31 +110,31 @@ class Resumable:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.is_deepspeed_enabled and state_dict is not None:
-            # accelerate's copy of them holds tied weights as tensors of their own, which would be written twice.
+            # accelerate's copy holds tied weights as separate tensors, which would be written twice.
             tied = getattr(self.model, "all_tied_weights_keys", {})
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
     def write_together(self, what: str, folder: Path, write: Callable[[], None]) -> None:
-        """Call `write` on every rank; when it fails on one, `folder` is removed and all stop.
+        """Call `write` on every rank. If it fails on one, `folder` is removed and all ranks stop.
 
         Args:
             what: Subject of the message.
-            folder: What `write` writes; incomplete, it is worth nothing.
+            folder: The folder that `write` writes to.
             write: Writes this rank's part.
 
         Raises:
-            RecipeError: On the main process: what could not be written, and why. The others end without a word.
+            RecipeError: On the main process, with the reason. The other ranks exit without a message.
         """
         error: Exception | None = None
         try:
             with writing(what, folder):
                 write()
-        except Exception as caught:  # noqa: BLE001 - raised below, once the other ranks know
+        except Exception as caught:  # noqa: BLE001 - raised below, after the other ranks know
             error = caught
         words = [None if error is None else str(error)]
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            # Their saving waits for all ranks itself: there one that failed must end, and the launcher ends the rest.
+            # Their saving waits for all ranks: a rank that failed must exit, and the launcher ends the others.
             if error is None:
                 self.accelerator.wait_for_everyone()
         elif self.args.world_size > 1:
@@ -154,7 +162,7 @@ class Resumable:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._since_last_log(checkpoint).is_file():  # saved by another trainer
+        if checkpoint is None or not self._since_last_log(checkpoint).is_file():  # another trainer saved it
             return
         saved = torch.load(self._since_last_log(checkpoint), weights_only=True)
         self._tr_loss.fill_(saved["loss"])
@@ -168,9 +176,9 @@ class Resumable:
 
 
 class StopCallback(TrainerCallback):
-    """Ends training behind a step when SIGTERM asks for it, and puts each checkpoint where it can be gone on from.
+    """Ends training after the current step on SIGTERM, and saves each checkpoint at a point training can resume from.
 
-    That is: at the end of an epoch after what the epoch itself logs and evaluates, which would not be done again.
+    At the end of an epoch, that point is after the epoch's own logging and evaluation: a resumed run skips them.
     """
 
     def __init__(self, trainer: Any):
@@ -182,7 +190,7 @@ class StopCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM waits for the end of the step; after it, the signal does what it did before."""
+        """Delays SIGTERM until the end of the step; on exit, the signal has its earlier effect."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
@@ -191,7 +199,7 @@ class StopCallback(TrainerCallback):
         def note(number, frame) -> None:
             if os.getpid() == process:
                 self._asked = True
-            else:  # a forked child, such as a reward function's own worker
+            else:  # a forked child, such as a worker of a reward function
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
 
@@ -223,7 +231,7 @@ class StopCallback(TrainerCallback):
         self._saved_step = state.global_step
 
     def _asked_anywhere(self) -> bool:
-        """Whether any rank has been asked to stop: a signal does not reach all of them in the same step."""
+        """Whether any rank has been asked to stop. A signal may reach the ranks in different steps."""
         if self._trainer.args.world_size == 1:
             return self._asked
         asked = torch.tensor([float(self._asked)], device=self._trainer.accelerator.device)

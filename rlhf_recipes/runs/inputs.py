@@ -67,9 +67,10 @@ def _reward_funcs(recipe: Recipe, stage: str) -> dict[str, RewardFunc]:
 
 def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
     """Dotted key of the path -> every data section that a stage loads."""
-    own = recipe.reward.data if stage == "reward" else None
-    found = {} if own is None else {"reward.data.path": own}
-    if stage != "compare" and (own is None or recipe.reward.center == "reference"):
+    reward = recipe.reward if stage == "reward" else None
+    own = reward and reward.data
+    found = {"reward.data.path": own} if own else {}
+    if stage != "compare" and (not own or (reward and reward.center == "reference")):
         found["data.path"] = recipe.data
     return found
 
@@ -101,7 +102,7 @@ def check_packages(recipe: Recipe, stage: str) -> None:
     """Check that the packages of a stage's settings are installed, before anything is downloaded.
 
     Raises:
-        RecipeError: One is not.
+        RecipeError: A package is missing.
     """
     section = getattr(recipe, stage, None)
     given = {"quantization": getattr(section, "quantization", None)}
@@ -176,18 +177,15 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
 
 def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
     """Dotted key -> `path/to/file.py:function` of every user function that a stage calls."""
-    named = {f"{key}.name": spec.name for key, spec in _reward_funcs(recipe, stage).items()}
+    named: dict[str, str | None] = {f"{key}.name": spec.name for key, spec in _reward_funcs(recipe, stage).items()}
     named |= {key.removesuffix("path") + "transform": data.transform for key, data in _data(recipe, stage).items()}
     return {key: name for key, name in named.items() if name and ".py:" in name}
 
 
 def _model_source(recipe: Recipe, key: str, reference: str) -> dict[str, Any]:
     folder = Path(resolve_model(recipe, key, reference)).absolute()
-    if is_hub_model(reference):
-        revision = folder.name  # snapshots/<commit>
-    else:
-        revision = (read_manifest(folder) or {}).get("id")
-    return {"revision": revision, "path": str(folder)}
+    run_id = (read_manifest(folder) or {}).get("id")
+    return {"revision": folder.name if is_hub_model(reference) else run_id, "path": str(folder)}  # snapshots/<commit>
 
 
 def _data_source(key: str, data: Data) -> dict[str, Any]:

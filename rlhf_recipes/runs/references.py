@@ -1,4 +1,7 @@
-"""References to models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub."""
+"""References to models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub.
+
+In this package, `key` is a reference's key in the recipe, for messages.
+"""
 
 import functools
 import logging
@@ -80,11 +83,8 @@ def hub_arguments(data: Data) -> dict[str, str | None]:
 def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
     """The folder of a model, as `from_pretrained` takes it; a Hub model is downloaded.
 
-    Args:
-        recipe: The recipe, for `stage:` references.
-        key: The reference's key in the recipe, for messages.
-        reference: `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
-            `@revision` (a branch, tag or commit).
+    A reference is `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
+    `@revision` (a branch, tag or commit).
 
     Raises:
         RecipeError: The stage has not run, the path or Hub id does not exist, or the model has no safetensors.

@@ -25,11 +25,7 @@ TABLE_ROWS = 500
 
 
 def chosen_trackers(stage: str, given: Any) -> list[str]:
-    """The value of transformers' `report_to`.
-
-    Args:
-        stage: Name of the stage.
-        given: The recipe's `<stage>.trainer.report_to`; None: W&B if it can be used.
+    """The value of transformers' `report_to` for a recipe's own value `given`; None: W&B if it can be used.
 
     Raises:
         RecipeError: The recipe names a tracker that cannot be used.
@@ -173,7 +169,7 @@ def log_eval(recipe: Recipe, folder: Path, run_id: str) -> None:
 
 
 def _side_by_side(line: dict[str, Any]) -> dict[str, Any]:
-    row = {key: with_roles(line[key]) for key in ("prompt", "reference") if key in line}
+    row: dict[str, Any] = {key: with_roles(line[key]) for key in ("prompt", "reference") if key in line}
     for name, said in line["models"].items():
         row[name] = with_roles(said["completion"])
         row |= {f"{name} {key}": said[key] for key in ("score", "held_out") if key in said}
@@ -183,10 +179,7 @@ def _side_by_side(line: dict[str, Any]) -> dict[str, Any]:
 def log_comparison(recipe: Recipe, stage: str, folder: Path) -> None:
     """Send the verdict and the views of the `comparison.json` in a folder to W&B, if it is in use.
 
-    Args:
-        recipe: The recipe whose runs were compared.
-        stage: `compare` or `duel`.
-        folder: The folder of the comparison.
+    The stage is `compare` or `duel`.
     """
     tracked = start_wandb(recipe, stage, folder, None)
     if tracked is None:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.pages.metrics import TRAINING
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
@@ -24,17 +25,15 @@ def view_sections(reward_names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def save_view(recipe: Recipe, group: str | None) -> str:
-    """Save a view of the ppo and rloo runs of one group: a line each, with the range over seeds; returns its address.
+    """Save a view of the ppo and rloo runs of one group, with the range over seeds; returns its address.
 
-    Args:
-        recipe: Whose runs.
-        group: Of W&B, such as a duel's; None: the recipe's name, which its own runs have.
+    The group is W&B's, such as a duel's; None: the recipe's name, the group of its own runs.
 
     Raises:
         RecipeError: A package, a login or the server is missing.
     """
     if offline := offline_runs(recipe):
-        say(f"runs that W&B has not got yet: {len(offline)}; they are uploaded by")
+        say(f"{len(offline)} offline runs are not uploaded to W&B yet; upload them with")
         say(f"  wandb sync {shlex.join(map(str, offline))}")
     if find_spec("wandb_workspaces") is None:
         raise RecipeError("wandb: a view needs one more package: pip install 'rlhf-recipes[workspace]'.")
@@ -51,13 +50,16 @@ def save_view(recipe: Recipe, group: str | None) -> str:
         ws.Section(name=section, panels=[_plot(metric) for metric in metrics], is_open=True)
         for section, metrics in view_sections(spec.name.rpartition(":")[2] for spec in recipe.reward_funcs).items()
     ]
-    tables = [wr.WeavePanelSummaryTable(table_name="completions"), wr.WeavePanelSummaryTable(table_name="models")]
+    tables: list[Any] = [
+        wr.WeavePanelSummaryTable(table_name="completions"),
+        wr.WeavePanelSummaryTable(table_name="models"),
+    ]
     sections.append(ws.Section(name="Completions; what eval measured", panels=tables, is_open=True))
     algorithms = ["ppo", "rloo"]
     try:
         entity = os.environ.get("WANDB_ENTITY") or wandb.Api(timeout=20).default_entity
         if entity is None:
-            raise RecipeError("wandb: your account has no default entity; set WANDB_ENTITY to yours, or to a team's.")
+            raise RecipeError("wandb: your account has no default entity; set WANDB_ENTITY to your name or a team's.")
         view = ws.Workspace(
             entity=entity,
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -88,7 +90,7 @@ def _plot(metric: str):
 
 
 def offline_runs(recipe: Recipe) -> list[Path]:
-    """Folders of the recipe's runs, a duel's and a sweep's too, that W&B wrote offline and has not been given since."""
+    """Folders of W&B runs that are written offline and not uploaded yet, including those of duels and sweeps."""
     root = run_path(recipe, "ppo").parent
     found = sorted(root.glob("**/wandb/offline-run-*"))
     return [path for path in found if not list(path.glob("*.synced"))]

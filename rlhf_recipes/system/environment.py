@@ -1,4 +1,4 @@
-"""Versions, git commit, hardware, process and memory, as a run's manifest records them."""
+"""Versions, git commit, hardware, process and memory, for a run's manifest."""
 
 import os
 import platform
@@ -15,12 +15,12 @@ PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "r
 
 
 def this_process() -> dict[str, Any]:
-    """This process, so that another one can tell whether it still runs; `since` in seconds."""
+    """This process, for `is_alive`; `since` is in seconds."""
     return {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
 
 
 def is_alive(process: dict[str, Any]) -> bool:
-    """True if a process of this host still runs. The start time tells it from a later process with the same number."""
+    """True if a process of this host still runs. The start time excludes a later process with the same number."""
     try:
         found = psutil.Process(process["pid"])
         return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["since"]) < 2
@@ -29,7 +29,7 @@ def is_alive(process: dict[str, Any]) -> bool:
 
 
 def versions() -> dict[str, str | None]:
-    """Package -> installed version, None for a package that is missing; `python` among them."""
+    """Package -> installed version, None for a missing package; `python` is included."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of this package's checkout; None where it has none."""
+    """Commit of this package's checkout; None without a checkout."""
     git = shutil.which("git")
     if git is None:
         return None

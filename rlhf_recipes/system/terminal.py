@@ -1,4 +1,4 @@
-"""A terminal that stays readable: everything goes to `log.txt`; the terminal gets our lines and real warnings."""
+"""A readable terminal: all messages go to `log.txt`; the terminal gets our lines and relevant warnings."""
 
 import logging
 import os
@@ -9,41 +9,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
-"""Kinds of warnings that concern the authors of libraries, not their users."""
+"""Kinds of warnings for the authors of libraries, not for their users."""
 
 NOISE = (
     "deprecated",
-    "The tokenizer has new PAD/BOS/EOS tokens",  # says that transformers has put right what differed
-    "MatMul8bitLt: inputs will be cast",  # that is what 8-bit layers do, at each call
-    "Gradient accumulation steps mismatch",  # accelerate's own count is 1: the trainer and DeepSpeed have the true one
-    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes looks for a faster kernel than its own
+    "The tokenizer has new PAD/BOS/EOS tokens",  # transformers has already corrected the difference
+    "MatMul8bitLt: inputs will be cast",  # 8-bit layers do that at each call
+    "Gradient accumulation steps mismatch",  # accelerate counts 1; the trainer and DeepSpeed have the true number
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes then uses its own kernel
 )
-"""In warnings that a library logs: nothing that a user could or should act on."""
+"""Texts of library warnings that a user cannot act on."""
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def say(line: str = "") -> None:
-    """Print one line of ours."""
+    """Print one line."""
     print(line, flush=True)
 
 
 def complain(message: str) -> None:
-    """Print an error of the user's on stderr."""
+    """Print an error on stderr."""
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = ("",), wrap: bool = False
 ) -> None:
-    """Print a table without lines: the headings in bold, then the rows.
+    """Print a table without rules: bold headings, then the rows.
 
     Args:
-        headings: One a column.
-        rows: Cells as they are shown; rich's markup is not read in them.
-        left: Headings of the columns that hold words; the others hold numbers, which end at the right.
-        wrap: Whether cells wrap where the terminal is too narrow. False: the table is as wide as it needs.
+        headings: One for each column.
+        rows: Cells as shown; rich's markup has no effect.
+        left: Headings of the left-aligned columns (words); the others are right-aligned (numbers).
+        wrap: Whether cells wrap in a narrow terminal. False: the table is as wide as it needs to be.
     """
     from rich.console import Console
     from rich.table import Table
@@ -59,14 +59,14 @@ def print_table(
 
 
 def log_to(file: Path | None) -> None:
-    """Send all logging and Python warnings to `file` (None: nowhere), and only warnings that matter to the terminal."""
+    """Send all logging and Python warnings to `file` (None: nowhere), and only relevant warnings to the terminal."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setLevel(logging.WARNING)
-    terminal.addFilter(_matters)
+    terminal.addFilter(_is_relevant)
     terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     root.addHandler(terminal)
     if file is not None:
@@ -77,7 +77,7 @@ def log_to(file: Path | None) -> None:
 
 
 def hush_libraries() -> None:
-    """Route the libraries' own handlers and bars to ours; call it once they are imported."""
+    """Send the libraries' logging to our handlers and switch their progress bars off. It imports the libraries."""
     import datasets
     import huggingface_hub.utils
     import transformers
@@ -89,13 +89,13 @@ def hush_libraries() -> None:
     datasets.disable_progress_bars()
     datasets.utils.logging.disable_propagation()
     huggingface_hub.utils.disable_progress_bars()
-    # Caching by content would hash every lambda; our data is small next to training.
+    # The cache would hash every lambda; preparing data is fast compared to training.
     datasets.disable_caching()
 
 
 @contextmanager
 def expected(text: str) -> Iterator[None]:
-    """Inside, warnings that contain `text` go to `log.txt` only: what they warn of is meant."""
+    """Inside, warnings that contain `text` go to `log.txt` only: the code causes them on purpose."""
 
     def other(record: logging.LogRecord) -> bool:
         return text not in record.getMessage()
@@ -115,6 +115,6 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
     logging.getLogger("py.warnings").log(level, "%s (%s:%s)", message, filename, lineno)
 
 
-def _matters(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not any(noise in message for noise in NOISE)

@@ -120,7 +120,7 @@ def test_where_weights_do_not_fit_or_writing_fails_nothing_is_left(finished, tmp
         model.transformer.ln_f.weight[0] = 1e5
     model.save_pretrained(finished)
     before = names(tmp_path)
-    with pytest.raises(RecipeError, match="ln_f.weight has weights that are no numbers in float16; take --dtype float"):
+    with pytest.raises(RecipeError, match="ln_f.weight has weights that are not finite in float16; take --dtype float"):
         export_run(finished, tmp_path / "out", merge=False, dtype="float16")
     assert names(tmp_path) == before
 
@@ -146,15 +146,15 @@ def test_what_cannot_be_exported_says_why(finished, tmp_path):
 
     assert "nowhere is no run (no such folder); name one such as" in refused("nowhere")
     assert f"{tmp_path} is no run (no manifest.json in it)" in refused(tmp_path)
-    assert "in it are the runs: sft." in refused(finished.parent)
+    assert "it contains the runs: sft." in refused(finished.parent)
     assert "checkpoint-2 is no run" in refused(finished / "checkpoint-2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "full is there already; name a new folder" in refused(out=tmp_path / "full")
-    assert "file is there already" in refused(out=tmp_path / "full" / "file")
+    assert "full exists already; name a new folder" in refused(out=tmp_path / "full")
+    assert "file exists already" in refused(out=tmp_path / "full" / "file")
     assert names(tmp_path / "full") == {"file"}
     assert "could not be written" in refused(out=tmp_path / "full" / "file" / "below")
-    assert "base is inside of the run; name a folder elsewhere" in refused(out=finished / "base")
+    assert "base is inside the run; name a folder elsewhere" in refused(out=finished / "base")
     for status in ("running", "failed", "stopped"):
         set_manifest(finished, status=status)
         assert f"has not finished (its manifest.json says {status})" in refused()
@@ -169,7 +169,7 @@ def test_what_cannot_be_exported_says_why(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     assert export_run(finished, tmp_path / "empty", False, None) == tmp_path / "empty"
     (finished / "model.safetensors").unlink()
-    assert "has no weights any more" in refused()
+    assert "are gone" in refused()
 
 
 @pytest.mark.slow
@@ -270,7 +270,10 @@ def test_stages_start_from_exports_of_adapters_whose_run_was_moved(models, run, 
     with torch.no_grad():
         assert torch.allclose(plain.eval()(**padded).logits, merged.eval()(**padded).logits, atol=1e-5)
     card = (out["ppo", False] / "README.md").read_text()
-    assert f"it needs its base, the local folder {models['llama'].resolve()}: elsewhere, take that along" in card
+    assert (
+        f"it needs its base, the local folder {models['llama'].resolve()}: on another machine, copy that folder too"
+        in card
+    )
     assert "| started from | stage sft (run " in card and "with its value network in value_model/" in card
     assert 'PeftModel.from_pretrained(base, "FOLDER")' in (out["reward", False] / "README.md").read_text()
 

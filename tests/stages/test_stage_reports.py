@@ -13,7 +13,7 @@ from rlhf_recipes import reward, sft
 from rlhf_recipes.evaluation.metrics import rouge
 from rlhf_recipes.evaluation.reward_quality import kept, measure
 from rlhf_recipes.evaluation.sft_quality import SAMPLES
-from rlhf_recipes.models.load import scale_head
+from rlhf_recipes.models.new_weights import scale_head
 from rlhf_recipes.models.samples import shared_out
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
@@ -256,7 +256,7 @@ def test_a_trained_head_stays(tmp_path, caplog):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
     before = model.score.weight.detach().clone()
     scale_head(model, seed=0)
-    assert torch.equal(before, model.score.weight) and "brings a trained head" in caplog.text
+    assert torch.equal(before, model.score.weight) and "has a trained head" in caplog.text
 
 
 def test_a_model_without_a_linear_head_is_refused():

@@ -519,7 +519,7 @@ def test_a_view_overlays_ppo_and_rloo(offline, small, server, tmp_path, monkeypa
     name = view["name"].removeprefix("nw-").removesuffix("-v")
     folders = sorted(str(offline_folder(run_of(offline, stage)).relative_to(offline[0])) for stage in ("ppo", "rloo"))
     assert done.stdout.splitlines() == [
-        "runs that W&B has not got yet: 2; they are uploaded by",
+        "2 offline runs are not uploaded to W&B yet; upload them with",
         f"  wandb sync {' '.join(folders)}",
         f"{address}/me/rlhf_recipes?nw={name}",
     ]

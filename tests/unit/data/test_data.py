@@ -133,10 +133,10 @@ def test_paths_into_columns(tmp_path):
     ("path", "expected"),
     [
         ("meta.post", "has no column 'meta'; it has: info, summaries, a.b"),
-        ("info.text", "info has no 'text' inside; it has: post, to"),
-        ("summaries.2.text", "summaries has no '2' inside; it is a list of 2"),
-        ("summaries.0.note", "summaries.0 has no 'note' inside; it has: text"),
-        ("info.post.word", "info.post has no 'word' inside; it is 'p"),
+        ("info.text", "info has no 'text' inside; it is {'post'"),
+        ("summaries.2.text", "summaries has no '2' inside; it is [{'text'"),
+        ("summaries.0.note", "summaries.0 has no 'note' inside; it is {'text'"),
+        ("info.post.word", "info.post has no 'word' inside; it is p"),
     ],
 )
 def test_paths_that_lead_nowhere(path, expected, tmp_path):
@@ -192,10 +192,10 @@ def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(revi
     [
         ("absent", "no function 'absent'"),
         ("fails", "failed on rows with the columns text, label: KeyError: 'review'"),
-        ("a_list", "returned list; it must return a dictionary of column name -> list"),
-        ("no_lists", "returned {'text': 'str'}; it must"),
-        ("ragged", "several lengths: text 28, label 27"),
-        ("mixed", "mix types"),
+        ("a_list", "must return a dict of lists of equal length: "),
+        ("no_lists", "must return a dict of lists of equal length: "),
+        ("ragged", "expected length 28 but got length 27"),
+        ("mixed", "must return a dict of lists"),
         ("nothing", "no training rows are left"),
     ],
 )

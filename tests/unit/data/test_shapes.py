@@ -3,8 +3,9 @@
 import pytest
 from datasets import Dataset
 
+from rlhf_recipes.data.filters import warn_of_copies
 from rlhf_recipes.data.pairs import pairs
-from rlhf_recipes.data.shapes import corpus, prompts, texts, warn_of_copies
+from rlhf_recipes.data.shapes import corpus, prompts, texts
 from rlhf_recipes.data.tokenizer import token_ids
 from rlhf_recipes.recipe.schema import Data, RecipeError
 from support.texts import REVIEWS
@@ -120,8 +121,8 @@ def test_templates_fill_columns_whose_braces_are_data():
         ({"prompt_template": "{}"}, "no column ''"),
         ({"prompt_template": "{title"}, "data.prompt_template: "),
         ({"prompt_template": "{title} {completion}"}, "{completion} is the answer"),
-        ({"prompt_template": "{title:d}"}, "{title} takes the column as it is, without 'd'"),
-        ({"prompt_template": "{title!r}"}, "{title} takes the column as it is, without 'r'"),
+        ({"prompt_template": "{title:d}"}, "{title} must have no format ('d')"),
+        ({"prompt_template": "{title!r}"}, "{title} must have no format ('r')"),
         ({"prompt_template": "{t}", "columns": {"t": "summary", "completion": "summary"}}, "{t} is the answer"),
         ({"prompt_template": "{all}", "columns": {"completion": "all.answer"}}, "{all} is the answer"),
         ({"prompt_template": "{summary}", "columns": {"completion": "summary"}}, "{summary} is the answer"),
@@ -157,7 +158,7 @@ def test_a_prompt_loses_paragraphs_until_it_fits(caplog):
 def test_a_prompt_loses_no_more_than_it_must(tokenizer, monkeypatch):
     """As if one paragraph or character went at a time, in far fewer steps."""
     asked = []
-    monkeypatch.setattr("rlhf_recipes.data.shapes.token_ids", lambda *args: asked.append(0) or token_ids(*args))
+    monkeypatch.setattr("rlhf_recipes.data.filters.token_ids", lambda *args: asked.append(0) or token_ids(*args))
     many = 0
     for post in ("the film was great 😀 ünï\n\nfun " * 6, "the plot\n" * 30 + "x" * 50, "a great movie " * 40):
         for limit in (9, 14, 33):
@@ -285,7 +286,7 @@ def test_the_corpus_is_all_that_is_trained_on():
 def test_held_out_texts_that_are_all_in_training():
     rows = Dataset.from_list(REVIEWS)
     found = error(pairs, Data(path="x"), rows, None, None, 0, apart_from=rows)
-    assert "0 positive and 0 negative held-out texts that no training row has" in found
+    assert "0 positive and 0 negative held-out texts that are no training texts" in found
 
 
 def chat(text: str) -> list[dict]:
@@ -297,11 +298,11 @@ def chat(text: str) -> list[dict]:
     [
         ({"prompt": ["a"], "completion": [5]}, "the column completion of x holds 5"),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": ["b"]}, "the column prompt of x holds {'role'"),
-        ({"prompt": [["a"]], "completion": ["b"]}, "the column prompt of x holds ['a'], and must hold text or a list"),
+        ({"prompt": [["a"]], "completion": ["b"]}, "the column prompt of x holds ['a'], but must hold text or a list"),
         ({"prompt": [[{"from": "human", "value": "a"}]], "completion": [chat("b")]}, "a list of {role, content}"),
         ({"prompt": ["a"], "completion": [chat("b")]}, "x mixes prompt text, completion chat messages"),
-        ({"text": [chat("a")]}, "must hold text; make that of it with data.transform"),
-        ({"messages": ["a"]}, "the column messages of x holds 'a', and must hold a list of {role, content}"),
+        ({"text": [chat("a")]}, "must hold text; convert it with data.transform"),
+        ({"messages": ["a"]}, "the column messages of x holds 'a', but must hold a list of {role, content}"),
     ],
 )
 def test_what_is_neither_text_nor_chat_messages(rows, expected):

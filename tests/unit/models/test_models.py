@@ -11,7 +11,9 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, D
 from trl import RewardConfig, SFTConfig
 
 from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokenizer
-from rlhf_recipes.models.load import check_context, config_of, fit_embeddings, fit_length, make_model
+from rlhf_recipes.models.limits import check_context, fit_embeddings, fit_length
+from rlhf_recipes.models.load import config_of
+from rlhf_recipes.models.new_weights import make_model
 from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, Scratch
 from rlhf_recipes.runs.references import is_hub_model, resolve_model
 from support.texts import WORDS
