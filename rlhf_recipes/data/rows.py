@@ -39,7 +39,7 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
         size = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
         parts = train.train_test_split(test_size=size, seed=0)
         train, held_out = parts["train"], parts["test"]
-    transform = data.transform and find_function(data.transform, f"{key}.transform")
+    transform = find_function(data.transform, f"{key}.transform") if data.transform is not None else None
     made = []
     for part, name in ((train, "training"), (held_out, "held-out")):
         if data.max_rows is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -47,7 +48,8 @@ def locate_in_package(key: str, reference: str) -> Path:
     """
     package, _, rest = reference.removeprefix("package:").partition("/")
     spec = find_spec(package)
-    path = Path(spec.submodule_search_locations[0]) / rest if spec else None
+    folders = spec and spec.submodule_search_locations
+    path = Path(folders[0]) / rest if folders else None
     if path is None or not path.exists():
         raise RecipeError(
             f"{key}: {reference} is not installed. Install the packaged data (pip install 'rlhf-recipes[offline]'), or "
@@ -161,7 +163,7 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
     # All ranks may call it at once: huggingface_hub locks each file during its download.
     from huggingface_hub import snapshot_download
 
-    how = {
+    how: dict[str, Any] = {
         "cache_dir": cache,
         "local_files_only": offline,
         "allow_patterns": SNAPSHOT,

@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
@@ -57,7 +57,7 @@ def _check_installed(key: str, names: list[str]) -> None:
         raise RecipeError(f"{key}: {min(missing)} is not installed; pip install its package, or remove it.")
 
 
-def wandb_mode() -> tuple[str | None, str]:
+def wandb_mode() -> tuple[Literal["online", "offline"] | None, str]:
     """The mode in which W&B works without a prompt, `online` or `offline`; else None, and the reason."""
     import wandb
 
