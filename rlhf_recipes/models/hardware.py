@@ -21,18 +21,18 @@ ALL_TRAINED = frozenset(
 def settings(stage: str, section: Trained, asked_precision: str | None = None) -> dict[str, Any]:
     """A trainer's arguments for this hardware, and a line in the log with the reasons.
 
-    The stage's `trainer` section comes first, then accelerate's configuration (precision), then the hardware.
-
-    Args:
-        stage: Name of the stage.
-        section: The stage's settings.
-        asked_precision: `mixed_precision` of accelerate's configuration; None: it is not set.
+    The stage's `trainer` section comes first, then `mixed_precision` of accelerate's configuration (`asked_precision`,
+    None: not set), then the hardware.
 
     Raises:
         RecipeError: The hardware does not support the precision, or the stage has vLLM and a quantized base.
     """
     given = section.trainer
-    _check_vllm(stage, section)
+    if given.get("use_vllm") and section.quantization is not None:
+        raise RecipeError(
+            f"{stage}.trainer.use_vllm: TRL sends vLLM the merged model, and each merge rounds the weights of a quantized "
+            f"base again; remove {stage}.quantization, or sample with transformers."
+        )
     on_cpu = bool(given.get("use_cpu")) or not torch.accelerator.is_available()
     precision, why = _precision(stage, given, asked_precision, on_cpu)
     values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
@@ -119,13 +119,7 @@ def _attention_line(given: dict[str, Any], on_cpu: bool, precision: str) -> str:
 
 
 def attention(args: TrainingArguments, auto_class: Any, config: PreTrainedConfig) -> dict[str, str]:
-    """`attn_implementation` of a trained model, if transformers' own choice is not the fastest.
-
-    Args:
-        args: The trainer's arguments.
-        auto_class: The class of transformers that loads the model.
-        config: The model's configuration.
-    """
+    """`attn_implementation` for a model to train, if transformers' own choice is not the fastest."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     model_class = auto_class._model_mapping.get(type(config), None)  # None: the model has its own code
     supported = getattr(model_class, "_supports_flash_attn", False)
@@ -143,11 +137,3 @@ def expect_all_gradients(trainer: Any) -> None:
     known = all(model.config.model_type in ALL_TRAINED for model in models)
     if trainer.args.ddp_find_unused_parameters is None and known:
         trainer.accelerator.ddp_handler.find_unused_parameters = False
-
-
-def _check_vllm(stage: str, section: Trained) -> None:
-    if section.trainer.get("use_vllm") and section.quantization is not None:
-        raise RecipeError(
-            f"{stage}.trainer.use_vllm: TRL sends vLLM the merged model, and each merge rounds the weights of a quantized "
-            f"base again; remove {stage}.quantization, or sample with transformers."
-        )

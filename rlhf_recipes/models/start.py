@@ -54,12 +54,9 @@ class Start:
         """Folder of the model; a stage may put a model from scratch here."""
 
     def trainer(self, trainer_class: type, tokenizer: "PreTrainedTokenizerBase", **more: Any) -> Any:
-        """A trainer with the model, ready to train.
+        """A TRL trainer with the model, ready to train; the embeddings get a row for every token.
 
-        Args:
-            trainer_class: A TRL trainer or a subclass.
-            tokenizer: The embeddings get a row for each of its tokens.
-            more: Other arguments of the trainer: data sets, reward functions.
+        `more` has the trainer's other arguments: data sets, reward functions.
 
         Raises:
             RecipeError: The model cannot be loaded, or `peft` does not fit it.

@@ -19,16 +19,8 @@ from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.runs.files import COMPLETIONS, METRICS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import as_table, start_wandb
-from rlhf_recipes.system.files import (
-    append_lines,
-    as_lines,
-    read_json,
-    read_lines,
-    step_of,
-    without_nan,
-    write_whole,
-    writing,
-)
+from rlhf_recipes.system import files
+from rlhf_recipes.system.files import read_json, step_of, write_whole, writing
 
 SIZES = "log_sizes.json"
 """In a checkpoint: the bytes of both files when it was saved. If it is missing, nothing was logged after the checkpoint."""
@@ -46,11 +38,8 @@ TABLES, TABLE_ROWS = 20, 64
 class RunCallback(TrainerCallback):
     """Writes metrics and some completions at every logged step, and shows one progress bar.
 
-    A run that resumes first drops the lines written after its checkpoint: those steps are repeated.
-
-    Args:
-        run: The run whose folder is written to.
-        trainer: The trainer. Its `sampled_completions` are written, if it has that method.
+    A run that resumes first drops the lines written after its checkpoint: those steps are repeated. Completions come
+    from the trainer's `sampled_completions`, if it has that method.
     """
 
     def __init__(self, run: Run, trainer: Any):
@@ -97,7 +86,7 @@ class RunCallback(TrainerCallback):
             return
         self._remember(logs)
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
-        line |= {key: without_nan(value) for key, value in logs.items()}
+        line |= {key: files.without_nan(value) for key, value in logs.items()}
         self._append(METRICS, [line])
         if self._bar is not None:
             self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in IN_PROGRESS_BAR if key in self.last})
@@ -106,13 +95,13 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            files = [path for path in (self.run.path / METRICS, self.run.path / COMPLETIONS) if path.exists()]
+            logs = [path for path in (self.run.path / METRICS, self.run.path / COMPLETIONS) if path.exists()]
             checkpoint = self.run.path / f"checkpoint-{state.global_step}"
             with writing(checkpoint.name, checkpoint):
-                for path in files:
+                for path in logs:
                     with open(path, "r+b") as file:
                         os.fsync(file.fileno())
-                write_whole(checkpoint / SIZES, json.dumps({path.name: path.stat().st_size for path in files}))
+                write_whole(checkpoint / SIZES, json.dumps({path.name: path.stat().st_size for path in logs}))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -133,7 +122,7 @@ class RunCallback(TrainerCallback):
 
     def _append(self, name: str, lines: list[dict]) -> None:
         with writing(name, self.run.path / name):
-            append_lines(self.run.path / name, lines)
+            files.append_lines(self.run.path / name, lines)
 
 
 class EventsCallback(TensorBoardCallback):
@@ -155,9 +144,6 @@ class CompletionTables(TrainerCallback):
     """W&B: draws all curves over episodes, and adds tables of the last rollout's completions.
 
     Add it before transformers' own callback: axes and table must exist when that one sends the line.
-
-    Args:
-        trainer: The on-policy trainer, which has `sampled_completions`.
     """
 
     def __init__(self, trainer: Any):
@@ -202,18 +188,15 @@ class SetupCallback(TrainerCallback):
 def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
     """Drop the lines of a jsonl file that were written after a checkpoint; returns the others.
 
-    Args:
-        path: The file, which may be missing.
-        size: The file's bytes when the checkpoint was saved; None: not known.
-        step: The checkpoint's step.
+    `size` is the file's bytes when the checkpoint of `step` was saved; None: not known.
     """
     if not path.exists():
         return []
     with writing(path.name, path):
         if size is not None:
             os.truncate(path, min(size, path.stat().st_size))
-        kept = [line for line in read_lines(path, skip_damaged=True) if line["step"] <= step]
-        write_whole(path, as_lines(kept))
+        kept = [line for line in files.read_lines(path, skip_damaged=True) if line["step"] <= step]
+        write_whole(path, files.as_lines(kept))
     return kept
 
 

@@ -116,12 +116,7 @@ class Resumable(_Trainer):
         super()._save(output_dir, state_dict)
 
     def write_together(self, what: str, folder: Path, write: Callable[[], None]) -> None:
-        """Call `write` on every rank. If it fails on one, `folder` is removed and all ranks stop.
-
-        Args:
-            what: Subject of the message.
-            folder: The folder that `write` writes to.
-            write: Writes this rank's part.
+        """Call `write`, which writes to `folder`, on every rank. If it fails on one, the folder is removed and all stop.
 
         Raises:
             RecipeError: On the main process, with the reason. The other ranks exit without a message.

@@ -100,13 +100,8 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) -> Any:
     """Start a W&B run. The user's environment variables override our names.
 
-    If the server cannot be reached or refuses the key, the run continues offline, with a warning.
-
-    Args:
-        recipe: Its name is the run's group.
-        stage: The run's job type: a stage, or `duel`.
-        folder: W&B writes its files here.
-        run_id: An existing id continues that W&B run; None: a new run.
+    If the server cannot be reached or refuses the key, the run continues offline, with a warning. An existing `run_id`
+    continues that W&B run. `stage` may be `duel` too.
 
     Returns:
         W&B's run; None if W&B cannot be used.
