@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.launch.setup import check_launch, launched, prepare
+from rlhf_recipes.launch.checks import check_launch
+from rlhf_recipes.launch.setup import launched, prepare
 from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOPPED, USER_ERROR, end_with_parent
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError

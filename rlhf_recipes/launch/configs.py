@@ -1,6 +1,5 @@
 """Accelerate's configurations, `accelerate_configs/*.yaml`: found by name, and checked before anything is started."""
 
-import difflib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_recipes.recipe.checks import check_keys
 from rlhf_recipes.recipe.named_files import find_file, read_file
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trainer_keys import launch_fields, launch_options
@@ -19,8 +19,6 @@ KINDS = {
     "FSDP": "FSDP",
 }
 """`distributed_type` -> what we call it. accelerate knows more of them, with which nothing here was ever run."""
-
-PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 
 def config_folders() -> list[Path]:
@@ -66,66 +64,32 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _findings(values: dict[str, Any]) -> list[str]:
-    findings = _unknown(values, launch_fields(), "")
-    for section in ("deepspeed_config", "fsdp_config"):
-        keys = values.get(section) or {}
-        if not isinstance(keys, dict):
-            return [*findings, f"{section}: must hold keys and values, not {keys!r}."]
-        # accelerate takes any key here, and forgets those that it does not know.
-        names = {
-            key if section == "deepspeed_config" or str(key).startswith("fsdp_") else f"fsdp_{key}" for key in keys
-        }
-        findings += _unknown(names, launch_options(), f"{section}.")
-    if values.get("deepspeed_config"):
-        findings += _findings_of_deepspeed(values)
-    kind, precision = values.get("distributed_type"), values.get("mixed_precision", "no")
+    findings = check_keys(values, "accelerate's configurations", launch_fields())
+    if values.get("mixed_precision") is False:
+        findings = ["mixed_precision is False; write 'no' in quotes: YAML reads a bare no as false."]
+    if findings:
+        return findings
+    kind = values.get("distributed_type")
     if kind == "MULTI_CPU" or (kind == "MULTI_GPU" and values.get("use_cpu")):
         key = "distributed_type: MULTI_CPU" if kind == "MULTI_CPU" else "use_cpu: true"
         findings.append(f"{key} would start one process; for several on the CPU see cpu_ddp_2 and cpu_zero2_2.")
     elif kind == "DEEPSPEED" and values.get("use_cpu"):
         findings.append("use_cpu: true would start plain DDP instead of DeepSpeed; see cpu_zero2_2.")
     elif str(kind) not in KINDS:
-        shown = "is missing" if kind is None else f"is {kind!r}"
-        findings.append(f"distributed_type {shown}; set one of {', '.join(KINDS)} ('NO' in quotes).")
-    if precision not in PRECISIONS:
-        findings.append(f"mixed_precision is {precision!r}; set one of {', '.join(PRECISIONS)} ('no' in quotes).")
-    for key in ("num_processes", "num_machines"):
-        count = values.get(key, 1)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            findings.append(f"{key} is {count!r}; it must be a whole number of at least 1.")
-    if "num_processes" not in values and kind != "NO":
-        findings.append("num_processes is missing.")
-    gpus = values.get("gpu_ids")
-    if gpus is not None and not isinstance(gpus, str):
-        findings.append(f"gpu_ids is {gpus!r}; accelerate takes text, in quotes: 'all', '0', '0,1'.")
-    elif kind == "MULTI_GPU" and "," not in (gpus or ",") and gpus != "all" and values.get("num_machines", 1) == 1:
-        findings.append(f"gpu_ids is {gpus!r}, one GPU; accelerate takes MULTI_GPU with at least two: 'all', '0,1'.")
-    return findings
-
-
-def _findings_of_deepspeed(values: dict[str, Any]) -> list[str]:
-    section = values["deepspeed_config"]
-    if "deepspeed_config_file" not in section:
-        stage = section.get("zero_stage", 2)
-        return (
-            []
-            if str(stage) in ("0", "1", "2", "3")
-            else [f"deepspeed_config.zero_stage is {stage!r}; set 0, 1, 2 or 3."]
+        findings.append(f"distributed_type is {kind!r}; set one of {', '.join(KINDS)} ('NO' in quotes).")
+    elif kind != "NO" and values.get("num_processes", 0) < 1:
+        findings.append("num_processes: set it to the number of processes, at least 1.")
+    # accelerate ignores keys that it does not know in these two sections.
+    for section, prefix in (("deepspeed_config", ""), ("fsdp_config", "fsdp_")):
+        names = {f"{prefix}{str(key).removeprefix(prefix)}": None for key in values.get(section) or {}}
+        findings += check_keys(
+            names, "accelerate's configurations", dict.fromkeys(launch_options(), Any), f"{section}."
         )
-    try:
-        _of_deepspeed(section["deepspeed_config_file"])
-    except RecipeError as error:
-        return [f"deepspeed_config.{error}"]
-    return []
-
-
-def _unknown(keys: Any, known: Any, section: str) -> list[str]:
-    findings = []
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
-            nearest = f"; nearest: {', '.join(near)}." if near else "."
-            findings.append(f"{section}{key}: unknown key of accelerate's configurations{nearest}")
+    stage = (values.get("deepspeed_config") or {}).get("zero_stage", 2)
+    if str(stage) not in ("0", "1", "2", "3"):
+        findings.append(f"deepspeed_config.zero_stage is {stage!r}; set 0, 1, 2 or 3.")
+    elif not findings:
+        zero_stage(values)  # raises if DeepSpeed's own file cannot be read
     return findings
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 import psutil
 
 from rlhf_recipes.launch.start import COMMAND, STOPPED, USER_ERROR, as_shell, end_with_parent
+from rlhf_recipes.system.terminal import complain
 
 SECONDS_TO_STOP = 45
 """Seconds between the end of one process and the moment torch's launcher kills the others, which may wait for it for
@@ -44,6 +45,9 @@ def main() -> None:
         sys.exit(min(codes, key=lambda code: (code != USER_ERROR, code == STOPPED)))
     except SignalException as ended:
         sys.exit(128 + ended.sigval)
+    except ValueError as error:  # accelerate refuses the configuration
+        complain(f"--accelerate-config {given.config_file}: {error}")
+        sys.exit(USER_ERROR)
 
 
 def _become(given) -> None:

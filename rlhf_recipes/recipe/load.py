@@ -1,40 +1,15 @@
 """Find a recipe, follow `extends:`, apply `key=value` overrides and check every key: YAML in, `Recipe` out."""
 
-import difflib
 import io
-from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rlhf_recipes.recipe.checks import check_recipe
 from rlhf_recipes.recipe.named_files import find_file, read_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.recipe.trainer_keys import CONFIG_CLASSES, adapter_fields, quantization_fields, trainer_fields
-
-OURS = {
-    "output_dir": "runs_dir",
-    "seed": "seed",
-    "run_name": "name",
-    "reward_weights": "reward_funcs[].weight",
-    "reward_timeout": "reward_funcs[].timeout",
-    "missing_eos": "missing_eos, beside reward_funcs: it is the same for ppo and rloo",
-    "baseline": "rloo.baseline",
-    "disable_tqdm": "nothing: each stage has its own progress bar",
-    "trust_remote_code": "trust_remote_code of the recipe, which lists models by name",
-}
-"""Keys of TRL that the recipe decides -> what to set instead."""
-
-OURS_OF_PEFT = dict.fromkeys(
-    ("task_type", "peft_type", "inference_mode", "auto_mapping", "peft_version"), "nothing: it follows from the stage"
-) | dict.fromkeys(("base_model_name_or_path", "revision"), "the stage's model or policy")
-"""The same for keys of peft."""
-
-RENAMED = {"eval.judge_funcs": "eval.held_out_funcs"}
-"""Old name of a key -> its name."""
 
 FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are handed on as they are: there, null is a value."""
@@ -78,27 +53,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for override in overrides:
         _apply(values, override)
     values.setdefault("name", path.stem)
-    return check(_without_nulls(values), where=str(path))
-
-
-def check(values: dict, where: str) -> Recipe:
-    """Validate merged values; `where` stands in front of every finding."""
-    findings = []
-    recipe: Recipe
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        findings += [_describe(finding) for finding in error.errors()]
-    for stage in CONFIG_CLASSES:
-        section = values.get(stage)
-        trainer = section.get("trainer") if isinstance(section, dict) else None
-        if isinstance(trainer, dict):
-            findings += _check_trainer(stage, trainer)
-        if isinstance(section, dict):
-            findings += _check_adapter(stage, section)
-    if findings:
-        raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
-    return recipe
+    return check_recipe(_without_nulls(values), where=str(path))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -228,76 +183,3 @@ def _index(override: str, text: str, items: list) -> int:
     if text.isdecimal() and int(text) < len(items):
         return int(text)
     raise RecipeError(f"override {override!r}: {text!r} is no position in a list of {len(items)} (the first is 0).")
-
-
-def _describe(finding: Mapping[str, Any]) -> str:
-    """One of pydantic's findings in our words."""
-    key = ".".join(str(part) for part in finding["loc"])
-    if key in RENAMED:
-        return f"{key}: unknown key; it is called {RENAMED[key]}."
-    if finding["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(str(finding['loc'][-1]), _known_keys(finding['loc'][:-1]))}"
-    if finding["type"] == "missing":
-        return f"{key}: this key is missing."
-    message = finding["msg"].removeprefix("Value error, ")
-    shown = "" if finding["type"] == "value_error" else f", not {finding['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}." if key else message
-
-
-def _known_keys(location: tuple) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        candidates += [inner for outer in candidates for inner in get_args(outer)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def _nearest(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(near)}." if near else f"; known: {', '.join(sorted(known)[:40])}."
-
-
-def _check_trainer(stage: str, trainer: dict) -> list[str]:
-    if find_spec("trl") is None:
-        return [
-            f"{stage}.trainer: TRL is not installed (pip install 'trl>=1.16,<1.17'), so its keys cannot be checked."
-        ]
-    return _check_keys(f"{stage}.trainer", trainer, CONFIG_CLASSES[stage][1], trainer_fields(stage), OURS)
-
-
-def _check_adapter(stage: str, section: dict) -> list[str]:
-    findings = []
-    peft, quantization = section.get("peft"), section.get("quantization")
-    if isinstance(peft, dict):
-        findings += _check_keys(f"{stage}.peft", peft, "LoraConfig", adapter_fields(), OURS_OF_PEFT)
-        if section.get("scratch") is not None:
-            findings.append(
-                f"{stage}.peft: a model from scratch has nothing to adapt; take peft out, or set {stage}.model."
-            )
-    if isinstance(quantization, dict):
-        findings += _check_keys(f"{stage}.quantization", quantization, "BitsAndBytesConfig", quantization_fields(), {})
-        bits = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key) is True]
-        if len(bits) != 1:
-            findings.append(f"{stage}.quantization: set exactly one of load_in_4bit and load_in_8bit to true.")
-    return findings
-
-
-def _check_keys(where: str, values: dict, class_name: str, fields: dict[str, Any], ours: dict[str, str]) -> list[str]:
-    """Findings about settings that are handed on to a library's class."""
-    findings = []
-    for key, value in values.items():
-        if key in ours:
-            findings.append(f"{where}.{key}: not set here; set {ours[key]}.")
-        elif key not in fields:
-            findings.append(f"{where}.{key}: unknown key of {class_name}{_nearest(str(key), fields)}")
-        else:
-            try:
-                TypeAdapter(fields[key], config=ConfigDict(strict=True)).validate_python(value)
-            except ValidationError as error:
-                expected = " or ".join(sorted({found["msg"].split("Input should be ")[-1] for found in error.errors()}))
-                findings.append(f"{where}.{key}: should be {expected}, not {value!r}.")
-    return findings

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from rlhf_recipes.launch.setup import confirm
+from rlhf_recipes.launch.checks import confirm
 from rlhf_recipes.pages.metrics import SUPERVISED, TRAINING
 from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.runs.files import COMPLETIONS, METRICS

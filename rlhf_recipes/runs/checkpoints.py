@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlhf_recipes.launch.setup import require_setup, setup_of
+from rlhf_recipes.launch.checks import require_setup
+from rlhf_recipes.launch.setup import setup_of
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.system.files import last_complete, mark_complete, writing
 from rlhf_recipes.system.terminal import expected

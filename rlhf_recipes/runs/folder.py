@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from rlhf_recipes.launch.setup import Setup, launched, require_setup
+from rlhf_recipes.launch.checks import require_setup
+from rlhf_recipes.launch.setup import Setup, launched
 from rlhf_recipes.recipe.graph import stage_settings
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError

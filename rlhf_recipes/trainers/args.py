@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from rlhf_recipes.launch.setup import asked, check_setup, launched
+from rlhf_recipes.launch.checks import check_setup
+from rlhf_recipes.launch.setup import asked, launched
 from rlhf_recipes.models import hardware as machine
 from rlhf_recipes.recipe.batch import batch_settings
 from rlhf_recipes.recipe.schema import OnPolicy, RecipeError

@@ -128,14 +128,14 @@ ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: "
         ("a: [1\nb: 2", "own.yaml, line 2: "),
         ("- a\n", "mapping of keys to values, not list"),
         (DDP + "num_proceses: 3\n", "num_proceses: unknown key of accelerate's configurations; nearest: num_processes"),
-        ("num_processes: 2\n", "distributed_type is missing"),
+        ("num_processes: 2\n", "distributed_type is None; set one of NO"),
         ("distributed_type: NO\n", "distributed_type is False; set one of NO, .*in quotes"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "MULTI_CPU would start one process"),
         (DDP + "use_cpu: true\n", "use_cpu: true would start one process"),
         ("distributed_type: DEEPSPEED\nnum_processes: 2\nuse_cpu: true\n", "would start plain DDP"),
-        (DDP + "mixed_precision: no\n", "mixed_precision is False; set one of no, .*in quotes"),
-        ("distributed_type: MULTI_GPU\n", "num_processes is missing"),
-        ("distributed_type: MULTI_GPU\nnum_processes: '2'\n", "num_processes is '2'; it must be a whole number"),
+        (DDP + "mixed_precision: no\n", "mixed_precision is False; write 'no' in quotes"),
+        ("distributed_type: MULTI_GPU\n", "num_processes: set it to the number of processes"),
+        ("distributed_type: MULTI_GPU\nnum_processes: '2'\n", "num_processes: should be a valid integer, not '2'"),
         (
             "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stag: 3}\n",
             "deepspeed_config.zero_stag: unknown key .*; nearest: zero_stage",
@@ -149,8 +149,7 @@ ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: "
         (ZERO + "{deepspeed_config_file: 5}\n", "deepspeed_config_file: 5: not DeepSpeed's JSON"),
         (ZERO + "{zero_stage: 4}\n", "zero_stage is 4; set 0, 1, 2 or 3"),
         ("distributed_type: [DEEPSPEED]\nnum_processes: 2\n", r"distributed_type is \['DEEPSPEED'\]; set one of NO"),
-        (DDP + "gpu_ids: 0\n", "gpu_ids is 0; accelerate takes text, in quotes"),
-        (DDP + "gpu_ids: '0'\n", "gpu_ids is '0', one GPU; accelerate takes MULTI_GPU with at least two"),
+        (DDP + "gpu_ids: 0\n", "gpu_ids: should be .*a valid string, not 0"),
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {1: 2}\n", "fsdp_config.fsdp_1: unknown key"),
         (
             "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {versio: 2}\n",
@@ -163,6 +162,21 @@ def test_a_wrong_configuration_gets_a_sentence(text, said, tmp_path, monkeypatch
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(RecipeError, match=said):
         read_config(tmp_path / "own.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (DDP + "gpu_ids: '0'\n", "at least two are specified for `--gpu_ids`"),
+        (DDP + "mixed_precision: bf17\n", "Unknown mixed_precision mode: bf17"),
+    ],
+)
+def test_what_accelerate_refuses_is_one_sentence(text, said, tmp_path):
+    (tmp_path / "own.yaml").write_text(text)
+    done = cli("rloo", "imdb_tiny", *TINY, "--accelerate-config", "own.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: --accelerate-config own.yaml: ") and said in done.stderr
 
 
 def test_what_accelerate_itself_writes_is_taken(tmp_path):

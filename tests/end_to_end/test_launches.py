@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from rlhf_recipes import stage as entry
+from rlhf_recipes.launch import checks
 from rlhf_recipes.launch import setup as distributed
-from rlhf_recipes.launch.setup import Setup, check_launch, check_setup, launched, require_same
+from rlhf_recipes.launch.checks import check_launch, check_setup, require_same
+from rlhf_recipes.launch.setup import Setup, launched
 from rlhf_recipes.recipe.schema import RecipeError
 from support.places import ROOT
 from support.processes import run_python
@@ -135,10 +137,10 @@ def test_deepspeeds_own_file_on_the_command_line_beats_the_configuration(launch,
 @pytest.mark.parametrize(
     ("asked", "processes", "variables", "said"),
     [
-        (DDP | {"distributed_type": "MULTI_CPU", "use_cpu": True}, 1, {}, "2 process.es. with DDP asked for, .* gives 1 process"),
-        (DDP, 1, {}, "2 process.es. with DDP asked for"),
-        (ZERO, 2, {}, "with DeepSpeed asked for, but this launch gives 2 processes with DDP"),
-        (ZERO, 2, OF_ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 2 asked for"),
+        (DDP | {"distributed_type": "MULTI_CPU", "use_cpu": True}, 1, {}, "2 processes with DDP asked for, .* gives 1 process"),
+        (DDP, 1, {}, "2 processes with DDP asked for"),
+        (ZERO, 2, {}, "with DeepSpeed ZeRO-2 asked for, but this launch gives 2 processes with DDP"),
+        (ZERO, 2, OF_ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "2 processes with DeepSpeed ZeRO-2 asked for, but this launch gives 2 processes with DeepSpeed ZeRO-1"),
         (ZERO, 2, OF_ZERO | {"ACCELERATE_USE_CPU": "true"}, "gives plain DDP"),
         (DDP | {"distributed_type": "FSDP"}, 2, {}, "with FSDP asked for, but this launch gives 2 processes with DDP"),
     ],
@@ -171,7 +173,7 @@ def test_more_gpus_than_there_are_are_refused(launch, tmp_path, monkeypatch):
 
 def test_deepspeed_that_is_not_installed_names_the_extra(launch, monkeypatch):
     launch(processes=2, **OF_ZERO)
-    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'rlhf-recipes\[deepspeed\]'"):
         check_launch({})
 
@@ -265,7 +267,7 @@ def manifest_of(work: Path, name: str) -> dict:
 def test_a_configuration_that_gives_one_process_trains_nothing(work, bpe_policy_folder):
     quiet = DDP | {"distributed_type": "MULTI_CPU", "use_cpu": True}
     done = run_python(*command(work, bpe_policy_folder, config(work, **quiet), "name=quiet"), cwd=work)
-    assert done.returncode != 0 and "2 process(es) with DDP asked for, but this launch gives 1 process" in done.stderr
+    assert done.returncode != 0 and "2 processes with DDP asked for, but this launch gives 1 process" in done.stderr
     assert not (work / "runs" / "quiet").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from rlhf_recipes.recipe.load import check
+from rlhf_recipes.recipe.checks import check_recipe
 from rlhf_recipes.runs import callbacks
 from rlhf_recipes.runs.folder import Run
 from support.texts import REVIEWS, write_jsonl
@@ -102,7 +102,7 @@ def run(tmp_path, monkeypatch):
             },
             **recipe,
         }
-        started = Run(check(values, "tiny"), stage)
+        started = Run(check_recipe(values, "tiny"), stage)
         started.start()
         started.checkpoint = checkpoint
         import_module(f"rlhf_recipes.{'evaluate' if stage == 'eval' else stage}").main(started)
