@@ -26,11 +26,10 @@ from rlhf_recipes.evaluation.audit.audit import audit_runs
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
 from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
-from rlhf_recipes.recipe.batch import batch_settings, rows_of_rollout
+from rlhf_recipes.recipe.batch import rows_of_rollout, trainer_settings
 from rlhf_recipes.recipe.graph import eval_models
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 from rlhf_recipes.runs.files import read_audit, read_manifest
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_comparison
@@ -145,8 +144,7 @@ def _check(recipe: Recipe, processes: int) -> None:
 
 def _rollout(recipe: Recipe, stage: str, processes: int) -> int:
     """Completions that all processes of a stage sample at once."""
-    given = trainer_defaults(stage) | getattr(recipe, stage).trainer | batch_settings(recipe, stage, processes)
-    return rows_of_rollout(given, processes, f"{stage}.trainer.")
+    return rows_of_rollout(trainer_settings(recipe, stage, processes), processes, f"{stage}.trainer.")
 
 
 def _settings(recipe: Recipe) -> str:

@@ -69,7 +69,7 @@ def check_setup(args: Any) -> None:
     if args.world_size != got.num_processes:
         raise RecipeError(
             f"launched as {got}, but transformers makes {args.world_size} process(es) of it; take use_cpu: false out of the "
-            "stage's trainer section: several processes on a CPU are one run only with use_cpu: true."
+            "stage's trainer section: several processes on a CPU train together only with use_cpu: true."
         )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if wanted is not None and wanted.mixed_precision in ("bf16", "fp16") and wanted.mixed_precision != precision:
@@ -112,7 +112,7 @@ def confirm(trainer: Any) -> Setup:
 
 
 def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
-    """Refuse to resume in another setup: data order, random numbers and optimizer shards belong to the old one.
+    """Refuse to resume in another setup: data order, random numbers and optimizer shards belong to the first one.
 
     Raises:
         RecipeError: The setups differ; the message has both.
@@ -122,8 +122,8 @@ def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
         if None not in (saved_by.mixed_precision, now.mixed_precision):
             before, after = (f"{setup} in mixed_precision {setup.mixed_precision}" for setup in (saved_by, now))
         raise RecipeError(
-            f"{checkpoint} was saved by {before}, and this launch is {after}. Go on as it was saved, or start anew: under "
-            "another name (name=...), or after moving that folder away."
+            f"{checkpoint} was saved by {before}, and this launch is {after}. Resume with the first setup, or start again "
+            "under another name (name=...) or after moving that folder away."
         )
 
 

@@ -1,4 +1,4 @@
-"""Accelerate's configurations, `accelerate_configs/*.yaml`: found by name, and checked before anything is started."""
+"""Finds and checks configurations of accelerate, `accelerate_configs/*.yaml`."""
 
 import json
 from importlib.util import find_spec
@@ -18,11 +18,11 @@ KINDS = {
     "DEEPSPEED": "DeepSpeed",
     "FSDP": "FSDP",
 }
-"""`distributed_type` -> what we call it. accelerate knows more of them, with which nothing here was ever run."""
+"""`distributed_type` -> its name in messages. Others of accelerate's types were never tried and are refused."""
 
 
 def config_folders() -> list[Path]:
-    """Where names are looked up, first match first: `./accelerate_configs`, then those that came with us."""
+    """Folders of configurations, first match first: `./accelerate_configs`, then the shipped ones."""
     package = Path(__file__).parents[1]
     shipped = package if (package / "accelerate_configs").is_dir() else package.parent
     return [Path("accelerate_configs"), shipped / "accelerate_configs"]
@@ -37,13 +37,10 @@ def config_files() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration.
-
-    Args:
-        name: Its name, or path of a YAML file.
+    """The file of a configuration, from its name or path.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: There is no such file.
     """
     return find_file(name, config_files(), "accelerate configuration", "configs", "--accelerate-config ")
 
@@ -52,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The keys of a configuration, read as accelerate reads them.
 
     Raises:
-        RecipeError: accelerate would not take the file, or would silently make something else of it; every finding.
+        RecipeError: Every reason why accelerate would refuse the file, or silently start something else.
     """
     values = read_file(path, yaml.safe_load, yaml.YAMLError)  # YAML 1.1, in which a bare `no` is false
     if not isinstance(values, dict):
@@ -94,13 +91,11 @@ def _findings(values: dict[str, Any]) -> list[str]:
 
 
 def launchable(name: str) -> Path:
-    """The file of a configuration with which this machine can start stages.
-
-    Args:
-        name: Its name, or path of a YAML file.
+    """The file of a configuration, from its name or path, if this machine can start stages with it.
 
     Raises:
-        RecipeError: There is none, it is wrong, it needs DeepSpeed, which is not installed, or it is for several machines.
+        RecipeError: There is no such file, its content is wrong, it is for several machines, or it needs DeepSpeed, which is
+            not installed.
     """
     path = find_config(name)
     values = read_config(path)
@@ -108,21 +103,21 @@ def launchable(name: str) -> Path:
         raise RecipeError(f"{path}: it needs DeepSpeed, which is not installed: pip install 'rlhf-recipes[deepspeed]'.")
     if values.get("num_machines", 1) > 1:
         raise RecipeError(
-            f"{path}: it is for {values['num_machines']} machines, and each has to be told its number: run accelerate "
-            f"launch --config_file {path} --machine_rank ... on each of them, as docs/scaling.md has it."
+            f"{path}: it is for {values['num_machines']} machines, and each needs its number: run accelerate "
+            f"launch --config_file {path} --machine_rank ... on each of them, as docs/scaling.md shows."
         )
     return path
 
 
 def kind(values: dict[str, Any]) -> str:
-    """How a configuration spreads a model over processes, in a few words."""
+    """Name of the way in which a configuration spreads training over processes."""
     if values["distributed_type"] != "DEEPSPEED":
         return KINDS[values["distributed_type"]]
     return f"DeepSpeed ZeRO-{zero_stage(values)}"
 
 
 def zero_stage(values: dict[str, Any]) -> int:
-    """The ZeRO stage that a configuration of DeepSpeed asks for; 2 where it says none, as accelerate has it."""
+    """The ZeRO stage of a configuration with DeepSpeed; accelerate's default is 2."""
     section = values.get("deepspeed_config") or {}
     if "deepspeed_config_file" not in section:
         return int(section.get("zero_stage", 2))
@@ -130,7 +125,7 @@ def zero_stage(values: dict[str, Any]) -> int:
 
 
 def offloads(values: dict[str, Any]) -> bool:
-    """Whether a configuration of DeepSpeed keeps the optimizer in the CPU's memory."""
+    """True if a configuration keeps the optimizer in the CPU's memory."""
     section = values.get("deepspeed_config") or {}
     if "deepspeed_config_file" not in section:
         return section.get("offload_optimizer_device", "none") != "none"
@@ -139,10 +134,13 @@ def offloads(values: dict[str, Any]) -> bool:
 
 
 def zero_stage_of_file(given: str) -> int:
-    """The ZeRO stage in a configuration of DeepSpeed's own, given as a path or as its text.
+    """The ZeRO stage in DeepSpeed's own configuration.
+
+    Args:
+        given: Path of the file, or its text.
 
     Raises:
-        RecipeError: It cannot be read.
+        RecipeError: The configuration cannot be read.
     """
     return (_of_deepspeed(given).get("zero_optimization") or {}).get("stage", 0)
 
@@ -156,11 +154,11 @@ def _of_deepspeed(given: str) -> dict[str, Any]:
         why = "no such file" if isinstance(error, FileNotFoundError) else f"not DeepSpeed's JSON: {error}"
         raise RecipeError(f"deepspeed_config_file: {shown}: {why}.") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"deepspeed_config_file: {given}: it must hold keys and values, not {values!r}.")
+        raise RecipeError(f"deepspeed_config_file: {given}: it must contain keys and values, not {values!r}.")
     return values
 
 
 def purpose(path: Path) -> str:
-    """What a configuration is for: the first line of its file, `# NAME: ...`; empty where it has none."""
+    """The purpose of a configuration, from the first line of its file: `# NAME: ...`; empty without such a line."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix(f"# {path.stem}: ") if first.startswith(f"# {path.stem}: ") else ""

@@ -1,4 +1,4 @@
-"""One stage as several processes: accelerate's launcher with the exit codes of `launch/start.py`, and quiet.
+"""One stage as several processes: accelerate's launcher, quiet, and with the exit codes of `launch/start.py`.
 
     python -m rlhf_recipes.launch.processes --config_file FILE -m rlhf_recipes.ppo --recipe imdb_tiny
 

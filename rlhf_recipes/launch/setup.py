@@ -126,16 +126,16 @@ def prepare() -> None:
     import torch
 
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns, wherever it is installed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed warns if it is installed
     if not flag("ACCELERATE_USE_DEEPSPEED"):
         return
     import deepspeed
 
     deepspeed.utils.logger.handlers.clear()
     deepspeed.utils.logger.propagate = True
-    # In bf16 it prints the memory in use, twice for each frozen model.
+    # In bf16, DeepSpeed prints the memory in use twice for each frozen model.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
-    # A faster all-reduce for one machine's CPU processes, compiled when it is first used; gloo does it too.
+    # A faster all-reduce for CPU processes, which DeepSpeed compiles at its first use; gloo replaces it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -1,4 +1,4 @@
-"""Starts a stage as one process or as several, and passes signals on to it."""
+"""Starts a stage as one process or as several, and passes signals to it."""
 
 import ctypes
 import os
@@ -19,16 +19,16 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a stage that Ctrl-C ended."""
 
 MODULES = {"eval": "evaluate"}
-"""Stages whose module has another name than the stage."""
+"""Stage -> its module, if the names differ."""
 
 TRAINED = ("sft", "reward", "ppo", "rloo")
-"""Stages that a configuration of accelerate spreads over processes; any other would repeat its work in each of them."""
+"""Stages that run as several processes; the others would repeat their work in each process."""
 
 COMMAND = "RLHF_RECIPES_LAUNCH"
-"""Environment variable that holds the launcher's arguments; a stage compares them with its launch."""
+"""Environment variable with the launcher's arguments; a stage compares them with its launch."""
 
 PARENT = "RLHF_RECIPES_PARENT"
-"""Environment variable that holds the id of the process that waits for a stage."""
+"""Environment variable with the id of the process that waits for a stage."""
 
 
 def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, config: Path | None = None) -> int:
@@ -56,7 +56,7 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
     process = subprocess.Popen(
         [sys.executable, *command],
         env=os.environ | {PARENT: str(os.getpid())},
-        process_group=0 if spread else None,  # apart: Ctrl-C reaches them through this process only, once
+        process_group=0 if spread else None,  # its own group, so that Ctrl-C reaches it only through this process
     )
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     interrupted = False
@@ -64,7 +64,7 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            if process.poll() is None:  # Ctrl-C reached it too, `kill -INT` of this process did not
+            if process.poll() is None:  # the terminal's Ctrl-C has reached it, `kill -INT` of this process has not
                 if spread and not interrupted:
                     say("stopping, with a checkpoint; Ctrl-C again stops without one")
                     process.terminate()
@@ -77,7 +77,7 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
 
 
 def as_shell(code: int) -> int:
-    """An exit code as a shell reports it: a process that signal 9 ended has -9, which becomes 137."""
+    """An exit code as a shell reports it: -9, the code of a process that signal 9 ended, becomes 137."""
     return code if code >= 0 else 128 - code
 
 

@@ -1,17 +1,14 @@
-"""Configurations of the models that a recipe names, without their weights.
+"""Configurations of the models that a recipe names, without their weights."""
 
-Nothing is downloaded but a `config.json` that is not here yet.
-"""
-
-import ssl
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+
+from transformers import AutoConfig
 
 from rlhf_recipes.models.adapters import lora_of
 from rlhf_recipes.models.load import adapter_of, load_config
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.runs.inputs import is_reachable
 from rlhf_recipes.runs.references import is_hub_model, is_offline, loading, locate_in_package
 
 PLANNED = ("sft", "reward", "ppo", "rloo")
@@ -71,81 +68,60 @@ ARCHITECTURES = {
         "tie_word_embeddings": True,
     },
 }
-"""Configurations of Hub models that the recipes name, so that these can be planned without network."""
+"""Configurations of the Hub models in the shipped recipes, to plan them without network."""
 
 
-def config_of(recipe: Recipe, key: str, reference: str, passed: tuple[str, ...] = ()) -> tuple[Any, Any]:
-    """Configuration of what a reference stands for, and of the adapter that it is (None: a whole model).
+def config_of(recipe: Recipe, key: str, model_id: str, passed: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """The configuration of a model, and of its adapter (None: a whole model).
 
-    A stage need not have run: what it starts from has the same sizes.
+    A stage need not have run: the model that it starts from has the same sizes.
 
     Args:
         recipe: The recipe, for `stage:` references.
-        key: Where the reference stands in the recipe, for messages.
-        reference: `stage:NAME`, a folder, `package:NAME/FOLDER`, or a Hub id.
+        key: The recipe's key of the model id, for messages.
+        model_id: `stage:NAME`, a folder, `package:NAME/FOLDER`, or a Hub id.
         passed: Stages that led here.
 
     Raises:
         RecipeError: The model is neither here nor on the Hub, or stages start from one another.
     """
-    from transformers import AutoConfig
+    if model_id.startswith("stage:"):
+        return _config_of_stage(recipe, key, model_id.removeprefix("stage:"), passed)
+    if is_hub_model(model_id):
+        return _config_of_hub_model(recipe, key, model_id), None
+    package = model_id.startswith("package:")
+    folder = locate_in_package(key, model_id) if package else Path(model_id).expanduser()
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise RecipeError(
+            f"{key}: {model_id} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
+        )
+    return load_config(key, str(folder), model_id in recipe.trust_remote_code), adapter_of(key, str(folder))
 
-    if reference.startswith("stage:"):
-        return _config_of_stage(recipe, key, reference.removeprefix("stage:"), passed)
-    if reference.startswith("package:"):
-        return _config_of_folder(recipe, key, str(locate_in_package(key, reference)), reference)
-    if not is_hub_model(reference):
-        folder = Path(reference).expanduser()
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise RecipeError(
-                f"{key}: {reference} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
-            )
-        return _config_of_folder(recipe, key, str(folder), reference)
-    name, _, revision = reference.partition("@")
+
+def _config_of_hub_model(recipe: Recipe, key: str, model_id: str) -> Any:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    if not isinstance(cached, str) and name in ARCHITECTURES:
-        return AutoConfig.for_model(**ARCHITECTURES[name]), None
+    name, _, revision = model_id.partition("@")
+    revision = revision or "main"
+    is_cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    if not is_cached and name in ARCHITECTURES:
+        return AutoConfig.for_model(**ARCHITECTURES[name])
+    # Without network, huggingface_hub retries for most of a minute.
+    offline = is_offline() or not (is_cached or is_reachable())
+    code = model_id in recipe.trust_remote_code
     try:
-        with loading(key, reference):
-            if not isinstance(cached, str) and not is_offline():
-                _reach_hub()
-            how = {"revision": revision or "main", "local_files_only": is_offline()}
-            return AutoConfig.from_pretrained(
-                name, trust_remote_code=reference in recipe.trust_remote_code, **how
-            ), None
+        with loading(key, model_id):
+            return AutoConfig.from_pretrained(name, revision=revision, local_files_only=offline, trust_remote_code=code)
     except RecipeError as error:
         raise RecipeError(
-            f"{key}: the config.json of {reference} is needed, and is neither here nor to be had from the Hub; set {key} to "
-            "a local folder that has it."
+            f"{key}: plan needs the config.json of {model_id}, which is neither here nor on the Hub; set {key} to a local "
+            "folder that has it."
         ) from error
 
 
-def _reach_hub() -> None:
-    """Find out in seconds that there is no network; huggingface_hub tries again for most of a minute.
-
-    Raises:
-        OSError: The Hub does not answer.
-    """
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        urlopen(Request(ENDPOINT, method="HEAD"), timeout=5).close()
-    except URLError as error:  # what answers, with an error or another certificate, is huggingface_hub's matter
-        if not isinstance(error, HTTPError) and not isinstance(error.reason, ssl.SSLError):
-            raise
-
-
-def _config_of_folder(recipe: Recipe, key: str, folder: str, reference: str) -> tuple[Any, Any]:
-    return load_config(key, folder, reference in recipe.trust_remote_code), adapter_of(key, folder)
-
-
 def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ...]) -> tuple[Any, Any]:
-    from transformers import AutoConfig
-
     if stage in passed:
-        raise RecipeError(f"{key}: stage:{stage}: it starts from what is made of it; set {key} to a model.")
+        raise RecipeError(f"{key}: stage:{stage} starts from a model that is made from it; set {key} to a model.")
     section = getattr(recipe, stage, None) if stage in PLANNED else None
     if section is None:
         raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage} that makes a model.")
@@ -155,9 +131,8 @@ def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ..
             return AutoConfig.for_model(scratch.architecture, vocab_size=scratch.vocabulary, **scratch.config), None
     name = "policy" if stage in ("ppo", "rloo") else "model"
     config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name), (*passed, stage))
-    if section.peft is not None:  # what comes out is an adapter
-        return config, adapter or lora_of(stage, section.peft)
-    return config, None
+    # A stage without peft writes a whole model: it merges the adapter that it starts from.
+    return config, None if section.peft is None else adapter or lora_of(stage, section.peft)
 
 
 def drops_out(config: Any) -> bool:

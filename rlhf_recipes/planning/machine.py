@@ -1,18 +1,19 @@
-"""The machine that a stage is planned for, and how the stage is started on it."""
+"""The machine that a stage is planned for, and the launch that uses it."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from rlhf_recipes.launch.configs import find_config, kind, offloads, read_config, zero_stage
+from rlhf_recipes.launch.setup import Setup
 from rlhf_recipes.recipe.schema import RecipeError
 
 GIB = 2**30
 
 FLOAT32 = 4
-"""Bytes of a number."""
+"""Bytes of a float32 number."""
 
 GIGABYTES = {
     "T4": 16, "V100": 16, "P100": 16, "L4": 24, "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "L40": 48, "L40S": 48,
@@ -20,30 +21,33 @@ GIGABYTES = {
     "RTX2080TI": 11, "RTX3060": 12, "RTX3070": 8, "RTX3080": 10, "RTX3090": 24, "RTX4060": 8, "RTX4070": 12,
     "RTX4080": 16, "RTX4090": 24, "RTX5080": 16, "RTX5090": 32,
 }  # fmt: skip
-"""Memory of GPUs that are known by name; of those that come in two sizes the commoner one."""
+"""Name of a GPU -> its memory in GB; the more common size if there are two."""
 
 RESERVED_BYTES, RESERVED_SHARE = 1 * GIB, 0.04
-"""Of a GPU, what is left alone: CUDA's context and libraries, and memory that its allocator cannot use."""
+"""Memory of a GPU that no plan uses: CUDA's context and libraries, and memory that its allocator cannot use."""
 
 IMPORTS = 0.7 * GIB
-"""Of a CPU's memory, what a process takes before there is a model."""
+"""Memory of a process on the CPU before it loads a model."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a stage is started."""
+class Launch(Setup):
+    """The setup that a stage is planned for."""
 
-    processes: int = 1
-    zero_stage: int = 0
     offload: bool = False
-    """Whether DeepSpeed keeps master weights, gradients and optimizer states in the CPU's memory."""
-    half: bool = False
-    """bf16 or fp16: autocast over float32 weights; under DeepSpeed the weights themselves."""
-    device: str = "cuda"
+    """True if DeepSpeed keeps master weights, gradients and optimizer states in the CPU's memory."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{', optimizer offloaded to the CPU' if self.offload else ''}"
+
+    @property
+    def half(self) -> bool:
+        """True for bf16 and fp16: autocast over float32 weights, or with DeepSpeed weights in half precision."""
+        return self.mixed_precision in ("bf16", "fp16")
 
     @property
     def autocast(self) -> bool:
-        return self.half and self.zero_stage == 0
+        return self.half and not self.zero_stage
 
     @property
     def weight_bytes(self) -> int:
@@ -52,7 +56,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Machine:
-    """`count` GPUs, or processes on a CPU, and the bytes that each of them has."""
+    """`count` GPUs, or processes on a CPU, each with this many bytes."""
 
     count: int
     name: str
@@ -71,14 +75,14 @@ class Machine:
 
 
 def machine_of(text: str | None, processes: int = 1) -> Machine:
-    """Reads `--gpu`; None means the GPU of this machine.
+    """The machine that `--gpu` describes.
 
     Args:
-        text: `--gpu`.
-        processes: How many, where the text does not say it.
+        text: `--gpu`. None: the GPUs of this machine, or its CPU.
+        processes: Number of GPUs if the text does not say it.
 
     Raises:
-        RecipeError: It cannot be read, or names a GPU whose memory is not known.
+        RecipeError: The text has another form, or names an unknown GPU without its memory.
     """
     if text is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -96,30 +100,29 @@ def machine_of(text: str | None, processes: int = 1) -> Machine:
         if size is not None and float(size) > 0:
             return Machine(count, name, float(size) * GIB)
     raise RecipeError(
-        f"--gpu: {text!r} names no GPU of known memory; write NxNAME-GB, such as 8xH100-80, 1xRTX3060-12, 2x24 or cpu-16; "
-        f"by name alone: {', '.join(GIGABYTES)}, cpu."
+        f"--gpu: {text!r} has no known memory; write NxNAME-GB, such as 8xH100-80, 1xRTX3060-12, 2x24 or cpu-16; these need "
+        f"no size: {', '.join(GIGABYTES)}, cpu."
     )
 
 
 def launch_of(machine: Machine, accelerate_config: str | None) -> Launch:
-    """How a stage is started on all of a machine: one process each, DDP unless a configuration of accelerate says otherwise.
+    """The launch that uses all of a machine.
 
     Args:
-        machine: Where it runs.
-        accelerate_config: Name or file of the configuration.
+        machine: Each GPU gets one process.
+        accelerate_config: Name or file of a configuration of accelerate. None: DDP.
 
     Raises:
-        RecipeError: There is none, or there are no numbers for its kind of distribution.
+        RecipeError: There is no such configuration, or the planner has no formulas for its kind of distribution.
     """
-    values = {"distributed_type": "NO"} if accelerate_config is None else read_config(find_config(accelerate_config))
-    precision = values.get("mixed_precision")
-    half = machine.device != "cpu" if precision is None else precision in ("bf16", "fp16")
-    launch = Launch(processes=machine.count, half=half, device=machine.device)
-    if values["distributed_type"] in ("NO", "MULTI_GPU"):
-        return launch
-    stage = zero_stage(values) if values["distributed_type"] == "DEEPSPEED" else None
-    if stage not in (1, 2):
+    values = {} if accelerate_config is None else read_config(find_config(accelerate_config))
+    name = values.get("distributed_type", "NO")
+    stage = zero_stage(values) if name == "DEEPSPEED" else None
+    if name == "FSDP" or stage in (0, 3):
         raise RecipeError(
-            f"--accelerate-config: {accelerate_config} is {kind(values)}, which plan has no numbers for; take one with DDP, ZeRO-1 or ZeRO-2."
+            f"--accelerate-config: plan has no formulas for {kind(values)} ({accelerate_config}); take one with DDP, ZeRO-1 "
+            "or ZeRO-2."
         )
-    return replace(launch, zero_stage=stage, offload=offloads(values))
+    precision = values.get("mixed_precision") or ("no" if machine.device == "cpu" else "bf16")
+    name = "MULTI_GPU" if stage is None else name
+    return Launch(machine.count, name, stage, precision, machine.device, offload=offloads(values))

@@ -1,53 +1,45 @@
-"""One stage of a recipe on a machine, before it runs: memory at its worst moments, steps, rows and tokens.
+"""The plan of one stage on a machine: memory at its worst moments, steps, rows and tokens.
 
-Nothing is downloaded but a `config.json` that is not here already, no weights are made, and no GPU is needed.
+It needs no weights and no GPU, and downloads only a missing `config.json`.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import TrainingArguments
 
 from rlhf_recipes.models.adapters import lora_of, quantization_of
 from rlhf_recipes.planning.architectures import config_of, drops_out
 from rlhf_recipes.planning.machine import Launch, Machine
 from rlhf_recipes.planning.memory import Batch, Estimate, moments
-from rlhf_recipes.planning.trace import model_of
-from rlhf_recipes.recipe.batch import TEXTS_OF_ROW, batch_settings, rows_of_rollout, rows_of_step, steps_of_rollout
+from rlhf_recipes.planning.models import Model, model_of
+from rlhf_recipes.recipe.batch import TEXTS_OF_ROW, rows_of_rollout, rows_of_step, steps_of_rollout, trainer_settings
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
 from rlhf_recipes.runs.references import loading
-from rlhf_recipes.trainers.config import OnPolicyConfig
-
-PPO_DEFAULTS = {"num_generations": 1}
-"""What `PPOConfig` has of the settings that count here and `OnPolicyConfig` has otherwise; to import it takes seconds."""
-
-COUNTS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size",
-    "sampling_batch_size", "num_generations", "num_iterations", "max_completion_length", "max_length",
-)  # fmt: skip
-"""Settings that are multiplied and divided by here; the trainers refuse what is not above 0, too, but are not asked."""
+from rlhf_recipes.trainers.config import POSITIVE
 
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of work in a stage; None where it depends on the data."""
+    """The amount of work in a stage; None if it depends on the data."""
 
     rows: int | None
     """Texts (sft), pairs (reward) or episodes (ppo, rloo), over all epochs."""
     steps: int | None
     tokens: int | None
-    """At most."""
+    """Upper bound."""
     at_most: bool
-    """Whether rows and steps may be fewer, because the data may have less."""
+    """True if rows and steps are upper bounds, because the data may have fewer rows."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on a machine."""
+    """The plan of a stage on a machine."""
 
     stage: str
     machine: Machine
@@ -55,7 +47,7 @@ class StagePlan:
     batch: Batch
     moments: dict[str, Estimate]
     otherwise: float
-    """Total with gradient checkpointing, if it is off, or without, if it is on."""
+    """Total with the opposite setting of gradient checkpointing."""
     work: Work
     notes: list[str]
 
@@ -69,7 +61,7 @@ class StagePlan:
 
     @property
     def fits_without(self) -> bool:
-        """True if gradient checkpointing is on, and the stage fits without it."""
+        """True if gradient checkpointing is on and the stage fits without it."""
         return self.batch.checkpointing and self.otherwise <= self.machine.bytes - self.machine.reserve
 
     @property
@@ -78,108 +70,94 @@ class StagePlan:
 
 
 def settings_of(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
-    """A stage's trainer settings: the recipe's, and defaults of the trainer's own configuration class.
+    """A stage's `trainer` with its defaults filled in.
 
     Raises:
         RecipeError: The processes cannot share the global batch, or a number is not above 0.
     """
-    from trl import RewardConfig, SFTConfig
-
-    config_class = {"sft": SFTConfig, "reward": RewardConfig}.get(stage, OnPolicyConfig)
-    own = PPO_DEFAULTS if stage == "ppo" else {}
-    defaults = {field.name: field.default for field in fields(config_class) if field.default is not MISSING}
-    section = getattr(recipe, stage)
-    findings = []
-    for name in set(COUNTS) & set(section.trainer):
-        value = section.trainer[name]
-        optional = name == "max_length" or defaults[name] is None
-        if (value is None and not optional) or (value is not None and value < 1):
-            findings.append(f"{stage}.trainer.{name}: must be above 0, not {'null' if value is None else value}.")
-    if findings:
-        raise RecipeError("\n".join(sorted(findings)))
-    return defaults | own | section.trainer | batch_settings(recipe, stage, processes)
+    settings = trainer_settings(recipe, stage, processes)
+    given = getattr(recipe, stage).trainer
+    for name in sorted({*POSITIVE, "max_length"} & given.keys()):
+        value, optional = given[name], name == "max_length" or trainer_defaults(stage)[name] is None
+        if not optional if value is None else value <= 0:
+            raise RecipeError(f"{stage}.trainer.{name}: must be above 0, not {'null' if value is None else value}.")
+    return {"optim": TrainingArguments.optim} | settings
 
 
 def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> StagePlan:
     """Memory and work of one stage.
 
     Raises:
-        RecipeError: A model's configuration is not to be had, or it cannot be followed.
+        RecipeError: The configuration of a model cannot be loaded, or the planner cannot run the model without weights.
     """
-    section, settings, notes = getattr(recipe, stage), settings_of(recipe, stage, machine.count), []
+    section, settings, notes = getattr(recipe, stage), settings_of(recipe, stage, machine.count), list[str]()
     if launch.device != "cpu" and section.trainer.get("bf16") is False and not section.trainer.get("fp16"):
-        launch = replace(launch, half=False)
-    name = "policy" if stage in ("ppo", "rloo") else "model"
-    reference = getattr(section, name)
-    where = f"{stage}.{name}"
-    config, start = config_of(recipe, where, "stage:sft" if reference is None else reference)
-    if stage == "sft" and reference is None:
-        start = None
-    if stage != "reward" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RecipeError(
-            f"{where}: {reference} is a {config.model_type} model, which writes no text; set a language model."
-        )
-    peft = None
+        launch = replace(launch, mixed_precision="no")
+    on_policy = stage in ("ppo", "rloo")
+    key = f"{stage}.policy" if on_policy else f"{stage}.model"
+    model_id = section.policy if on_policy else section.model
+    config, start = config_of(recipe, key, model_id or "stage:sft")
+    peft = quantization = None
     if section.peft is not None:
-        peft = start if start is not None and stage != "reward" else lora_of(stage, section.peft)
-    quantization = None
+        peft = start if start is not None and model_id and stage != "reward" else lora_of(stage, section.peft)
     if section.quantization is not None:
         quantization = quantization_of(stage, section.quantization, "bfloat16" if launch.half else "float32")
-    dropout = stage == "sft" and drops_out(config)
     batch = _batch(recipe, stage, settings, config, machine.count, notes)
+    batch = replace(batch, reference=on_policy and settings["beta"] != 0 and peft is None)
     value, reward_models = None, ()
-    how = {
-        "classifier": stage == "reward",
-        "peft_config": peft,
-        "quantization_config": quantization,
-        "dropout": dropout,
-    }
-    if stage in ("ppo", "rloo"):
-        batch = replace(batch, reference=settings["beta"] != 0 and peft is None)
-        value = _value_config(recipe, config) if stage == "ppo" else None
-    with _followed(stage):
-        if stage in ("ppo", "rloo"):
-            reward_models = tuple(
-                replace(
-                    model_of(scorer, Launch(half=half, device=launch.device), classifier=True, trained=False),
-                    loaded_bytes=2 if half else 4,
-                )
-                for scorer, half in _reward_model_configs(recipe, notes)
+    with _one_sentence(stage):
+        with loading(key if peft is None else f"{stage}.peft", model_id or config.model_type):
+            policy = model_of(
+                config, launch, stage == "reward", stage == "sft" and drops_out(config), peft, quantization
             )
-        with loading(f"{stage}.peft", config.model_type):  # that names layers which are not there
-            policy = model_of(config, launch, **how)
-        network = value and model_of(value, launch, classifier=True)
-    found = {
-        flag: moments(policy, replace(batch, checkpointing=flag), launch, network, reward_models)
+        if stage == "ppo" and recipe.ppo.value_model != "shared":
+            own = recipe.ppo.value_model in OWN_VALUE_MODELS
+            value_config = config if own else config_of(recipe, "ppo.value_model", recipe.ppo.value_model)[0]
+            value = model_of(value_config, launch, classifier=True)
+        if on_policy:
+            reward_models = tuple(_reward_models(recipe, launch, notes))
+    peaks = {
+        flag: moments(policy, replace(batch, checkpointing=flag), launch, value, reward_models)
         for flag in (False, True)
     }
     given = section.trainer.get("gradient_checkpointing")
-    totals = {flag: max(moment.total for moment in of_flag.values()) for flag, of_flag in found.items()}
     checkpointing = given if given is not None else machine.device != "cpu"
     return StagePlan(
         stage=stage,
         machine=machine,
         launch=launch,
         batch=replace(batch, checkpointing=checkpointing),
-        moments=found[checkpointing],
-        otherwise=totals[not checkpointing],
+        moments=peaks[checkpointing],
+        otherwise=max(moment.total for moment in peaks[not checkpointing].values()),
         work=_work(recipe, stage, settings, batch, machine.count),
         notes=notes,
     )
 
 
 @contextmanager
-def _followed(stage: str) -> Iterator[None]:
-    """Around models that are followed without weights: of one that cannot be, whatever it raises is one sentence."""
+def _one_sentence(stage: str) -> Iterator[None]:
+    """Turn any error of a model that runs without weights into a `RecipeError`."""
     try:
         yield
     except RecipeError:
         raise
     except Exception as error:
         raise RecipeError(
-            f"{stage}: plan cannot follow one of its models ({type(error).__name__}: {str(error)[:200]}); the stage itself "
-            "may run."
+            f"{stage}: plan cannot run one of its models without weights ({type(error).__name__}: {str(error)[:200]}); the "
+            "stage itself may run."
         ) from error
+
+
+def _reward_models(recipe: Recipe, launch: Launch, notes: list[str]) -> Iterator[Model]:
+    for i, spec in enumerate(recipe.reward_funcs):
+        model_id = spec.args.get("model")
+        if spec.name in ("reward_model", "sentiment") and isinstance(model_id, str):
+            half = spec.args.get("dtype") in ("bfloat16", "float16")
+            precision = replace(launch, zero_stage=None, mixed_precision="bf16" if half else "no")
+            config = config_of(recipe, f"reward_funcs.{i}.args.model", model_id)[0]
+            yield replace(model_of(config, precision, classifier=True, trained=False), loaded_bytes=2 if half else 4)
+        elif ":" in spec.name:
+            notes.append(f"reward_funcs.{i}: the memory of {spec.name} is not counted.")
 
 
 def _batch(
@@ -192,18 +170,18 @@ def _batch(
     if stage in ("sft", "reward"):
         longest = min(settings["max_length"] or math.inf, context)
         if longest == math.inf:
-            raise RecipeError(f"{stage}.trainer.max_length: set it; nothing else says how long texts may be.")
+            raise RecipeError(f"{stage}.trainer.max_length: set it: the model has no longest text of its own.")
         return Batch(rows=rows * TEXTS_OF_ROW[stage], prompt=int(longest), completion=0, **common)
     completion = settings["max_completion_length"]
     if completion >= context:
         raise RecipeError(
-            f"{stage}.trainer.max_completion_length is {completion}, but the model reads {context} tokens at most, prompt "
-            "included; set it to less."
+            f"{stage}.trainer.max_completion_length is {completion}, but the model reads {context} tokens at most, "
+            "with the prompt; lower it."
         )
     prompt = _prompt_tokens(recipe, stage, context, completion, notes)
     rollout = rows_of_rollout(settings, processes, f"{stage}.trainer.") // processes
     if settings["use_vllm"]:
-        notes.append(f"{stage}: what vLLM keeps on the same GPUs is not counted; sampling is planned as without it.")
+        notes.append(f"{stage}: the memory of vLLM on the same GPUs is not counted; sampling is planned without vLLM.")
     sampled = min(settings["sampling_batch_size"] or rollout, rollout)
     return Batch(rows=rows, prompt=prompt, completion=completion, rollout=rollout, sampled=sampled, **common)
 
@@ -218,28 +196,8 @@ def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, 
         notes.append(f"{stage}: two tokens a word of data.prompt_words are assumed.")
         return 2 * data.prompt_words[1]
     longest = int(min(context - completion, 1024))
-    notes.append(
-        f"{stage}: prompts of {longest} tokens are assumed; data.max_prompt_tokens would say how long they are."
-    )
+    notes.append(f"{stage}: prompts of {longest} tokens are assumed; data.max_prompt_tokens sets their length.")
     return longest
-
-
-def _value_config(recipe: Recipe, policy: Any) -> Any:
-    source = recipe.ppo.value_model
-    if source in OWN_VALUE_MODELS:
-        return policy if source == "policy" else None
-    return config_of(recipe, "ppo.value_model", source)[0]
-
-
-def _reward_model_configs(recipe: Recipe, notes: list[str]) -> Iterator[tuple[Any, bool]]:
-    """Configuration of every model that scores, and whether it is loaded in half precision."""
-    for i, spec in enumerate(recipe.reward_funcs):
-        model = spec.args.get("model")
-        if spec.name in ("reward_model", "sentiment") and isinstance(model, str):
-            half = spec.args.get("dtype") in ("bfloat16", "float16")
-            yield config_of(recipe, f"reward_funcs.{i}.args.model", model)[0], half
-        elif ":" in spec.name:
-            notes.append(f"reward_funcs.{i}: what {spec.name} keeps in memory is not counted.")
 
 
 def _work(recipe: Recipe, stage: str, settings: dict[str, Any], batch: Batch, processes: int) -> Work:
@@ -257,16 +215,16 @@ def _work(recipe: Recipe, stage: str, settings: dict[str, Any], batch: Batch, pr
             return Work(None, None, None, True)
         return Work(rows, steps, rows * TEXTS_OF_ROW[stage] * batch.prompt, at_most)
     of_rollout = batch.rollout * processes
-    of_one = steps_of_rollout(settings, of_rollout, processes)
+    steps_each = steps_of_rollout(settings, of_rollout, processes)
     if max_steps > 0:
-        rollouts, steps = math.ceil(max_steps / of_one), max_steps
+        rollouts, steps = math.ceil(max_steps / steps_each), max_steps
     elif recipe.episodes is not None and "num_train_epochs" not in given:
         rollouts = math.ceil(recipe.episodes / of_rollout)
-        steps = rollouts * of_one
+        steps = rollouts * steps_each
     elif recipe.data.max_rows is not None:
         rollouts = math.floor(recipe.data.max_rows * settings["num_generations"] / of_rollout * epochs)
         episodes = rollouts * of_rollout
-        return Work(episodes, rollouts * of_one, episodes * (batch.prompt + batch.completion), True)
+        return Work(episodes, rollouts * steps_each, episodes * (batch.prompt + batch.completion), True)
     else:
         return Work(None, None, None, True)
     episodes = rollouts * of_rollout

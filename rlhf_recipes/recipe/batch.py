@@ -1,13 +1,14 @@
 """Sizes of an optimizer step and of a rollout.
 
-They are counted in rows: a row is a text (sft), a pair of texts (reward) or a completion (ppo, rloo). `settings` are the
-keys of a stage's `trainer` with their defaults filled in.
+They are counted in rows: a row is a text (sft), a pair of texts (reward) or a completion (ppo, rloo). `settings` are
+`trainer_settings`, or the arguments of a trainer.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 
 TEXTS_OF_ROW = {"sft": 1, "reward": 2, "ppo": 1, "rloo": 1}
 """Stage -> texts that a model reads for each row."""
@@ -34,6 +35,15 @@ def batch_settings(recipe: Recipe, stage: str, processes: int) -> dict[str, int]
     most = max(section.trainer.get("per_device_train_batch_size", TRANSFORMERS_BATCH_SIZE), 1)
     size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
+
+
+def trainer_settings(recipe: Recipe, stage: str, processes: int) -> dict[str, Any]:
+    """A stage's `trainer` with its defaults filled in, as far as they are plain values.
+
+    Raises:
+        RecipeError: The processes cannot share the batch equally.
+    """
+    return trainer_defaults(stage) | getattr(recipe, stage).trainer | batch_settings(recipe, stage, processes)
 
 
 def rows_of_step(settings: Mapping[str, Any], processes: int) -> int:

@@ -1,4 +1,4 @@
-"""The graph of a recipe: the stages it runs, the stages each builds on, and the models that eval measures."""
+"""The graph of a recipe: the stages that it runs, the stages that each one needs, and the models that eval measures."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ SETTINGS = {
     "eval": (*COMMON_SETTINGS, "reward_funcs", "eval"),
     "compare": ("eval",),
 }
-"""Stage -> the parts of a recipe that its result depends on; those of an on-policy stage are `ON_POLICY_SETTINGS`."""
+"""Stage -> the parts of a recipe that its result depends on; on-policy stages have `ON_POLICY_SETTINGS`."""
 
 ON_POLICY_SETTINGS = (*COMMON_SETTINGS, "reward_funcs", "missing_eos", "episodes")
-"""Beside the stage's own section."""
+"""The parts of a recipe that an on-policy stage depends on, in addition to its own section."""
 
 
 def sections_of(stage: str) -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def sections_of(stage: str) -> tuple[str, ...]:
 
 
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The values of these parts; for eval, also the models that it measures."""
+    """The values of `sections_of` a stage; for eval, also the models that it measures."""
     values = recipe.model_dump(include=set(sections_of(stage)), exclude_none=True)
     if stage == "eval":
         values |= {"models": eval_models(recipe), "reference": eval_reference(recipe)}
@@ -33,7 +33,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def eval_models(recipe: Recipe) -> dict[str, str]:
-    """Name -> reference of the models that `eval` measures."""
+    """Name -> model id of the models that `eval` measures."""
     if recipe.eval.models is not None:
         return dict(recipe.eval.models)
     trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
@@ -43,27 +43,27 @@ def eval_models(recipe: Recipe) -> dict[str, str]:
 
 
 def eval_reference(recipe: Recipe) -> str:
-    """Name of the one of `eval_models` that KL and perplexity refer to.
+    """The name in `eval_models` that KL and perplexity refer to.
 
     Raises:
-        RecipeError: `eval.reference` names none of them.
+        RecipeError: `eval.reference` is no such name.
     """
     models, given = eval_models(recipe), recipe.eval.reference
     if given is not None and given not in models:
-        raise RecipeError(f"eval.reference: {given} is none of eval.models; they are: {', '.join(models)}.")
+        raise RecipeError(f"eval.reference: {given} is not in eval.models; they are: {', '.join(models)}.")
     return given or ("sft" if "sft" in models else next(iter(models)))
 
 
 def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int | None:
-    """Longest completion in training, of the first of some stages that sets it; None: TRL's default."""
+    """Longest completion in training, from the first of these stages that sets it. None: TRL's default."""
     trainers = [getattr(recipe, stage).trainer for stage in stages if getattr(recipe, stage) is not None]
     return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
 
 
 def stages_to_run(recipe: Recipe) -> list[str]:
-    """Stages that the comparison builds on, in order: one that nothing refers to is left out.
+    """Stages that the comparison needs, in order.
 
-    A recipe without ppo and rloo has nothing to compare; all of its other stages run.
+    A recipe without ppo and rloo has nothing to compare: its stages `sft` and `reward` run.
     """
     if recipe.ppo is None and recipe.rloo is None:
         return [stage for stage in recipe.stages() if stage in ("sft", "reward")]
@@ -77,7 +77,7 @@ def stages_to_run(recipe: Recipe) -> list[str]:
 
 
 def input_stages(recipe: Recipe, stage: str) -> list[str]:
-    """Stages whose results this one builds on: the `stage:` references in its settings; for compare, what it shows."""
+    """Stages whose results a stage needs: the `stage:` references in its settings; for compare, the stages that it shows."""
     found = set()
 
     def walk(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Find a recipe, follow `extends:`, apply `key=value` overrides and check every key: YAML in, `Recipe` out."""
+"""Reads a recipe: finds its file, follows `extends:`, applies `key=value` overrides and checks every key."""
 
 import io
 from pathlib import Path
@@ -12,24 +12,24 @@ from rlhf_recipes.recipe.named_files import find_file, read_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 
 FORWARDED = ("trainer", "args", "config", "peft", "quantization")
-"""Sections that are handed on as they are: there, null is a value."""
+"""Sections that are passed on to a library unchanged; in them, null is a value."""
 
 
 def recipe_folders() -> list[Path]:
-    """Where names of recipes are looked up, first match first: `./recipes`, then the recipes that came with us."""
+    """Folders of recipes, first match first: `./recipes`, then the shipped recipes."""
     package = Path(__file__).parents[1]
     shipped = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
     return [Path("recipes"), shipped]
 
 
 def code_file(name: str) -> Path:
-    """The Python file that a recipe names, seen from the current folder, or else from `recipe_folders`; it may not exist."""
+    """The Python file that a recipe names, in the current folder or in `recipe_folders`; it may not exist."""
     places = (folder / Path(name).expanduser() for folder in (Path(), *recipe_folders()))
     return next((path for path in places if path.is_file()), Path(name)).resolve()
 
 
 def recipe_files() -> dict[str, Path]:
-    """Name -> file of every recipe that can be run by name; files named `_*.yaml` exist only to be extended."""
+    """Name -> file of every recipe that can run by name; a file `_*.yaml` is only a parent of others."""
     files = {}
     for folder in reversed(recipe_folders()):
         for path in sorted(folder.rglob("*.yaml")):
@@ -43,10 +43,10 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
     Args:
         name: Name of a recipe, or path of a YAML file.
-        overrides: `dotted.key=value` each; values are read by YAML's rules.
+        overrides: `dotted.key=value` each; the values are YAML.
 
     Raises:
-        RecipeError: Anything wrong with the recipe: every finding, each with file, dotted key and what to do.
+        RecipeError: Every finding about the recipe, with file, dotted key and correction.
     """
     path = _find(name)
     values = _read_with_parents(path, seen=())
@@ -57,7 +57,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal recipe; unset optional keys are left out."""
+    """The recipe as YAML, from which `load_recipe` makes an equal recipe; unset optional keys are left out."""
     buffer = io.StringIO()
     _yaml().dump(recipe.model_dump(exclude_none=True), buffer)
     return buffer.getvalue()
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict:
 
 
 def _with_code_beside(values: Any, folder: Path) -> Any:
-    """The values of a recipe's file, with `file.py:function` made a whole path where only the recipe's folder has that file.
+    """The values of a recipe's file, in which `file.py:function` is a full path if only the recipe's folder has the file.
 
     A file in `recipe_folders` keeps its short name, which is the same on every machine.
     """
@@ -104,7 +104,7 @@ def _with_code_beside(values: Any, folder: Path) -> Any:
 
 
 def _unshared(values: Any) -> Any:
-    """A copy in which what YAML's aliases share is there once each: an override changes one place."""
+    """A copy without the shared parts of YAML's aliases, so that an override changes one place."""
     if isinstance(values, dict):
         return {key: _unshared(value) for key, value in values.items()}
     return [_unshared(item) for item in values] if isinstance(values, list) else values
@@ -113,7 +113,7 @@ def _unshared(values: Any) -> Any:
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise RecipeError(f"{path}: `extends` runs in a circle: {chain}.")
+        raise RecipeError(f"{path}: `extends` forms a circle: {chain}.")
     values = _read(path)
     parent = values.pop("extends", None)
     if parent is None:
@@ -126,7 +126,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
     except RecipeError as error:
         raise RecipeError(f"{path}: extends: {error}") from error
     merged = _read_with_parents(parent_path, (*seen, path.resolve()))
-    for own in ("name", "about"):  # they are true of one recipe only; the name decides the run folder
+    for own in ("name", "about"):  # they describe one recipe only
         merged.pop(own, None)
     return _merge(merged, values)
 
@@ -141,7 +141,7 @@ def _merge(base: dict, top: dict) -> dict:
 
 
 def _without_nulls(values: Any) -> Any:
-    """`key: null` takes a parent's key away, so that its default holds."""
+    """The values without `key: null`, which replaces a parent's value by the default."""
     if isinstance(values, dict):
         return {k: v if k in FORWARDED else _without_nulls(v) for k, v in values.items() if v is not None}
     return [_without_nulls(item) for item in values] if isinstance(values, list) else values
@@ -159,7 +159,7 @@ def _apply(values: dict, override: str) -> None:
         ) from error
     for name in value if isinstance(value, dict) else ():
         if value[name] is None and ":" in str(name):
-            raise RecipeError(f"override {override!r}: in {{key: value}}, YAML wants a blank behind the colon.")
+            raise RecipeError(f"override {override!r}: in {{key: value}}, YAML needs a blank behind the colon.")
     *parents, last = key.split(".")
     section: Any = values
     for depth, parent in enumerate(parents):

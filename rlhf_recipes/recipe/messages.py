@@ -2,7 +2,7 @@
 
 
 def as_text(message: str | list[dict]) -> str:
-    """A prompt or completion as plain text: of chat messages, their contents, one a line; a tool call has none."""
+    """A prompt or completion as plain text: for chat messages the contents, one per line; a tool call has no content."""
     return message if isinstance(message, str) else "\n".join(part["content"] or "" for part in message)
 
 

@@ -1,4 +1,4 @@
-"""YAML files that are found by name or path, recipes and configurations of accelerate: one way to look, one to complain."""
+"""Finds and reads YAML files that the user names: recipes and configurations of accelerate."""
 
 import difflib
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from rlhf_recipes.recipe.schema import RecipeError
 
 
 def find_file(name: str, files: dict[str, Path], what: str, command: str, option: str = "") -> Path:
-    """The file that a name or a path ending in .yaml stands for.
+    """The file that the user names.
 
     Args:
-        name: As the user gave it.
-        files: Name -> file of all that have a name.
-        what: They are, for messages.
-        command: Of ours, that lists them.
-        option: In front of a path that is not there.
+        name: A name in `files`, or a path that ends in .yaml or .yml.
+        files: Name -> file.
+        what: Kind of the files, for messages.
+        command: Command of `rlhf-recipes` that lists them.
+        option: Stands before the path in the message about a missing file.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: There is no such file.
     """
     if name.endswith((".yaml", ".yml")):
         if Path(name).is_file():
@@ -36,15 +36,15 @@ def find_file(name: str, files: dict[str, Path], what: str, command: str, option
 
 
 def read_file(path: Path, load: Callable[[str], Any], failure: type[Exception]) -> Any:
-    """What a file holds.
+    """The content of a YAML file.
 
     Args:
         path: The file.
-        load: Reads YAML; recipes and accelerate do so by different rules.
-        failure: What `load` raises.
+        load: Parses the text; recipes and accelerate use different versions of YAML.
+        failure: The exception that `load` raises.
 
     Raises:
-        RecipeError: It cannot be read, or is no YAML.
+        RecipeError: The file cannot be read or parsed.
     """
     try:
         return load(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""The keys that `trainer:`, `peft:` and `quantization:` may hold, with types, read from the source of the libraries.
+"""The keys of `trainer:`, `peft:` and `quantization:`, with types, read from the source of the libraries.
 
-Reading instead of importing keeps `validate` and `show` fast: importing TRL takes seconds, because it loads torch.
+This keeps `validate` and `show` fast: importing TRL takes seconds, because it loads torch.
 """
 
 import ast
@@ -23,7 +23,7 @@ _OF_QUANTIZATION = {
     "bnb_4bit_quant_type": Literal["fp4", "nf4"],
     "bnb_4bit_quant_storage": Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", None],
 }
-"""Types of BitsAndBytesConfig's arguments whose default does not tell them."""
+"""Types of the arguments of `BitsAndBytesConfig` whose default does not show the type."""
 
 _PARENTS = {
     "OnPolicyConfig": "rlhf_recipes/trainers/config.py",
@@ -38,7 +38,7 @@ _PARENTS = {
 
 
 class _ListOfAnything:
-    """`tuple[...]` in an annotation: YAML has lists only."""
+    """Stands for `tuple[...]` in an annotation, because YAML has only lists."""
 
     def __class_getitem__(cls, item: Any) -> Any:
         return list[Any]
@@ -46,7 +46,7 @@ class _ListOfAnything:
 
 @cache
 def trainer_fields(stage: str) -> dict[str, Any]:
-    """Keys that the `trainer:` of a stage may hold, with their types (`Any` where the source names a library's own).
+    """Keys of a stage's `trainer:`, with their types (`Any` for a library's own type).
 
     Raises:
         KeyError: `stage` has no trainer.
@@ -56,7 +56,7 @@ def trainer_fields(stage: str) -> dict[str, Any]:
 
 @cache
 def trainer_defaults(stage: str) -> dict[str, Any]:
-    """Keys that the `trainer:` of a stage may hold -> their defaults, those that stand in the source as plain values.
+    """Keys of a stage's `trainer:` -> their defaults; only defaults that are plain values in the source.
 
     Raises:
         KeyError: `stage` has no trainer.
@@ -66,13 +66,13 @@ def trainer_defaults(stage: str) -> dict[str, Any]:
 
 @cache
 def adapter_fields() -> dict[str, Any]:
-    """Keys that `peft:` may hold, with their types: those of `LoraConfig`."""
+    """Keys of `peft:`, with their types: those of `LoraConfig`."""
     return _fields("peft/tuners/lora/config.py", "LoraConfig")
 
 
 @cache
 def quantization_fields() -> dict[str, Any]:
-    """Keys that `quantization:` may hold, with their types: the arguments of `BitsAndBytesConfig`."""
+    """Keys of `quantization:`, with their types: the arguments of `BitsAndBytesConfig`."""
     definition = _class("transformers/utils/quantization_config.py", "BitsAndBytesConfig")
     init = next(node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     names = [argument.arg for argument in init.args.args[1:]]
@@ -85,13 +85,13 @@ def quantization_fields() -> dict[str, Any]:
 
 @cache
 def launch_fields() -> dict[str, Any]:
-    """Keys that a configuration of accelerate may hold, with their types."""
+    """Keys of a configuration of accelerate, with their types."""
     return _fields("accelerate/commands/config/config_args.py", "ClusterConfig")
 
 
 @cache
 def launch_options() -> set[str]:
-    """Options of `accelerate launch`, without the dashes: the sections of a configuration hold these."""
+    """Options of `accelerate launch` without the dashes; they are the keys of a configuration's sections."""
     calls = [node for node in ast.walk(_source("accelerate/commands/launch.py")) if isinstance(node, ast.Call)]
     texts = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
     return {text.removeprefix("--") for text in texts if isinstance(text, str) and text.startswith("--")}

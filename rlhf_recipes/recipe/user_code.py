@@ -1,4 +1,4 @@
-"""Functions of the user's own that a recipe names: `module:function`, or `path/to/file.py:function`.
+"""Finds the user's functions that a recipe names: `module:function`, or `path/to/file.py:function`.
 
 A path starts from the folder of the recipe, or from the current folder.
 """
@@ -20,8 +20,8 @@ def find_function(name: str, what: str) -> Callable:
     """The function behind `module:function` or `path/to/file.py:function`.
 
     Args:
-        name: With a colon.
-        what: What the recipe wants it for, for messages: "reward function".
+        name: `module:function` or `path/to/file.py:function`.
+        what: Purpose of the function, for messages: "reward function".
 
     Raises:
         RecipeError: The module cannot be imported, or has no such function.
@@ -43,12 +43,12 @@ def find_function(name: str, what: str) -> Callable:
 
 @contextmanager
 def running_user_code(failure: str) -> Iterator[None]:
-    """Turn whatever a user's own code raises into a `RecipeError` that begins with `failure`; its own stay."""
+    """Turn any exception of the user's code into a `RecipeError` that begins with `failure`."""
     try:
         yield
     except RecipeError:
         raise
-    except Exception as error:  # it may raise anything
+    except Exception as error:  # the user's code may raise anything
         raise RecipeError(f"{failure}: {type(error).__name__}: {error}") from error
 
 

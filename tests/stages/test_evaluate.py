@@ -163,7 +163,7 @@ def test_the_reference_is_the_recipes(tmp_path, policy_folder, other_folder):
     found, _ = read(run_eval(recipe_of(tmp_path, models, "eval.reference=other")))
     assert found["reference"] == "other" and found["models"]["other"]["kl"] == 0.0 != found["models"]["sft"]["kl"]
     assert "about other" in (tmp_path / "runs/r/eval/eval.md").read_text()
-    with pytest.raises(RecipeError, match=r"eval\.reference: ppo is none of eval\.models; they are: sft, other\."):
+    with pytest.raises(RecipeError, match=r"eval\.reference: ppo is not in eval\.models; they are: sft, other\."):
         Run(recipe_of(tmp_path, models, "eval.reference=ppo"), "eval")
 
 

@@ -9,8 +9,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_recipes.planning.machine import Launch
-from rlhf_recipes.planning.memory import REDUCE_BUCKET, Batch, Curve, Model, estimate, moments
-from rlhf_recipes.planning.trace import _fitted, model_of
+from rlhf_recipes.planning.memory import REDUCE_BUCKET, Batch, moments
+from rlhf_recipes.planning.models import Model, model_of
+from rlhf_recipes.planning.trace import Curve, fit
 from support.places import ROOT
 
 NOTHING = Curve()
@@ -21,7 +22,10 @@ TOY = Model(
 )  # fmt: skip
 """1000 parameters; layers keep 10 bytes a token."""
 
-CPU = Launch(device="cpu")
+CPU = Launch(1, "NO", device="cpu")
+GPU = Launch(1, "NO", device="cuda")
+HALF_GPU = replace(GPU, mixed_precision="bf16")
+ZERO = Launch(4, "DEEPSPEED", 2, "bf16", "cuda")
 
 RLOO = Batch("rloo", rows=2, prompt=3, completion=5, accumulation=2, rollout=4, sampled=4, reference=True)
 
@@ -69,48 +73,48 @@ def test_full_training_in_float32_by_hand():
     assert sampling.gradients == 0
     assert sampling.kv_cache == 4 * 8 * 16 * 4 * (1 + 1 / 8)
     assert sampling.logits == 4 * 50 * (4 + 20)
-    assert estimate(TOY, RLOO, CPU) == update
+    assert update.total > sampling.total
     assert update.total == 4000 + 4000 + 8000 + 4400 + 160 + 8000 + update.rollout
 
 
 def test_one_micro_batch_needs_activations_or_gradients_not_both():
     batch = Batch("reward", rows=2, prompt=8, completion=0)
-    update = estimate(TOY, batch, CPU)
+    update = moments(TOY, batch, CPU)["update"]
     assert (update.gradients, update.activations) == (4400, 0)  # in the end, that of the embeddings beside it
-    long = estimate(TOY, replace(batch, prompt=1000), CPU)
+    long = moments(TOY, replace(batch, prompt=1000), CPU)["update"]
     assert (long.gradients, long.activations) == (0, 20_000)
 
 
 def test_ddp_adds_buckets_and_zero_divides():
     batch = replace(RLOO, reference=False)
     alone = moments(TOY, batch, CPU)["update"]
-    ddp = moments(TOY, batch, replace(CPU, processes=2))["update"]
+    ddp = moments(TOY, batch, replace(CPU, num_processes=2, distributed_type="MULTI_GPU"))["update"]
     assert ddp.buffers == 4000
     assert ddp.total - alone.total == 4000
-    zero = moments(TOY, batch, Launch(processes=4, zero_stage=2, half=True))["update"]
+    zero = moments(TOY, batch, ZERO)["update"]
     assert zero.weights == 2000  # bf16
     assert zero.optimizer == (4 + 8) * 1000 / 4  # master weights and Adam
     assert zero.gradients == 2 * 1000 / 4
     assert zero.buffers == 2 * REDUCE_BUCKET  # there from the beginning of each backward pass
-    offloaded = moments(TOY, batch, Launch(processes=4, zero_stage=2, half=True, offload=True))["update"]
+    offloaded = moments(TOY, batch, replace(ZERO, offload=True))["update"]
     assert (offloaded.optimizer, offloaded.gradients) == (0, 0)
 
 
 def test_autocast_keeps_float32_weights_and_logits_with_their_gradient():
-    update = moments(TOY, RLOO, Launch(half=True))["update"]
+    update = moments(TOY, RLOO, HALF_GPU)["update"]
     assert (update.weights, update.optimizer) == (4000, 8000)
     assert update.logits == 2 * 4 * 500 + 2 * TOY.head + 3 * 4 * 500
-    assert moments(TOY, RLOO, Launch(half=True))["sampling"].kv_cache == 4 * 8 * 16 * 2 * (1 + 1 / 8)
+    assert moments(TOY, RLOO, HALF_GPU)["sampling"].kv_cache == 4 * 8 * 16 * 2 * (1 + 1 / 8)
 
 
 def test_sft_goes_through_logits_in_tiles():
     batch = Batch("sft", rows=2, prompt=100, completion=0)
-    on_gpu = moments(TOY, batch, Launch())["update"]
+    on_gpu = moments(TOY, batch, GPU)["update"]
     assert on_gpu.logits == 200 * 32768 * 4 + 4 * 200 * TOY.hidden
     on_cpu = moments(TOY, batch, CPU)["update"]
     assert on_cpu.logits == 200 * 50 * 4 * 8.25 + 4 * 200 * TOY.hidden
     # However long the text: 4096 positions at a time.
-    longer = moments(TOY, replace(batch, rows=1000), Launch())["update"]
+    longer = moments(TOY, replace(batch, rows=1000), GPU)["update"]
     assert longer.logits == 4096 * 32768 * 4 + 4 * 100_000 * TOY.hidden
 
 
@@ -126,13 +130,15 @@ def test_sft_goes_through_logits_in_tiles():
     ],
 )
 def test_states_of_optimizers(optimizer, device, expected):
-    assert estimate(TOY, replace(RLOO, optimizer=optimizer), Launch(device=device)).optimizer == expected
+    peaks = moments(TOY, replace(RLOO, optimizer=optimizer), replace(GPU, device=device))
+    assert peaks["update"].optimizer == peaks["sampling"].optimizer == expected
 
 
 def test_value_network_and_reward_models_count():
     value = replace(TOY, parameters=900, trained=900, head=0, head_trained=False)
     reward_model = replace(TOY, trained=0)
-    plain, more = estimate(TOY, RLOO, CPU), estimate(TOY, RLOO, CPU, value, (reward_model, reward_model))
+    plain = moments(TOY, RLOO, CPU)["update"]
+    more = moments(TOY, RLOO, CPU, value, (reward_model, reward_model))["update"]
     assert more.value_model == 3600
     assert more.reward_models == 2 * 4000  # float32
     assert more.gradients - plain.gradients == 3600
@@ -142,7 +148,7 @@ def test_value_network_and_reward_models_count():
 
 def test_checkpointing_keeps_inputs_of_layers_and_one_layer():
     batch = replace(RLOO, prompt=100, checkpointing=True)
-    update = moments(TOY, batch, Launch(device="cpu"))["update"]
+    update = moments(TOY, batch, CPU)["update"]
     inputs = 2 * 105 * TOY.hidden * 4 * (4 + 3)
     assert update.activations == inputs + max(2 * 105 * 10 / 4 - 3 * 4 * 500, 0)
 
@@ -150,7 +156,7 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer():
 def test_a_curve_through_its_points_is_found_again():
     curve = Curve(fixed=7.0, row=5.0, token=3.0, square=2.0)
     T = 8
-    found = _fitted([curve(1, T), curve(1, 2 * T), curve(1, 4 * T), curve(2, T)], T)
+    found = fit([curve(1, T), curve(1, 2 * T), curve(1, 4 * T), curve(2, T)], T)
     assert vars(found) == pytest.approx(vars(curve))
 
 
@@ -170,7 +176,7 @@ def test_models_of_all_kinds(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
 def test_autocast_keeps_less_for_each_token(architecture):
-    whole, half = (model_of(tiny(architecture), Launch(half=half)) for half in (False, True))
+    whole, half = (model_of(tiny(architecture), launch) for launch in (GPU, HALF_GPU))
     assert 0.4 * whole.saved.token < half.saved.token < 0.75 * whole.saved.token
     if architecture == "gpt2":  # and a copy of each layer's weights in bf16
         assert half.saved.fixed == pytest.approx(3 * 2 * (12 * 32 * 32 + 13 * 32), rel=0.05)
