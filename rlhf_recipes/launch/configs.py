@@ -30,7 +30,7 @@ def config_folders() -> list[Path]:
 
 def config_files() -> dict[str, Path]:
     """Name -> file of every configuration."""
-    files = {}
+    files: dict[str, Path] = {}
     for folder in reversed(config_folders()):
         files |= {path.stem: path for path in folder.glob("*.yaml")}
     return dict(sorted(files.items()))

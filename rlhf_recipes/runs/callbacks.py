@@ -176,7 +176,7 @@ class CompletionTables(TrainerCallback):
 
 
 class SetupCallback(TrainerCallback):
-    """Checks the launch when training begins (`launch.setup.confirm`), and records it in the manifest."""
+    """Checks the launch when training begins (`launch.checks.confirm`), and records it in the manifest."""
 
     def __init__(self, run: Run, trainer: Any):
         self._run, self._trainer = run, trainer

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
+import rlhf_recipes
 from rlhf_recipes import PPOConfig, RLOOConfig
 from rlhf_recipes.cli import app, recipe_table
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
@@ -56,6 +58,11 @@ def test_every_shipped_recipe_says_hardware_source_and_commands():
         assert about.hardware and about.source, name
         head = [line for line in path.read_text().splitlines() if line.startswith("#")]
         assert head[0].startswith(f"# {name}: ") and any(line.startswith("#   ") and name in line for line in head)
+
+
+def test_the_base_model_has_the_recipe_that_makes_it():
+    base = Path(rlhf_recipes.__file__).parent / "base" / "recipe.yaml"
+    assert base.read_text(encoding="utf-8") == to_yaml(load_recipe("imdb_base"))
 
 
 ABOUT = """
