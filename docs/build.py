@@ -15,7 +15,7 @@ from rlhf_recipes import PPOConfig
 from rlhf_recipes.cli import recipe_table
 from rlhf_recipes.pages.metrics import EVAL, TRAINING, markdown
 from rlhf_recipes.recipe import schema
-from rlhf_recipes.recipe.load import OURS
+from rlhf_recipes.recipe.checks import OURS
 from rlhf_recipes.trainers.config import OnPolicyConfig
 
 ROOT = Path(__file__).parents[1]
