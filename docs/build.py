@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.cli import recipe_table
 from rlhf_recipes.pages.metrics import EVAL, TRAINING, markdown
-from rlhf_recipes.recipe import schema
+from rlhf_recipes.recipe import schema, sections, stages
 from rlhf_recipes.recipe.checks import OURS
 from rlhf_recipes.trainers.config import OnPolicyConfig
 
@@ -29,6 +29,9 @@ default filled in. None is `null` in YAML.
 `RewardConfig` and, for `ppo` and `rloo`, `RLOOConfig`; peft's `LoraConfig`; transformers' `BitsAndBytesConfig`. The last
 tables list the keys that this project adds to `RLOOConfig`, and those whose default it changes.
 """
+
+SECTIONS = vars(sections) | vars(stages) | vars(schema)
+"""Name -> class of every section of a recipe."""
 
 TYPES = {"string": "text", "integer": "whole number", "boolean": "true or false", "object": "mapping"}
 LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below"}
@@ -51,16 +54,16 @@ def documents() -> dict[Path, str]:
 def recipe_keys() -> str:
     """A table for every section of a recipe, then one for each trainer's own keys."""
     found = schema.Recipe.model_json_schema()
-    sections = {"Recipe": found}
+    tables = {"Recipe": found}
     for name in (names := ["Recipe"]):
-        sections[name] = section = found["$defs"].get(name, found)
+        tables[name] = section = found["$defs"].get(name, found)
         names += [other for other in re.findall(r"#/\$defs/(\w+)", str(section["properties"])) if other not in names]
     parts = [HEAD]
-    for name, section in sections.items():
-        owner = getattr(schema, name)
+    for name, section in tables.items():
+        owner = SECTIONS[name]
         meanings = {key: text for parent in reversed(owner.__mro__) for key, text in docstrings(parent).items()}
         rows = [_row(key, value, meanings.get(key) or _purpose(value)) for key, value in section["properties"].items()]
-        title = ", ".join(f"`{path}`" for path in _paths(name, sections)) or "At the top"
+        title = ", ".join(f"`{path}`" for path in _paths(name, tables)) or "At the top"
         parts.append(f"## {title}\n\n{inspect.getdoc(owner)}\n\n{_table(rows)}")
     for title, config in (("ppo.trainer` and `rloo.trainer", OnPolicyConfig), ("ppo.trainer", PPOConfig)):
         rows = [
@@ -74,7 +77,7 @@ def recipe_keys() -> str:
 
 def docstrings(section: type) -> dict[str, str]:
     """The text under each field of a class of the schema."""
-    if section.__module__ != schema.__name__:
+    if not section.__module__.startswith("rlhf_recipes.recipe."):
         return {}
     body = ast.parse(inspect.getsource(section)).body[0].body
     return {
@@ -87,7 +90,7 @@ def docstrings(section: type) -> dict[str, str]:
 def _purpose(value: dict[str, Any]) -> str:
     """The first line of the docstring of the section that a key holds; "" where it holds none."""
     section = re.search(r"#/\$defs/(\w+)", str(value))
-    return inspect.getdoc(getattr(schema, section[1])).split("\n")[0] if section else ""
+    return inspect.getdoc(SECTIONS[section[1]]).split("\n")[0] if section else ""
 
 
 def _paths(name: str, sections: dict[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.rows import put_column
 from rlhf_recipes.data.tokenizer import token_ids
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset

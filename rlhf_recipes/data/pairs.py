@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rlhf_recipes.data.filters import short_enough, valid_rows
 from rlhf_recipes.data.rows import need_column, put_column
 from rlhf_recipes.data.shapes import first_words, label_reader, with_prompts
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset

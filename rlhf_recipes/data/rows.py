@@ -7,7 +7,8 @@ recipe that describes data, and `key` is the section's key, for messages.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
 from rlhf_recipes.runs.references import FILE_FORMATS, PARQUET, hub_arguments, locate_data
 

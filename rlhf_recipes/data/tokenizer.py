@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.recipe.schema import Recipe, RecipeError, Scratch
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.stages import Scratch
 from rlhf_recipes.runs.references import loading, resolve_model
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import is_flash_attn_2_available, is_torch_bf16_gpu_available
 
-from rlhf_recipes.recipe.schema import RecipeError, Trained
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.stages import Trained
 
 logger = logging.getLogger(__name__)
 

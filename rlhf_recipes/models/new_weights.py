@@ -4,7 +4,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.models.load import is_classifier
-from rlhf_recipes.recipe.schema import RecipeError, Scratch
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.stages import Scratch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

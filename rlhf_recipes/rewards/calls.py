@@ -4,7 +4,7 @@ import math
 from concurrent.futures import Future
 from typing import Any
 
-from rlhf_recipes.recipe.schema import RewardFunc
+from rlhf_recipes.recipe.sections import RewardFunc
 from rlhf_recipes.rewards.background import abandon_loop, run_in_loop, run_in_thread
 from rlhf_recipes.rewards.checked import AsyncReward, CheckedReward, RewardError, SyncReward, Values
 from rlhf_recipes.rewards.score import weighted_sum

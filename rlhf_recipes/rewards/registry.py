@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
-from rlhf_recipes.recipe.schema import Recipe, RecipeError, RewardFunc
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.sections import RewardFunc
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
 from rlhf_recipes.rewards.checked import CheckedReward, Reward, checked
 from rlhf_recipes.rewards.classifier import load_classifier, own_tokenizer, placed

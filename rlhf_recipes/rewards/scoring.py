@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from rlhf_recipes.recipe.schema import RecipeError, Section
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Section
 from rlhf_recipes.runs.files import SCORING
 
 if TYPE_CHECKING:

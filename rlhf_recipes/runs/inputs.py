@@ -10,7 +10,9 @@ from typing import Any
 
 from rlhf_recipes.recipe.graph import eval_models, input_stages
 from rlhf_recipes.recipe.load import code_file
-from rlhf_recipes.recipe.schema import Data, Eval, OnPolicy, Recipe, RecipeError, RewardFunc
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.sections import Data, RewardFunc
+from rlhf_recipes.recipe.stages import Eval, OnPolicy
 from rlhf_recipes.runs.files import MANIFEST, is_finished, read_manifest, run_path
 from rlhf_recipes.runs.references import (
     cached_commit,

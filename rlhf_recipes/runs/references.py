@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.runs.files import require_stage
 
 logger = logging.getLogger(__name__)

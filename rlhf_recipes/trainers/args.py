@@ -12,7 +12,8 @@ from rlhf_recipes.launch.checks import check_setup
 from rlhf_recipes.launch.setup import asked, launched
 from rlhf_recipes.models import hardware as machine
 from rlhf_recipes.recipe.batch import batch_settings
-from rlhf_recipes.recipe.schema import OnPolicy, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 

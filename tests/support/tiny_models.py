@@ -10,7 +10,7 @@ from support.texts import REVIEWS, WORDS
 def word_tokenizer(**special):
     """A word-level tokenizer: its decoder drops the blank before a completion."""
     from rlhf_recipes.data.tokenizer import make_tokenizer
-    from rlhf_recipes.recipe.schema import Scratch
+    from rlhf_recipes.recipe.stages import Scratch
 
     tokenizer = make_tokenizer(Scratch(tokenizer="word", vocabulary=200), [" ".join(WORDS)])
     for name, value in special.items():
@@ -21,7 +21,7 @@ def word_tokenizer(**special):
 def bpe_tokenizer():
     """A byte-level BPE tokenizer with a pad token of its own."""
     from rlhf_recipes.data.tokenizer import make_tokenizer
-    from rlhf_recipes.recipe.schema import Scratch
+    from rlhf_recipes.recipe.stages import Scratch
 
     return make_tokenizer(Scratch(tokenizer="bpe", vocabulary=320), [row["text"] for row in REVIEWS])
 

@@ -9,7 +9,7 @@ import torch
 from rlhf_recipes import PPOTrainer, RLOOTrainer
 from rlhf_recipes.data.tokenizer import make_tokenizer
 from rlhf_recipes.models.forward import completion_logits, pad_batch
-from rlhf_recipes.recipe.schema import Scratch
+from rlhf_recipes.recipe.stages import Scratch
 from support.tiny_models import causal_lm, word_tokenizer
 from support.tiny_trainers import logged, make
 

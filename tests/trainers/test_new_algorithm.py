@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.models.start import Start
-from rlhf_recipes.recipe.schema import OnPolicy, Recipe
+from rlhf_recipes.recipe.schema import Recipe
+from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.rewards.registry import build_reward_funcs
 from rlhf_recipes.runs.callbacks import attach, save_model
 from rlhf_recipes.runs.folder import Run

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import OnPolicy, Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.files import METRICS, read_manifest
 from rlhf_recipes.system.files import MARKER, checkpoints, read_lines, step_of
 

@@ -19,7 +19,8 @@ from rlhf_recipes.evaluation.judge.backends import Backend, backend_of
 from rlhf_recipes.evaluation.judge.parse import Question
 from rlhf_recipes.evaluation.judge.result import Pair, Text, cost_of, price_of, print_result, result_of
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import Judge, Recipe, RecipeError
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.stages import Judge
 from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
 from rlhf_recipes.system.files import read_lines, write_whole, writing
 from rlhf_recipes.system.terminal import log_to, say

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from rlhf_recipes.evaluation.judge.parse import Answer, Question
 from rlhf_recipes.evaluation.judge.threads import RateLimit, in_threads
-from rlhf_recipes.recipe.schema import Judge, RecipeError, check_url
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.stages import Judge, check_url
 
 KEPT = "The answers so far are kept: the same command continues from there."
 

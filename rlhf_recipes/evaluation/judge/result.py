@@ -13,7 +13,7 @@ from rlhf_recipes.evaluation.judge.win_rate import (
     win_rate_by_length,
 )
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import Judge
+from rlhf_recipes.recipe.stages import Judge
 from rlhf_recipes.system.terminal import say
 
 Text = str | list[dict]

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from rlhf_recipes.data.rows import load_rows
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 from support.texts import REVIEWS, write_jsonl
 
 

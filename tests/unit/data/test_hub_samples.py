@@ -8,7 +8,8 @@ from rlhf_recipes.data.pairs import pairs
 from rlhf_recipes.data.rows import load_rows
 from rlhf_recipes.data.shapes import prompts, texts
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 from support.places import SAMPLES
 from support.texts import write_jsonl
 from support.tiny_models import word_tokenizer

@@ -5,7 +5,7 @@ import pytest
 from rlhf_recipes.data.pairs import pairs
 from rlhf_recipes.data.rows import load_rows
 from rlhf_recipes.data.shapes import texts
-from rlhf_recipes.recipe.schema import Data
+from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.user_code import find_function
 
 sentences, posts, comparisons = (

@@ -7,7 +7,8 @@ from rlhf_recipes.data.filters import warn_of_copies
 from rlhf_recipes.data.pairs import pairs
 from rlhf_recipes.data.shapes import corpus, prompts, texts
 from rlhf_recipes.data.tokenizer import token_ids
-from rlhf_recipes.recipe.schema import Data, RecipeError
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.sections import Data
 from support.texts import REVIEWS
 from support.tiny_models import bpe_tokenizer, word_tokenizer
 

@@ -24,7 +24,8 @@ from rlhf_recipes.evaluation.judge.ask import judge
 from rlhf_recipes.evaluation.judge.backends import Local, _label_tokens
 from rlhf_recipes.evaluation.judge.parse import outcome_of_orders, vote
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import RecipeError, Scratch
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.stages import Scratch
 from support.processes import run_python
 from support.texts import WORDS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer

@@ -14,7 +14,9 @@ from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokeni
 from rlhf_recipes.models.limits import check_context, fit_embeddings, fit_length
 from rlhf_recipes.models.load import config_of
 from rlhf_recipes.models.new_weights import make_model
-from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, Scratch
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.sections import Data
+from rlhf_recipes.recipe.stages import Scratch
 from rlhf_recipes.runs.references import is_hub_model, resolve_model
 from support.texts import WORDS
 from support.tiny_models import bpe_tokenizer, causal_lm, put_into_cache, save_pair, word_tokenizer

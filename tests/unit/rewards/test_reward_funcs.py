@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from rlhf_recipes.cli import app
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import Data, Recipe, RecipeError, RewardFunc
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.sections import Data, RewardFunc
 from rlhf_recipes.rewards.calls import score_all
 from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_reward_funcs
