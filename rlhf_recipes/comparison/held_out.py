@@ -1,4 +1,4 @@
-"""Reads eval's results of trained runs, if all were measured on the same prompts in the same way."""
+"""Finds the results of stage eval for runs, and checks that all runs answered the same prompts in the same way."""
 
 import hashlib
 import json
@@ -9,19 +9,26 @@ from typing import Any
 
 from rlhf_recipes.comparison.differences import identity
 from rlhf_recipes.comparison.runs import TrainedRun
-from rlhf_recipes.runs.files import is_finished, read_manifest
+from rlhf_recipes.runs.files import COMPLETIONS, read_manifest
 from rlhf_recipes.system.files import read_json, read_lines
 
 MOST_SAMPLES = 500
-"""Prompts whose completions a comparison takes along."""
+"""Prompts whose completions a comparison contains."""
 
-NO_MATTER = ("models", "reference", "perplexity_model", "batch_size", "num_samples")
+WITHOUT_EFFECT = ("models", "reference", "perplexity_model", "batch_size", "num_samples")
 """Keys of `eval` that change no score."""
 
 
 @dataclass
 class Measured:
-    """One run in one eval."""
+    """The results of one run in one eval.
+
+    Attributes:
+        folder: The folder of the eval.
+        name: The eval's name of the run.
+        manifest: That of the eval.
+        content: Its `eval.json`.
+    """
 
     folder: Path
     name: str
@@ -33,17 +40,16 @@ class Measured:
         return self.content["models"][self.name]
 
     @property
-    def prompts(self) -> str:
-        """A checksum: evals with the same one asked for completions of the same prompts."""
-        prompts = [json.dumps(line["prompt"]) for line in read_lines(self.folder / "completions.jsonl")]
+    def prompts_sha256(self) -> str:
+        prompts = [json.dumps(line["prompt"]) for line in read_lines(self.folder / COMPLETIONS)]
         return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str]]:
-    """Eval's results of every run, searched beside its folder and one folder up.
+    """Finds the eval of every run, in the folder that holds the run's folder or one folder above.
 
     Returns:
-        Name of a run -> what was measured; {} where some run has none or they cannot be compared. And sentences on why.
+        Name of a run -> its results; {} if a run has none or the results cannot be compared. And sentences that say why.
     """
     found, notes = {}, []
     for run in runs:
@@ -55,7 +61,7 @@ def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str
         if found:
             notes.append(f"No numbers on held-out prompts are compared: {', '.join(missing)} has none.")
         return {}, notes
-    if why := _unequal(runs, found):
+    if why := _why_unequal(runs, found):
         return {}, [*notes, f"No numbers on held-out prompts are compared: {why}."]
     return found, notes
 
@@ -64,43 +70,46 @@ def read_samples(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """The first lines of the first eval's completions."""
     if not measured:
         return []
-    lines = read_lines(next(iter(measured.values())).folder / "completions.jsonl", MOST_SAMPLES)
-    return [line for line in lines if "models" in line]  # earlier versions wrote them in another form
+    lines = read_lines(next(iter(measured.values())).folder / COMPLETIONS, MOST_SAMPLES)
+    return [line for line in lines if "models" in line]  # earlier versions wrote another form
 
 
 def _find(run: TrainedRun) -> tuple[Measured | None, str]:
-    if run.manifest is None:
-        return None, ""
     why = ""
-    for folder in (run.path.resolve().parent / "eval", run.path.resolve().parent.parent / "eval"):
-        if not is_finished(folder):
-            continue
+    if not run.manifest:
+        return None, why
+    path = run.path.resolve()
+    for folder in (path.parent / "eval", path.parent.parent / "eval"):
         manifest = read_manifest(folder)
+        if manifest is None or manifest["status"] != "finished":
+            continue
         content = read_json(folder / "eval.json")
         for name, reference in manifest["settings"]["models"].items():
-            if name in content["models"] and _is_of(reference, folder, run.path.resolve()):
+            if name in content["models"] and _refers_to(reference, folder, path):
                 if manifest["inputs"].get(reference.removeprefix("stage:")) in (None, run.manifest["id"]):
                     return Measured(folder, name, manifest, content), ""
                 why = f"{folder} measured an earlier run of this folder; run eval again."
     return None, why
 
 
-def _is_of(reference: str, folder: Path, run: Path) -> bool:
-    """Whether a reference in an eval's settings means this run; the runs may have moved, with their eval."""
+def _refers_to(reference: str, folder: Path, run: Path) -> bool:
+    """Whether a reference in an eval's settings means this run, even if the run was moved together with the eval."""
     if reference.startswith("stage:"):
         return folder.parent / reference.removeprefix("stage:") == run
     inside = run.relative_to(folder.parent).parts
     return Path(reference).resolve() == run or (len(inside) > 1 and Path(reference).parts[-len(inside) :] == inside)
 
 
-def _unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
-    """Why the evals of some runs do not ask the same; those of different seeds may have other prompts, if all have them."""
+def _why_unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
+    """Why the evals of the runs cannot be compared; "" if they can.
+
+    Prompts may differ from seed to seed, if all algorithms of a seed answered the same.
+    """
     if len({measured.folder for measured in found.values()}) == 1:
         return ""
-    settings = {name: _settings(measured.manifest) for name, measured in found.items()}
-    if len(set(settings.values())) > 1:
+    if len({_settings(measured.manifest) for measured in found.values()}) > 1:
         return "the settings of their evals differ"
-    asked = {name: (measured.prompts, _models(measured.manifest)) for name, measured in found.items()}
+    asked = {name: (measured.prompts_sha256, _scoring_models(measured.manifest)) for name, measured in found.items()}
     if len(set(asked.values())) == 1:
         return ""
     by_seed, labels = defaultdict(set), defaultdict(set)
@@ -114,18 +123,19 @@ def _unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
 
 
 def _settings(manifest: dict[str, Any]) -> str:
+    """The settings of an eval that change scores, as a text. Sources are left out, because their content counts."""
     settings = manifest["settings"]
-    eval_settings = {key: value for key, value in settings["eval"].items() if key not in NO_MATTER}
-    asked = {key: settings.get(key) for key in ("data", "reward_funcs", "special_tokens", "max_completion_length")} | {
-        "eval": eval_settings
-    }
-    texts = json.dumps(asked, sort_keys=True)
-    for key, source in manifest["sources"].items():  # known by what they contain, not by where they are
+    keys = ("data", "reward_funcs", "special_tokens", "max_completion_length")
+    asked = {key: settings.get(key) for key in keys}
+    asked["eval"] = {key: value for key, value in settings["eval"].items() if key not in WITHOUT_EFFECT}
+    text = json.dumps(asked, sort_keys=True)
+    for key, source in manifest["sources"].items():
         if not key.startswith("eval.models."):
-            texts = texts.replace(json.dumps(source["reference"]), '"source"')
-    return texts
+            text = text.replace(json.dumps(source["reference"]), '"source"')
+    return text
 
 
-def _models(manifest: dict[str, Any]) -> tuple[str, ...]:
+def _scoring_models(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The content of the eval's data, and of the models and functions that score."""
     sources = manifest["sources"].items()
     return tuple(f"{key} {identity(source)}" for key, source in sorted(sources) if not key.startswith("eval.models."))

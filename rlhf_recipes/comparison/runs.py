@@ -1,4 +1,4 @@
-"""Reads the logs of trained runs, of this project and of plain TRL, as columns of equal length under one set of names."""
+"""Reads the logs of runs of this project and of plain TRL trainers, as columns with the same names."""
 
 import json
 import re
@@ -17,36 +17,41 @@ TRAINER_STATE = "trainer_state.json"
 AXES = ("step", "episodes", "tokens", "seconds")
 """Columns every run has; None where the run did not log one. They measure progress in training."""
 
+Curves = dict[str, list[float | None]]
+"""Metric -> one value per logged line; None where the line does not have the metric."""
+
 
 @dataclass
 class TrainedRun:
     """One run that can be compared.
 
     Attributes:
-        label: What its algorithm is called; runs of one label are its seeds.
-        manifest: Of a run of this project; None for a plain Trainer's run, which keeps no settings.
-        curves: Metric -> its values, one for each logged step; None where it was not logged.
+        label: Name of its algorithm. Runs with the same label are seeds of one algorithm.
+        path: Its folder, or the file of a plain Trainer's run.
+        manifest: {} for a plain Trainer's run, which stores no settings.
+        curves: What the run logged.
+        name: Tells this run apart from all others in the comparison.
     """
 
     label: str
     path: Path
-    manifest: dict[str, Any] | None
-    curves: dict[str, list[float | None]]
+    manifest: dict[str, Any]
+    curves: Curves
     name: str = field(default="", init=False)
 
     @property
     def seed(self) -> int | None:
-        return None if self.manifest is None else self.manifest["seed"]
+        return self.manifest.get("seed")
 
 
 def read_runs(arguments: list[str]) -> list[TrainedRun]:
-    """Read runs as the command line names them, and give each a name of its own.
+    """Reads the runs that the command line names, and gives each its own name.
 
     Args:
-        arguments: `PATH` of a run folder of ours, or `LABEL=PATH` of that or of a plain Trainer's output.
+        arguments: `PATH` of a run of this project, or `LABEL=PATH` of such a run or of a plain Trainer's output.
 
     Raises:
-        RecipeError: One is no finished run of ppo or rloo, has logged no score, or is there twice; every finding.
+        RecipeError: A run is no finished run of ppo or rloo, has logged no score, or is named twice. Lists every finding.
     """
     runs, findings = [], []
     for argument in arguments:
@@ -54,7 +59,7 @@ def read_runs(arguments: list[str]) -> list[TrainedRun]:
             runs.append(_read(argument))
         except RecipeError as error:
             findings.append(str(error))
-    places = [(run.path if run.manifest else _trainer_state(run.path)).resolve() for run in runs]
+    places = [(run.path if run.manifest else _trainer_state(run.path) or run.path).resolve() for run in runs]
     findings += [f"the same run twice: {path}." for path in dict.fromkeys(places) if places.count(path) > 1]
     if findings:
         raise RecipeError("\n".join(findings))
@@ -70,7 +75,7 @@ def _read(argument: str) -> TrainedRun:
     if not path.exists():
         raise RecipeError(f"{path}: no such run (looked from {Path.cwd()}).")
     manifest = read_manifest(path)
-    if isinstance(manifest, dict) and manifest.keys() >= {"stage", "status", "settings"}:  # one of ours
+    if isinstance(manifest, dict) and manifest.keys() >= {"stage", "status", "settings"}:  # a run of this project
         stage, status = manifest["stage"], manifest["status"]
         if stage not in ("ppo", "rloo"):
             raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
@@ -85,19 +90,21 @@ def _read(argument: str) -> TrainedRun:
     state = _trainer_state(path)
     if state is None:
         raise RecipeError(
-            f"{path}: not a finished run of ppo or rloo: there is neither a manifest.json of ours nor a "
-            f"{TRAINER_STATE} of a Trainer's; name a folder such as runs/imdb_tiny/ppo."
+            f"{path}: not a finished run of ppo or rloo: it has neither a manifest.json of rlhf-recipes nor a "
+            f"{TRAINER_STATE} of a Trainer; name a folder such as runs/imdb_tiny/ppo."
         )
     if label is None:
-        raise RecipeError(f"{path}: a plain Trainer's run does not say what it is; write ppo={path}, or what it was.")
+        raise RecipeError(f"{path}: a plain Trainer's run does not say which algorithm made it; write ppo={path}.")
     try:
         log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-        curves = columns(_our_names(log))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or of another form
-        raise RecipeError(f"{state}: no {TRAINER_STATE} of a Trainer's ({error!r:.100}); name another run.") from error
+        curves = columns(_training_lines(log))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or other content
+        raise RecipeError(
+            f"{state}: not the {TRAINER_STATE} of a Trainer ({error!r:.100}); name another run."
+        ) from error
     if not any(value is not None for value in curves.get("score_mean", [])):
-        raise RecipeError(f"{state}: no reward in its log, so it is no run of PPO, RLOO or GRPO of TRL's.")
-    return TrainedRun(label, path, None, curves)
+        raise RecipeError(f"{state}: its log has no reward, so it is no run of TRL's PPO, RLOO or GRPO.")
+    return TrainedRun(label, path, {}, curves)
 
 
 def _split(argument: str) -> tuple[str | None, Path]:
@@ -108,21 +115,21 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 
 def _trainer_state(path: Path) -> Path | None:
-    """The file itself, the one in a folder, or that of its newest checkpoint."""
+    """The file itself, the one in a folder, or the one in its newest checkpoint."""
     if path.is_file():
         return path if path.name == TRAINER_STATE else None
     folders = [path, *reversed(checkpoints(path))]
     return next((folder / TRAINER_STATE for folder in folders if (folder / TRAINER_STATE).is_file()), None)
 
 
-def _our_names(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of a Trainer's `log_history` about training, under our names; those of our own trainers stay as they are."""
+def _training_lines(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a `log_history` that are about training, with this project's names of the metrics."""
     lines = []
     for entry in log:
         if "train_runtime" in entry or any(key.startswith("eval_") for key in entry):
             continue
         line = dict(entry)
-        if "score_mean" not in entry:
+        if "score_mean" not in entry:  # not logged by a trainer of this project
             line = {our_name(key, FROM_TRL) or key: value for key, value in entry.items()}
             if isinstance(cut_off := entry.get("completions/clipped_ratio"), (int, float)):
                 line["eos_rate"] = 1 - cut_off
@@ -130,8 +137,8 @@ def _our_names(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def columns(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Every numeric metric of some logged lines as a list as long as they are many; None where it is missing, or no number."""
+def columns(lines: list[dict[str, Any]]) -> Curves:
+    """All numeric metrics of logged lines. A value that is no finite number becomes None."""
     names = [*AXES, *(key for line in lines for key in line if _number(line[key]) is not None)]
     return {name: [_number(line.get(name)) for line in lines] for name in dict.fromkeys(names)}
 
@@ -141,7 +148,7 @@ def _number(value: Any) -> float | None:
     return value if is_number and abs(value) <= sys.float_info.max else None
 
 
-def points(curves: dict[str, list[float | None]], axis: str, metric: str) -> list[tuple[float, float]]:
-    """(x, y) of the logged steps at which both are known."""
+def points(curves: Curves, axis: str, metric: str) -> list[tuple[float, float]]:
+    """(x, y) of the logged lines that have both."""
     pairs = zip(curves.get(axis, []), curves.get(metric, []), strict=False)
     return [(x, y) for x, y in pairs if x is not None and y is not None]

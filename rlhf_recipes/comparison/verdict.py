@@ -1,7 +1,7 @@
-"""Says which of two algorithms is better, in words with numbers; pure functions of numbers.
+"""Says which of two algorithms is better, as a sentence with numbers.
 
-What decides is Student's t interval of the difference, at 95 %: it is right for three seeds, where the bootstrap interval,
-which is given beside it, excludes 0 in one of four duels between equals.
+Student's t interval of the difference, at 95 %, decides. Between two equal algorithms with three seeds it names a winner in
+one of twenty duels. The bootstrap interval would in one of four; it is shown beside the other and decides nothing.
 """
 
 import math
@@ -13,35 +13,26 @@ from rlhf_recipes.evaluation.intervals import bootstrap_difference, bootstrap_in
 from rlhf_recipes.pages.metrics import EVAL
 
 Values = list[tuple[int | None, float | None]]
-"""(seed, value) of every run of one algorithm; without a seed each run counts as one, without a value as none."""
+"""(seed, value) of every run of one algorithm. A run whose seed is None counts as a seed of its own."""
 
-WHERE = {
-    "held_out": "On held-out prompts",
-    "step": "In training, after {} steps each,",
-    "episodes": "In training, after {} episodes each,",
-    "tokens": "In training, after {} tokens each,",
-    "seconds": "In training, after {} seconds each,",
-}
-"""View -> how a sentence says where the numbers come from; the budget goes into the braces."""
+UNITS = {"episodes": "episodes", "step": "steps", "tokens": "tokens", "seconds": "seconds"}
+"""View of a training budget -> the budget's unit. Steps replace episodes if these are unknown."""
 
 MUCH_KL = 1.5
-"""A winner that is this many times as far from the reference has bought its score with KL; it is said."""
+"""A verdict mentions the KL of a winner if it is this many times that of the loser, and by `LITTLE_KL` larger."""
 
 LITTLE_KL = 1.0
-"""Nats by which it must be farther at least."""
+"""In nats."""
 
 
-def view_of(
-    view: str, metric: str, values: dict[str, Values], at: float | None = None, unit: str = ""
-) -> dict[str, Any]:
-    """One metric of two algorithms, side by side: means, difference, intervals, and what follows from them.
+def view_of(view: str, metric: str, values: dict[str, Values], at: float | None = None) -> dict[str, Any]:
+    """One metric of two algorithms, side by side: means, difference, intervals and winner.
 
     Args:
-        view: One of `WHERE`.
-        metric: What `values` are of; more of it is better.
-        values: Of both algorithms.
-        at: Budget at which they were taken.
-        unit: Of `at`.
+        view: `held_out`, or a key of `UNITS`.
+        metric: The metric that the values are of. More of it is better.
+        values: Algorithm -> its values.
+        at: Training budget at which the values were taken.
     """
     (first, of_first), (second, of_second) = ((label, _by_seed(found)) for label, found in values.items())
     both = sorted(of_first.keys() & of_second.keys(), key=str)
@@ -49,11 +40,11 @@ def view_of(
     if paired:
         of_first, of_second = ({seed: of_one[seed] for seed in both} for of_one in (of_first, of_second))
     x, y = list(of_first.values()), list(of_second.values())
-    found = {
+    found: dict[str, Any] = {
         "view": view,
         "metric": metric,
         "at": at,
-        "unit": unit,
+        "unit": UNITS.get(view, ""),
         "paired": paired,
         "seeds": {first: len(x), second: len(y)},
         "means": {first: fmean(x) if x else None, second: fmean(y) if y else None},
@@ -63,19 +54,16 @@ def view_of(
     }
     if paired:
         differences = [a - b for a, b in zip(x, y, strict=True)]
-        found["interval"], found["bootstrap"] = student_interval(differences), bootstrap_interval(differences)
+        found |= {"interval": student_interval(differences), "bootstrap": bootstrap_interval(differences)}
     elif len(x) > 1 and len(y) > 1:
-        found["interval"], found["bootstrap"] = welch_interval(x, y), bootstrap_difference(x, y)
+        found |= {"interval": welch_interval(x, y), "bootstrap": bootstrap_difference(x, y)}
     winner, why = _winner(found)
-    return found | {
-        "winner": winner,
-        "label": f"{name_of(winner)} better" if winner else "inconclusive",
-        "sentence": f"{_numbers(found)} {why}".strip(),
-    }
+    label = f"{name_of(winner)} better" if winner else "inconclusive"
+    return found | {"winner": winner, "label": label, "sentence": f"{_numbers(found)} {why}".strip()}
 
 
 def void(view: dict[str, Any], why: str) -> dict[str, Any]:
-    """A view whose numbers stand, but say nothing about the algorithms; why, as a sentence."""
+    """The view with its numbers but no winner; the sentence `why` replaces its own."""
     return view | {"winner": None, "label": "not comparable", "sentence": why}
 
 
@@ -90,33 +78,29 @@ def decide(
     unknown: str = "",
     kl: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The verdict: `winner`, `label` and `sentence`, which is to be read after the label.
-
-    The first view decides; the others only add what has to be said about a win.
+    """The verdict: `winner`, `label` and `sentence`, which follows the label.
 
     Args:
-        views: The one that decides comes first.
-        labels: Of the algorithms.
-        refusing: Keys whose difference forbids a verdict.
-        unknown: Why it is not known whether the runs can be compared, as a sentence.
-        kl: How far each algorithm went from the reference, where that is known of both.
+        views: The first one decides. The others can add a reservation to a win.
+        labels: The algorithms.
+        refusing: Keys whose difference makes the comparison invalid.
+        unknown: A sentence that says why nobody can know whether the runs are comparable; "" if they are.
+        kl: Algorithm -> its KL to the reference, if all are known.
     """
-    if len(labels) == 1:
-        found = f"all runs are of {name_of(labels[0])}; name two, such as a=PATH b=PATH"
-    else:
-        found = f"there are {len(labels)}: {', '.join(map(name_of, labels))}"
     if len(labels) != 2:
-        return _verdict(None, "nothing to compare", f"A verdict is on two algorithms, and {found}.")
+        found = f"there are {len(labels)}: {', '.join(map(name_of, labels))}"
+        if len(labels) == 1:
+            found = f"all runs are of {name_of(labels[0])}; name two, such as a=PATH b=PATH"
+        return _verdict(None, "nothing to compare", f"A verdict compares two algorithms, and {found}.")
     if refusing:
         keys = f"{', '.join(refusing[:6])}{' and more' if len(refusing) > 6 else ''}"
         return _verdict(None, "not comparable", f"The runs differ in more than the algorithm: {keys}.")
     if not views:
         return _verdict(None, "nothing to compare", "Not all runs have a score.")
-    decisive = views[0]
+    winner, label, sentence = (views[0][key] for key in ("winner", "label", "sentence"))
     if unknown:
-        seen = f"The numbers alone would say: {decisive['label']}. {decisive['sentence']}"
-        return _verdict(None, "not comparable", f"{unknown} {seen}")
-    return _verdict(decisive["winner"], decisive["label"], decisive["sentence"] + _price(views, kl))
+        return _verdict(None, "not comparable", f"{unknown} The numbers alone would say: {label}. {sentence}")
+    return _verdict(winner, label, sentence + (_reservations(winner, views, kl) if winner else ""))
 
 
 def _verdict(winner: str | None, label: str, sentence: str) -> dict[str, Any]:
@@ -124,18 +108,17 @@ def _verdict(winner: str | None, label: str, sentence: str) -> dict[str, Any]:
 
 
 def _by_seed(values: Values) -> dict[Any, float]:
-    """Seed -> mean of its runs' values: what ran twice with one seed is no second seed."""
+    """Seed -> mean of its runs' values: two runs with one seed are no two seeds."""
     found = defaultdict(list)
     for seed, value in values:
         if value is not None and math.isfinite(value):
-            found[object() if seed is None else seed].append(
-                value
-            )  # an object equals no other, so that nothing is paired
-    return {key: fmean(of_one) for key, of_one in found.items()}
+            # A new object equals no other key, so a run without a seed is never paired.
+            found[object() if seed is None else seed].append(value)
+    return {seed: fmean(of_seed) for seed, of_seed in found.items()}
 
 
 def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
-    """The label of the better one, or None; and why, as a sentence."""
+    """The label of the better algorithm, or None; and a sentence that says why."""
     if view["difference"] is None:
         return None, ""
     if view["interval"] is None:
@@ -144,7 +127,7 @@ def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
         return None, f"With {which}, this cannot be told from chance; run more seeds."
     low, high = view["interval"]
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        return None, "The seeds made no difference to it, so they show nothing about chance."
+        return None, "All seeds give the same difference, so they show nothing about chance."
     n, decimals = list(view["seeds"].values()), _decimals(view)
     seeds = f"{n[0]} seeds" + (", paired" if view["paired"] else " each" if n[0] == n[1] else f" and {n[1]} seeds")
     spans = f"{_span(view['interval'], decimals)} over {seeds}; by bootstrap {_span(view['bootstrap'], decimals)}"
@@ -154,9 +137,10 @@ def _winner(view: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _numbers(view: dict[str, Any]) -> str:
-    """The means and their difference, as a sentence or two."""
-    at = "" if view["at"] is None else f"{view['at']:,.0f}" if view["at"] >= 100 else f"{view['at']:.3g}"
-    where, metric = WHERE[view["view"]].format(at), EVAL[view["metric"]].phrase
+    """A sentence with the means and their difference."""
+    where, metric, at = "On held-out prompts", EVAL[view["metric"]].phrase, view["at"]
+    if at is not None:
+        where = f"In training, after {f'{at:,.0f}' if at >= 100 else f'{at:.3g}'} {view['unit']} each,"
     decimals = _decimals(view)
     means = [
         f"{_digits(mean, decimals)} with {name_of(label)}" for label, mean in view["means"].items() if mean is not None
@@ -170,30 +154,27 @@ def _numbers(view: dict[str, Any]) -> str:
     return f"{where} the {metric} is {' and '.join(means)}: {first} minus {second} is {difference}."
 
 
-def _price(views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
-    """Sentences about the metrics in which the winner is worse."""
-    winner, said = views[0]["winner"], ""
-    if winner is None:
-        return said
+def _reservations(winner: str, views: list[dict[str, Any]], kl: dict[str, float] | None) -> str:
+    """Sentences about the held-out score and the KL, if the winner is worse in them."""
     loser = next(label for label in views[0]["means"] if label != winner)
-    held_out = next((view for view in views[1:] if view["metric"] == "held_out_mean"), None)
-    if (
-        held_out is not None
-        and held_out["difference"] is not None
-        and held_out["means"][winner] < held_out["means"][loser]
-    ):
-        of_loser = held_out["winner"] == loser
-        said += " But the held-out score, which training does not see, "
-        said += f"prefers {name_of(loser)}: " if of_loser else "does not confirm it: "
-        theirs, other = (_digits(held_out["means"][label], _decimals(held_out)) for label in (winner, loser))
-        said += f"{theirs} with {name_of(winner)} and {other} with {name_of(loser)}."
+    found = ""
+    for view in views[1:]:
+        if view["metric"] != "held_out_mean" or view["difference"] is None:
+            continue
+        means, decimals = view["means"], _decimals(view)
+        if means[winner] < means[loser]:
+            verb = f"prefers {name_of(loser)}" if view["winner"] == loser else "does not confirm it"
+            numbers = " and ".join(
+                f"{_digits(means[label], decimals)} with {name_of(label)}" for label in (winner, loser)
+            )
+            found += f" But the held-out score, which training does not see, {verb}: {numbers}."
     if kl is not None and kl[winner] > MUCH_KL * kl[loser] and kl[winner] - kl[loser] > LITTLE_KL:
-        said += f" It went much farther from the reference for it: KL {kl[winner]:.1f} against {kl[loser]:.1f} nats."
-    return said
+        found += f" Its policy is much farther from the reference: KL {kl[winner]:.1f} against {kl[loser]:.1f} nats."
+    return found
 
 
 def _decimals(view: dict[str, Any]) -> int:
-    """One number of decimals for all numbers of a view: two digits of the largest of its differences, usually three."""
+    """Decimals of all numbers of a view: enough for two digits of the largest difference, usually three."""
     largest = max(map(abs, [view["difference"] or 0, *(view["interval"] or ())]))
     if largest == 0 or 0.01 <= largest < 10:
         return 3
@@ -202,7 +183,7 @@ def _decimals(view: dict[str, Any]) -> int:
 
 def _digits(value: float, decimals: int, sign: str = "") -> str:
     value = round(value, decimals)
-    return f"{value + 0:{sign if value else ''}.{decimals}f}"  # no sign before a zero
+    return f"{value + 0:{sign if value else ''}.{decimals}f}"  # a zero gets no sign
 
 
 def _span(interval: tuple[float, float], decimals: int) -> str:

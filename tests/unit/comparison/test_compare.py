@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_recipes.comparison.build import _bands, build_comparison, value_at
+from rlhf_recipes.comparison.build import build_comparison
+from rlhf_recipes.comparison.curves import bands, value_at
 from rlhf_recipes.comparison.differences import find_differences
 from rlhf_recipes.comparison.held_out import Measured
 from rlhf_recipes.comparison.runs import columns, read_runs
@@ -304,7 +305,7 @@ def test_prompts_may_hold_line_separators(tmp_path):
     folder = evaluated(tmp_path, {}, {})
     line = json.dumps({"prompt": "a\u2028b\x85", "models": {}}, ensure_ascii=False)
     (folder / "completions.jsonl").write_text(line + "\n", encoding="utf-8")
-    assert len(Measured(folder, "ppo", {}, {}).prompts) == 64
+    assert len(Measured(folder, "ppo", {}, {}).prompts_sha256) == 64
 
 
 def test_views_are_taken_at_the_largest_budget_that_all_reached(tmp_path):
@@ -363,7 +364,7 @@ def run_of(curves, seed=None, label="x"):
 
     from rlhf_recipes.comparison.runs import TrainedRun
 
-    run = TrainedRun(label, Path("x"), None, curves)
+    run = TrainedRun(label, Path("x"), {}, curves)
     run.name = f"{label} {seed}"
     return run
 
@@ -372,8 +373,8 @@ def test_runs_that_share_one_budget_only_have_a_band_of_one_point(tmp_path):
     """The first logged more often and stopped where the second begins."""
     one = run_of({"episodes": [8, 16], "score_mean": [0.0, 1.0]}, label="a")
     other = run_of({"episodes": [16, 32], "score_mean": [3.0, 5.0]}, label="b")
-    bands = _bands([one, other], ["a", "b"])["episodes"]["score_mean"]
-    assert (bands["a"]["x"], bands["a"]["mean"], bands["b"]["mean"]) == ([16], [1.0], [3.0])
+    found = bands([one, other], ["a", "b"])["episodes"]["score_mean"]
+    assert (found["a"]["x"], found["a"]["mean"], found["b"]["mean"]) == ([16], [1.0], [3.0])
 
 
 def test_a_long_run_has_a_short_band_of_means(tmp_path):
@@ -457,7 +458,7 @@ def test_plain_trainers_runs_give_numbers_but_no_winner(tmp_path, capsys):
 def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="write ppo="):
         read_runs([str(plain(tmp_path / "a", RLOO_LOG))])
-    with pytest.raises(RecipeError, match="no reward in its log"):
+    with pytest.raises(RecipeError, match="its log has no reward"):
         read_runs([f"ppo={plain(tmp_path / 'b', [{'step': 1, 'loss': 2.0}])}"])
     for i, broken in enumerate(
         (b"", b"{", b"[]", b"null", b'{"log_history": null}', b'{"log_history": ["a", 1]}', b"\xff")
@@ -466,7 +467,7 @@ def test_plain_runs_that_cannot_be_read_are_refused(tmp_path):
         folder.mkdir()
         (folder / "manifest.json").write_text('{"stage": "of something else"}')
         (folder / "trainer_state.json").write_bytes(broken)
-        with pytest.raises(RecipeError, match="no trainer_state.json of a Trainer's"):
+        with pytest.raises(RecipeError, match="not the trainer_state.json of a Trainer"):
             read_runs([f"ppo={folder}"])
 
 
