@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.cli import recipe_table
+from rlhf_recipes.commands.recipes import recipe_table
 from rlhf_recipes.pages.metrics import EVAL, TRAINING, markdown
 from rlhf_recipes.recipe import schema, sections, stages
 from rlhf_recipes.recipe.checks import OURS

@@ -18,7 +18,7 @@ from rlhf_recipes.stage import stage_command
 
 def main(run: Run) -> str:
     recipe = run.recipe
-    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    trained = recipe.on_policy_stages()
     paths = [str(require_stage(recipe, stage, "compare")) for stage in trained]
     title = f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}"
     notes = notes_on(run_path(recipe, "sft"), run_path(recipe, "reward"))

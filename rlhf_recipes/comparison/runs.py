@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.pages.metrics import FROM_TRL, our_name
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, RecipeError
 from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.system.files import checkpoints
 
@@ -77,7 +77,7 @@ def _read(argument: str) -> TrainedRun:
     manifest = read_manifest(path)
     if isinstance(manifest, dict) and manifest.keys() >= {"stage", "status", "settings"}:  # a run of this project
         stage, status = manifest["stage"], manifest["status"]
-        if stage not in ("ppo", "rloo"):
+        if stage not in ON_POLICY:
             raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
         if status != "finished":
             raise RecipeError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_recipes.evaluation.intervals import bootstrap_difference, bootstrap_interval, student_interval, welch_interval
 from rlhf_recipes.pages.metrics import EVAL
+from rlhf_recipes.recipe.schema import ON_POLICY
 
 Values = list[tuple[int | None, float | None]]
 """(seed, value) of every run of one algorithm. A run whose seed is None counts as a seed of its own."""
@@ -68,7 +69,7 @@ def void(view: dict[str, Any], why: str) -> dict[str, Any]:
 
 
 def name_of(label: str) -> str:
-    return label.upper() if label in ("ppo", "rloo") else label
+    return label.upper() if label in ON_POLICY else label
 
 
 def decide(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_recipes.deploy.card import CARD, model_card, start_of
 from rlhf_recipes.models.load import adapter_of, base_of, load_config, load_model
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import TRAINED, RecipeError
 from rlhf_recipes.runs.files import MANIFEST, MERGED_BASE, REWARD_REPORT, VALUE_MODEL, read_manifest
 from rlhf_recipes.runs.inputs import go_offline
 from rlhf_recipes.runs.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
@@ -84,7 +84,7 @@ def _finished(run: Path) -> dict[str, Any]:
         found = f"no {MANIFEST} in it" if run.is_dir() else "no such folder"
         there = f"it contains the runs: {', '.join(inside)}" if inside else "name one such as runs/imdb_tiny/ppo"
         raise RecipeError(f"{run} is no run ({found}); {there}.")
-    if manifest["stage"] not in ("sft", "reward", "ppo", "rloo"):
+    if manifest["stage"] not in TRAINED:
         raise RecipeError(f"{run}: stage {manifest['stage']} trains no model, so there is nothing to export.")
     if manifest["status"] != "finished":
         raise RecipeError(

@@ -16,7 +16,7 @@ from rlhf_recipes.evaluation.metrics import (
 )
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, training_length
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,7 +142,7 @@ class Evaluator:
         return [f"{name}: the {what}; its training may have diverged."]
 
 
-def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int:
+def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ON_POLICY) -> int:
     """Longest completion of the first of some stages that sets it; TRL's default where none does."""
     length = training_length(recipe, stages)
     if length is None:

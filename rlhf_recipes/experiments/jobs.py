@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.experiments.grid import short_hash
-from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, TRAINED, launch_stage
+from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, launch_stage
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, input_stages, sections_of
 from rlhf_recipes.recipe.load import to_yaml
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 from rlhf_recipes.runs.files import read_manifest, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import write_whole, writing
@@ -51,7 +51,7 @@ class Planner:
         label = f"{label} seed={recipe.seed}"
         linked, needs = self.linked(recipe, own, stage, (stage,))
         training = self.add(Job(stage, linked, label, needs))
-        if not with_eval or stage not in ("ppo", "rloo"):
+        if not with_eval or stage not in ON_POLICY:
             return Cell(recipe.seed, training, None)
         linked, needs = self.linked(recipe, linked, "eval", ("eval",), own=stage)
         training.recipe = linked  # one file serves both

@@ -29,11 +29,10 @@ from rlhf_recipes.experiments.grid import (
     without_trainer,
 )
 from rlhf_recipes.experiments.jobs import Cell, Job, Planner, only_stage, refuse_other_settings, run_jobs
-from rlhf_recipes.launch.start import TRAINED
 from rlhf_recipes.pages.plots import draw_sweep
 from rlhf_recipes.pages.tables import print_sweep
 from rlhf_recipes.recipe.graph import input_stages, sections_of
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 from rlhf_recipes.runs.files import read_manifest, read_metrics
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json, write_whole, writing
@@ -228,7 +227,7 @@ def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
     findings = [f"--stage {name}: recipe {recipe.name} has: {', '.join(there)}." for name in names if name not in there]
     if findings:
         raise RecipeError("\n".join(findings))
-    chosen = [stage for stage in there if stage in (names or ("ppo", "rloo"))]
+    chosen = [stage for stage in there if stage in (names or ON_POLICY)]
     if not chosen:
         raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo; name a stage: --stage {there[0]}.")
     return chosen
@@ -237,7 +236,7 @@ def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
 def _sections(recipe: Recipe, stage: str, with_eval: bool) -> set[str]:
     """The parts of a recipe that the result of a stage, its eval included, depends on."""
     own = only_stage(recipe, stage)
-    waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ("ppo", "rloo") else [])], set(), set()
+    waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ON_POLICY else [])], set(), set()
     while waiting:
         name = waiting.pop()
         if name in Recipe.model_fields and name not in seen:

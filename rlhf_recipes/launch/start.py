@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rlhf_recipes.recipe.schema import TRAINED
 from rlhf_recipes.system.terminal import say
 
 USER_ERROR = 2
@@ -20,9 +21,6 @@ INTERRUPTED = 128 + signal.SIGINT
 
 MODULES = {"eval": "evaluate"}
 """Stage -> its module, if the names differ."""
-
-TRAINED = ("sft", "reward", "ppo", "rloo")
-"""Stages that run as several processes; the others would repeat their work in each process."""
 
 COMMAND = "RLHF_RECIPES_LAUNCH"
 """Environment variable with the launcher's arguments; a stage compares them with its launch."""
@@ -50,7 +48,7 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
     """
     command = ["-m", f"rlhf_recipes.{MODULES.get(stage, stage)}", "--recipe", name, *overrides]
     command += ["--overwrite"] if overwrite else []
-    spread = config is not None and stage in TRAINED
+    spread = config is not None and stage in TRAINED  # another stage would repeat its work in each process
     if spread:
         command = ["-m", "rlhf_recipes.launch.processes", "--config_file", str(config), *command]
     process = subprocess.Popen(

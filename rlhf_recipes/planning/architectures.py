@@ -7,12 +7,9 @@ from transformers import AutoConfig
 
 from rlhf_recipes.models.adapters import lora_of
 from rlhf_recipes.models.load import adapter_of, load_config
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 from rlhf_recipes.runs.inputs import is_reachable
 from rlhf_recipes.runs.references import is_hub_model, is_offline, loading, locate_in_package
-
-PLANNED = ("sft", "reward", "ppo", "rloo")
-"""Stages that train a model."""
 
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 _NEOX = {"model_type": "gpt_neox", "vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": False}
@@ -122,14 +119,14 @@ def _config_of_hub_model(recipe: Recipe, key: str, model_id: str) -> Any:
 def _config_of_stage(recipe: Recipe, key: str, stage: str, passed: tuple[str, ...]) -> tuple[Any, Any]:
     if stage in passed:
         raise RecipeError(f"{key}: stage:{stage} starts from a model that is made from it; set {key} to a model.")
-    section = getattr(recipe, stage, None) if stage in PLANNED else None
+    section = getattr(recipe, stage, None) if stage in TRAINED else None
     if section is None:
         raise RecipeError(f"{key}: stage:{stage}: recipe {recipe.name} has no stage {stage} that makes a model.")
     if stage == "sft" and section.scratch is not None:
         scratch = section.scratch
         with loading("sft.scratch", scratch.architecture):
             return AutoConfig.for_model(scratch.architecture, vocab_size=scratch.vocabulary, **scratch.config), None
-    name = "policy" if stage in ("ppo", "rloo") else "model"
+    name = "policy" if stage in ON_POLICY else "model"
     config, adapter = config_of(recipe, f"{stage}.{name}", getattr(section, name), (*passed, stage))
     # A stage without peft writes a whole model: it merges the adapter that it starts from.
     return config, None if section.peft is None else adapter or lora_of(stage, section.peft)

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from itertools import pairwise
 
-from rlhf_recipes.planning.architectures import PLANNED
 from rlhf_recipes.planning.changes import smallest_change, started
 from rlhf_recipes.planning.machine import GIB
 from rlhf_recipes.planning.stage import StagePlan, plan_stage, settings_of
 from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 from rlhf_recipes.runs.files import is_finished, read_manifest, read_metrics, run_path
 from rlhf_recipes.system.terminal import print_table, say
 
@@ -35,7 +34,7 @@ def run_plan(
     """Print the plan of a recipe; return True if all of its stages fit."""
     recipe = load_recipe(name, overrides)
     machine, launch = started(gpu, accelerate_config)
-    plans = [plan_stage(recipe, stage, machine, launch) for stage in PLANNED if getattr(recipe, stage) is not None]
+    plans = [plan_stage(recipe, stage, machine, launch) for stage in TRAINED if getattr(recipe, stage) is not None]
     if not plans:
         raise RecipeError(f"recipe {recipe.name} has no stage that trains.")
     say(f"{recipe.name} on {machine}, of which {machine.reserve / GIB:.1f} GB stay free; {launch}\n")
@@ -101,7 +100,7 @@ def rates_of(recipe: Recipe, stage: str) -> list[float]:
     if not is_finished(path):
         return []
     lines = read_metrics(path)
-    if stage in ("ppo", "rloo"):
+    if stage in ON_POLICY:
         return [line["episodes_per_second"] for line in lines if line.get("episodes_per_second")]
     timed = [
         (line["step"], line["seconds"]) for line in lines if "step" in line and "seconds" in line and "loss" in line

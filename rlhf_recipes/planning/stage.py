@@ -17,7 +17,7 @@ from rlhf_recipes.planning.machine import Launch, Machine
 from rlhf_recipes.planning.memory import Batch, Estimate, moments
 from rlhf_recipes.planning.models import Model, model_of
 from rlhf_recipes.recipe.batch import TEXTS_OF_ROW, rows_of_rollout, rows_of_step, steps_of_rollout, trainer_settings
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
 from rlhf_recipes.runs.references import loading
@@ -93,7 +93,7 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
     section, settings, notes = getattr(recipe, stage), settings_of(recipe, stage, machine.count), list[str]()
     if launch.device != "cpu" and section.trainer.get("bf16") is False and not section.trainer.get("fp16"):
         launch = replace(launch, mixed_precision="no")
-    on_policy = stage in ("ppo", "rloo")
+    on_policy = stage in ON_POLICY
     key = f"{stage}.policy" if on_policy else f"{stage}.model"
     model_id = section.policy if on_policy else section.model
     config, start = config_of(recipe, key, model_id or "stage:sft")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 
 COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
 SETTINGS = {
@@ -36,7 +36,7 @@ def eval_models(recipe: Recipe) -> dict[str, str]:
     """Name -> model id of the models that `eval` measures."""
     if recipe.eval.models is not None:
         return dict(recipe.eval.models)
-    trained = [stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None]
+    trained = recipe.on_policy_stages()
     start = getattr(recipe, trained[0]).policy if trained else "stage:sft"
     base = recipe.sft.model if recipe.sft is not None and start == "stage:sft" else None
     return ({"base": base} if base else {}) | {"sft": start} | {stage: f"stage:{stage}" for stage in trained}
@@ -54,7 +54,7 @@ def eval_reference(recipe: Recipe) -> str:
     return given or ("sft" if "sft" in models else next(iter(models)))
 
 
-def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -> int | None:
+def training_length(recipe: Recipe, stages: tuple[str, ...] = ON_POLICY) -> int | None:
     """Longest completion in training, from the first of these stages that sets it. None: TRL's default."""
     trainers = [getattr(recipe, stage).trainer for stage in stages if getattr(recipe, stage) is not None]
     return next((t["max_completion_length"] for t in trainers if "max_completion_length" in t), None)
@@ -63,10 +63,10 @@ def training_length(recipe: Recipe, stages: tuple[str, ...] = ("ppo", "rloo")) -
 def stages_to_run(recipe: Recipe) -> list[str]:
     """Stages that the comparison needs, in order.
 
-    A recipe without ppo and rloo has nothing to compare: its stages `sft` and `reward` run.
+    A recipe without an on-policy stage has nothing to compare: all its stages that train run.
     """
-    if recipe.ppo is None and recipe.rloo is None:
-        return [stage for stage in recipe.stages() if stage in ("sft", "reward")]
+    if not recipe.on_policy_stages():
+        return [stage for stage in recipe.stages() if stage in TRAINED]
     needed, waiting = set(), ["compare"]
     while waiting:
         stage = waiting.pop()
@@ -91,5 +91,5 @@ def input_stages(recipe: Recipe, stage: str) -> list[str]:
 
     walk(stage_settings(recipe, stage))
     if stage == "compare":
-        found |= set(recipe.stages()) & {"ppo", "rloo", "eval"}
+        found |= set(recipe.stages()) & {*ON_POLICY, "eval"}
     return sorted(found)

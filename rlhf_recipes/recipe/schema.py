@@ -4,15 +4,12 @@ Every section is closed: an unknown key is an error. `checks` compares the keys 
 `quantization:` with the classes of TRL, peft and transformers.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from rlhf_recipes.recipe.sections import Data, RewardFunc, Section
-from rlhf_recipes.recipe.stages import Eval, Judge, Ppo, Reward, Rloo, Sft
-
-STAGES = ("sft", "reward", "ppo", "rloo", "eval", "compare")
-"""Stages in the order in which `run` starts them."""
+from rlhf_recipes.recipe.stages import Eval, Judge, OnPolicy, Ppo, Reward, Rloo, Sft, Trained
 
 RENAMED_METRICS = {"judge_mean": "held_out_mean", "judge_positive_share": "held_out_positive_share"}
 """Old name of a metric -> its new name."""
@@ -34,7 +31,7 @@ class MissingEos(Section):
 class Expected(Section):
     """A number that a run of the recipe should reach."""
 
-    stage: Literal["sft", "reward", "ppo", "rloo"] | None = None
+    stage: str | None = None
     """The stage whose model is measured. None: both ppo and rloo."""
     metric: str
     """Name of a metric, such as `score_mean`."""
@@ -46,6 +43,13 @@ class Expected(Section):
     """Who measured it: `theirs`, the source; `ours`, this project."""
     source: str | None = None
     """Source of the number. None: the recipe's source."""
+
+    @field_validator("stage")
+    @classmethod
+    def _stage_that_trains(cls, stage: str | None) -> str | None:
+        if stage is not None and stage not in TRAINED:
+            raise ValueError(f"the stage should be one of {', '.join(TRAINED)}, not {stage!r}")
+        return stage
 
     @field_validator("metric")
     @classmethod
@@ -108,3 +112,22 @@ class Recipe(Section):
     def stages(self) -> list[str]:
         """Names of the recipe's stages, in the order in which they run."""
         return [stage for stage in STAGES if stage == "compare" or getattr(self, stage) is not None]
+
+    def on_policy_stages(self) -> list[str]:
+        """Names of the recipe's algorithms, such as ppo and rloo."""
+        return [stage for stage in ON_POLICY if getattr(self, stage) is not None]
+
+
+TRAINED: dict[str, type[Trained]] = {
+    name: kind
+    for name, field in Recipe.model_fields.items()
+    for kind in get_args(field.annotation)
+    if isinstance(kind, type) and issubclass(kind, Trained)
+}
+"""Stage that trains -> the class of its section. The fields of `Recipe` are the one list of these stages."""
+
+ON_POLICY = tuple(name for name, section in TRAINED.items() if issubclass(section, OnPolicy))
+"""Stages that train a policy on its own samples: the algorithms that are compared."""
+
+STAGES = (*TRAINED, "eval", "compare")
+"""Stages in the order in which `run` starts them."""

@@ -1,6 +1,6 @@
 """The sections of a recipe that belong to its stages: their keys, with meaning and defaults."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -22,6 +22,9 @@ class Scratch(Section):
 
 class Trained(Section):
     """Settings of every stage that trains."""
+
+    config_class: ClassVar[tuple[str, str]]
+    """The class behind `trainer`, as (file, class)."""
 
     peft: dict[str, Any] | None = None
     """peft's `LoraConfig`: trains an adapter; `{}` has peft's defaults. None: trains all weights."""
@@ -52,6 +55,7 @@ class Trained(Section):
 class Sft(Trained):
     """Supervised fine-tuning of a language model on `prompt` + `completion`, or on `text`."""
 
+    config_class = ("trl/trainer/sft_config.py", "SFTConfig")
     model: str | None = None
     """Hub id (`name@revision` pins a branch, tag or commit) or folder of the model to start from. None: `scratch`."""
     scratch: Scratch | None = None
@@ -74,6 +78,7 @@ class Sft(Trained):
 class Reward(Trained):
     """A reward model trained on pairs of a chosen and a rejected text."""
 
+    config_class = ("trl/trainer/reward_config.py", "RewardConfig")
     model: str = "stage:sft"
     """The model to start from; it gets a new scalar head unless it is a reward model already."""
     data: Data | None = None
@@ -92,7 +97,7 @@ class Reward(Trained):
 
 
 class OnPolicy(Trained):
-    """Settings that the stages `ppo` and `rloo` share."""
+    """Settings that all on-policy stages share, such as `ppo` and `rloo`."""
 
     policy: str = "stage:sft"
     """The model to train, `stage:sft`, a Hub id or a folder; a frozen copy of it is the reference."""
@@ -101,6 +106,7 @@ class OnPolicy(Trained):
 class Ppo(OnPolicy):
     """Proximal policy optimization with a learned value baseline and per-token credit."""
 
+    config_class = ("rlhf_recipes/trainers/ppo.py", "PPOConfig")
     value_model: str = "shared"
     """Start of the value network: `shared` is a head on the policy and needs least memory; `policy` is a copy of the
     policy with a head; or a reward model (`stage:reward`, a Hub id, a folder) with the policy's tokenizer."""
@@ -111,6 +117,7 @@ class Ppo(OnPolicy):
 class Rloo(OnPolicy):
     """REINFORCE leave-one-out: the other completions of a prompt are the baseline."""
 
+    config_class = ("rlhf_recipes/trainers/rloo.py", "RLOOConfig")
     baseline: Literal["leave_one_out", "group_mean", "batch_mean", "moving_average", "constant", "none"] = (
         "leave_one_out"
     )

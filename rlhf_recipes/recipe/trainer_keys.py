@@ -9,12 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-CONFIG_CLASSES = {
-    "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
-    "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
-    "rloo": ("rlhf_recipes/trainers/rloo.py", "RLOOConfig"),
-    "ppo": ("rlhf_recipes/trainers/ppo.py", "PPOConfig"),
-}
+from rlhf_recipes.recipe.schema import TRAINED
+
+CONFIG_CLASSES = {stage: section.config_class for stage, section in TRAINED.items()}
 """Stage -> the configuration class behind its `trainer:`, as (file, class)."""
 
 _OF_QUANTIZATION = {

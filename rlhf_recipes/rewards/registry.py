@@ -185,3 +185,20 @@ def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
             f"reward_funcs: {function!r} is no reward function; it must be a callable, or a model, its Hub id or its folder."
         )
     return RewardModelReader(model, classifier, tokenizer, batch_size=64, max_length=None)
+
+
+def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | None) -> list[CheckedReward]:
+    """What TRL's trainers take as `reward_funcs`, one or several, as checked functions.
+
+    Args:
+        functions: One, or a list; each as `as_reward_func` takes it.
+        processing_classes: One for each function, or one for all.
+        timeout: Seconds to answer in.
+    """
+    from trl.trainer.utils import get_callable_name
+
+    functions = functions if isinstance(functions, list) else [functions]
+    several = isinstance(processing_classes, list)
+    tokenizers = processing_classes if several else [processing_classes] * len(functions)
+    made = [as_reward_func(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
+    return [checked(f, get_callable_name(f), may_skip=True, timeout=timeout) for f in made]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.runs.files import is_finished, run_path
 from rlhf_recipes.runs.inputs import check_references
 from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
@@ -22,11 +22,11 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     rows = [("", text) for text in texts] + (_read(file) if file else [])
     if not rows:
         raise RecipeError('nothing to score: give --text "..." or --file.')
-    stage = next((stage for stage in ("ppo", "rloo") if getattr(recipe, stage) is not None), None)
-    if stage is None:
-        raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo, so nothing scores its texts.")
+    stages = recipe.on_policy_stages()
+    if not stages:
+        raise RecipeError(f"recipe {recipe.name} has no stage {' or '.join(ON_POLICY)}, so nothing scores its texts.")
     log_to(None)
-    check_references(recipe, stage)
+    check_references(recipe, stages[0])
     from rlhf_recipes.rewards.calls import score_all
     from rlhf_recipes.rewards.registry import build_reward_funcs
 
@@ -38,7 +38,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
         functions,
         prompts=prompts,
         completions=completions,
-        completion_ids=_completion_ids(recipe, stage, [as_text(completion) for completion in completions]),
+        completion_ids=_completion_ids(recipe, stages[0], [as_text(completion) for completion in completions]),
         finished=[True] * len(rows),
     )
     shown = []

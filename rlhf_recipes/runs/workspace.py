@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.pages.metrics import TRAINING
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.runs.files import run_path
 from rlhf_recipes.runs.trackers import PROJECT, wandb_mode
 from rlhf_recipes.system.terminal import say
@@ -55,7 +55,6 @@ def save_view(recipe: Recipe, group: str | None) -> str:
         wr.WeavePanelSummaryTable(table_name="models"),
     ]
     sections.append(ws.Section(name="Completions; what eval measured", panels=tables, is_open=True))
-    algorithms = ["ppo", "rloo"]
     try:
         entity = os.environ.get("WANDB_ENTITY") or wandb.Api(timeout=20).default_entity
         if entity is None:
@@ -67,7 +66,7 @@ def save_view(recipe: Recipe, group: str | None) -> str:
             sections=sections,
             settings=ws.WorkspaceSettings(x_axis="train/episodes"),
             runset_settings=ws.RunsetSettings(
-                filters=[expr.Metric("Group") == group, expr.Metric("JobType").isin([*algorithms, "eval"])],
+                filters=[expr.Metric("Group") == group, expr.Metric("JobType").isin([*ON_POLICY, "eval"])],
                 groupby=[expr.Metric("JobType")],
             ),
         )

@@ -24,7 +24,7 @@ A test compares this table with the code.
 | `evaluate` | OnPolicyTrainer | has random numbers of its own |
 | `log` | OnPolicyTrainer | one set of metric names; means over tokens, not over micro-batches |
 | `_save_checkpoint` | OnPolicyTrainer | time spent saving counts for no phase |
-| `_save_rng_state` | OnPolicyTrainer | adds the rollout, its order, KL control and metrics, on every rank |
+| `_save_rng_state` | OnPolicyTrainer | adds rollout, KL control, beta, metrics and logs, on every rank |
 | `_load_rng_state` | OnPolicyTrainer | loads them |
 | `__init__` | PPOTrainer | takes `value_model` |
 | `_compute_loss` | PPOTrainer | PPO's loss |

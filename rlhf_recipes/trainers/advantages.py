@@ -132,3 +132,9 @@ class RunningMoments:
         self.squares += (values - mean).square().sum().item() + difference**2 * self.count * n / total
         self.mean += difference * n / total
         self.count = total
+
+    def normalized(self, values: Tensor, add: bool) -> Tensor:
+        """Values minus the mean, over the standard deviation; with `add` they count in both."""
+        if add:
+            self.add(values)
+        return (values - self.mean) / self.std

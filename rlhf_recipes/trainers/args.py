@@ -45,8 +45,8 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     if isinstance(section, OnPolicy):
         values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
         values["missing_eos"] = run.recipe.missing_eos and run.recipe.missing_eos.model_dump()
-    if run.stage == "rloo":
-        values["baseline"] = run.recipe.rloo.baseline
+        own = type(section).model_fields.keys() & config_class.__dataclass_fields__.keys()  # such as rloo's baseline
+        values |= {key: getattr(section, key) for key in own}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     try:
         args = config_class(**values)

@@ -1,11 +1,11 @@
 """The order of prompts, and how a rollout is divided into optimizer steps and micro-batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import RepeatSampler
+from torch.utils.data import Sampler
 
 from rlhf_recipes.models.forward import longest
 
@@ -42,17 +42,69 @@ def micro_batches(
     return parts
 
 
-class EpochSampler(RepeatSampler):
-    """TRL's sampler with an order for each epoch that does not depend on the epochs that this process saw.
+class MicroBatches:
+    """The current rollout, and the micro-batches of the current pass over it.
 
-    TRL's draws all orders from one generator, so that a resumed run would see the first epoch's again.
+    Args:
+        args: The trainer's settings.
+        total: Adds a tensor of sums up over all processes.
     """
 
-    def __init__(self, trainer: Any, **kwargs):
-        super().__init__(**kwargs)
-        self._trainer = trainer
+    def __init__(self, args: Any, total: Callable[[Tensor], Tensor]):
+        self._args, self._total = args, total
+        self.clear()
 
-    def __iter__(self):
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + int(self._trainer.state.epoch or 0))
-        return super().__iter__()
+    def clear(self) -> None:
+        self.rollout: dict[str, Tensor] | None = None
+        self.order: Tensor | None = None
+        self.parts: list[dict[str, Tensor]] = []
+
+    def take(self, rollout: dict[str, Tensor]) -> None:
+        """Replaces the rollout, and cuts it in a random order."""
+        self.rollout = rollout
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        """Cuts the rollout again, in another random order."""
+        self._cut(torch.randperm(len(self.rollout["completion_ids"])))
+
+    def _cut(self, order: Tensor) -> None:
+        self.order, size = order, len(order) // self._args.steps_per_generation
+        steps = order.split(size * self._args.gradient_accumulation_steps)
+        self.parts = micro_batches(self.rollout, steps, size, self._total)
+
+    def single(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A rollout of an evaluation as one micro-batch."""
+        rows = torch.arange(len(rollout["completion_ids"]))
+        return micro_batches(rollout, [rows], len(rows), self._total)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rollout": self.rollout, "order": self.order}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.clear()
+        if saved["rollout"] is not None:
+            self.rollout = saved["rollout"]
+            self._cut(saved["order"].cpu())
+
+
+class EpochSampler(Sampler):
+    """TRL's sampler with an order for each epoch that depends on seed and epoch only, so that resume is exact.
+
+    TRL's sampler draws the orders of all epochs from one generator. A resumed run would start again with the first.
+
+    Args:
+        sampler: TRL's.
+        trainer: Knows the current epoch.
+    """
+
+    def __init__(self, sampler: Any, trainer: Any):
+        self._sampler, self._trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._sampler.seed + int(self._trainer.state.epoch or 0))
+        return iter(self._sampler)

@@ -68,8 +68,23 @@ def adapted_lr_factor(factor: float, kl: float, target: float) -> float:
     return min(max(factor, 0.01), 10.0)
 
 
+def kl_metrics(log_ratio: Tensor) -> dict[str, Tensor]:
+    """Metric -> its values, of completions (B,) or of tokens (B, T).
+
+    Args:
+        log_ratio: log pi - log pi_ref, 0 outside of completions, (B, T).
+    """
+    cautious = k3(log_ratio)
+    return {
+        "kl": log_ratio.sum(1),
+        "kl_per_token": log_ratio,
+        "kl_k3": cautious.sum(1),
+        "kl_k3_per_token": cautious,
+    }
+
+
 class KLControl:
-    """Owns beta. It estimates the KL penalty, watches the KL, and adapts beta and the learning rate to their targets.
+    """Estimates the KL penalty, watches the KL, and adapts beta and the learning rate to their targets.
 
     Args:
         args: The trainer's settings: `beta`, `kl_estimator`, `kl_target`, `kl_horizon`, `lr_kl_target`.
@@ -77,7 +92,6 @@ class KLControl:
 
     def __init__(self, args: Any):
         self._args = args
-        self.beta: float = args.beta
         self.lr_factor = 1.0
         self.step_kl: Tensor | None = None
         """The last optimizer step on this process: sum of its tokens' KL to the rollout's policy, and their number."""
@@ -120,11 +134,12 @@ class KLControl:
             return f"the mean KL of the last {len(self.kl_sums)} rollouts is negative: {mean:.2g} nats a completion"
         return None
 
-    def adapt_beta(self, episodes: int) -> None:
-        """Moves beta towards `kl_target`, after a rollout of this many completions."""
-        if self._args.kl_target is not None:
-            n, total, _ = self.kl_sums[-1]
-            self.beta = adapted_beta(self.beta, total / n, self._args.kl_target, self._args.kl_horizon, episodes)
+    def next_beta(self, beta: float, episodes: int) -> float:
+        """Beta after a rollout of this many completions, moved towards `kl_target`."""
+        if self._args.kl_target is None:
+            return beta
+        n, total, _ = self.kl_sums[-1]
+        return adapted_beta(beta, total / n, self._args.kl_target, self._args.kl_horizon, episodes)
 
     def add_step_kl(self, moved: Tensor, mask: Tensor) -> None:
         """Adds a micro-batch to the optimizer step's KL to the rollout's policy, of every token, (B, T)."""

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,13 +44,24 @@ class MetricLog:
         if not sums:
             return {}
         totals = sum_over_ranks(torch.stack([sums[name] for name in sorted(sums)])).tolist()
-        return {name: [total / n] for name, (total, n) in zip(sorted(sums), totals, strict=True) if n > 0}
+        means = {name: total / n for name, (total, n) in zip(sorted(sums), totals, strict=True) if n > 0}
+        return {name: [value] for name, value in _with_explained_variance(means).items()}
 
     def to_dict(self) -> dict[str, Any]:
         return self.sums
 
     def load(self, saved: dict[str, Any]) -> None:
         self.sums = saved
+
+
+def _with_explained_variance(means: dict[str, float]) -> dict[str, float]:
+    """PPO's moments of returns and errors as 1 - Var(errors) / Var(returns); nothing where returns do not vary."""
+    if "returns_1" in means:
+        moments = [means.pop(f"{name}_{power}") for name in ("returns", "errors") for power in (1, 2)]
+        of_returns, of_errors = moments[1] - moments[0] ** 2, moments[3] - moments[2] ** 2
+        if of_returns > 1e-12:
+            means["explained_variance"] = 1 - of_errors / of_returns
+    return means
 
 
 def rename(metrics: dict[str, list[float]]) -> None:
@@ -64,24 +76,61 @@ def rename(metrics: dict[str, list[float]]) -> None:
             metrics[name] = values
 
 
-def completions_of(logs: dict[str, Any], number: int, step: int) -> list[dict[str, Any]]:
-    """The first `number` completions of TRL's logs, with their scores and advantages; a score that is NaN is None."""
-    names = list(logs["rewards"])
-    columns = [logs["prompt"], logs["completion"], logs["advantages"], *logs["rewards"].values()]
-    return [
-        {
-            "step": step,
-            "prompt": prompt,
-            "completion": completion,
-            "advantage": advantage,
-            "scores": {n: None if math.isnan(value) else value for n, value in zip(names, values, strict=True)},
+class RolloutLogs:
+    """TRL's logs of the last rollout: prompts, completions, their scores and advantages."""
+
+    def __init__(self, logs: dict[str, Any]):
+        self._logs = logs
+
+    def replace_advantages(self, advantages: list[float]) -> None:
+        """Puts the algorithm's own advantages in the place of those that TRL has just logged."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+
+    def first(self, number: int, step: int) -> list[dict[str, Any]]:
+        """The first `number` completions; a score that is NaN is None."""
+        names = list(self._logs["rewards"])
+        columns = [self._logs[name] for name in ("prompt", "completion", "advantages")]
+        rows = list(zip(*columns, *self._logs["rewards"].values(), strict=True))[:number]
+        return [
+            {
+                "step": step,
+                "prompt": prompt,
+                "completion": completion,
+                "advantage": advantage,
+                "scores": {n: None if math.isnan(value) else value for n, value in zip(names, values, strict=True)},
+            }
+            for prompt, completion, advantage, *values in rows
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain types, so that a checkpoint is read without running code."""
+        return {
+            name: {key: [_plain(x) for x in column] for key, column in values.items()}
+            if isinstance(values, dict)
+            else list(values)
+            for name, values in self._logs.items()
         }
-        for prompt, completion, advantage, *values in list(zip(*columns, strict=True))[:number]
-    ]
+
+    def load(self, saved: dict[str, Any]) -> None:
+        for name, values in saved.items():
+            if isinstance(values, dict):
+                for key, column in values.items():
+                    self._logs[name][key].extend(column)
+            else:
+                self._logs[name].extend(values)
+
+
+def _plain(value: Any) -> Any:
+    """A value that a reward function gave to `log_extra`, as a number or a text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 class PhaseTimer:
-    """Seconds of each phase of training since the last line. It runs from the first `start` on."""
+    """Seconds of each phase of training since the last line. It runs from the first `start` on, unless paused."""
 
     def __init__(self, device_type: str):
         self._has_queue = device_type != "cpu"
@@ -92,9 +141,15 @@ class PhaseTimer:
     def start(self) -> None:
         self._since = self._since or time.perf_counter()
 
-    def skip(self) -> None:
-        """Counts the time since the last booking for no phase."""
-        self._since = self._since and time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time before this counts for `update`; time inside counts for no phase."""
+        self.book("update")
+        since, self._since = self._since, None
+        try:
+            yield
+        finally:
+            self._since = since and time.perf_counter()
 
     def book(self, phase: str) -> None:
         """Counts the time since the last booking for a phase."""

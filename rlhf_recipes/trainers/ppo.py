@@ -129,17 +129,10 @@ class PPOTrainer(OnPolicyTrainer):
         output["old_values"], output["returns"], output["loss_mask"] = values, returns, counts
         self._log_mean("value_mean", values, counts)
         self._log_mean("return_mean", returns, counts)
-        for name, x in (("returns", returns), ("errors", returns - values)):
+        for name, x in (("returns", returns), ("errors", returns - values)):  # `explained_variance` follows from these
             self._log_mean(f"{name}_1", x, counts)
             self._log_mean(f"{name}_2", x.square(), counts)
         return self.accelerator.gather(output["advantages"].sum(1) / counts.sum(1).clamp(min=1))
-
-    def _derive(self, metrics: dict[str, list[float]]) -> None:
-        if "returns_1" in metrics:
-            moments = [metrics.pop(f"{name}_{power}")[0] for name in ("returns", "errors") for power in (1, 2)]
-            of_returns, of_errors = moments[1] - moments[0] ** 2, moments[3] - moments[2] ** 2
-            if of_returns > 1e-12:
-                metrics["explained_variance"] = [1 - of_errors / of_returns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         self.value_network.detached = self.warming_up

@@ -61,7 +61,7 @@ class RLOOTrainer(OnPolicyTrainer):
         no_signal = torch.isclose(advantages, torch.zeros_like(advantages)).view(-1, generations).all(1)
         self._log_mean("no_signal_fraction", no_signal.float(), same_everywhere=True)
         if no_signal.all():
-            self._warn_once(
+            self._run_state.warn_once(
                 "no signal", "All completions of each prompt have the same reward: there is nothing to learn."
             )
         self._log_mean("baseline_mean", baselines.nan_to_num(), (~baselines.isnan()).float(), same_everywhere=True)
@@ -72,7 +72,7 @@ class RLOOTrainer(OnPolicyTrainer):
         if self.args.baseline in BASELINES:
             return BASELINES[self.args.baseline](rewards)
         if self.args.baseline == "moving_average":
-            seen = self._state.reward_moments
+            seen = self._run_state.reward_moments
             mean = seen.mean if seen.count else torch.nanmean(rewards).item()
             if self.model.training:
                 seen.add(rewards)

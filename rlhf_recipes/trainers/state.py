@@ -1,9 +1,11 @@
 """State of an on-policy trainer: a forward pass, a rollout, and the values that a run carries between rollouts."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from rlhf_recipes.models.forward import longest
 from rlhf_recipes.trainers.advantages import RunningMoments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,6 +89,12 @@ class RunState:
     score_moments: RunningMoments = field(default_factory=RunningMoments)
     reward_moments: RunningMoments = field(default_factory=RunningMoments)
 
+    def warn_once(self, topic: str, message: str) -> None:
+        """Logs a warning, unless this run has logged one on the topic."""
+        if topic not in self.warned_of:
+            self.warned_of.append(topic)
+            logger.warning(message)
+
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"score_moments": vars(self.score_moments), "reward_moments": vars(self.reward_moments)}
 
@@ -105,27 +115,6 @@ def own_random_numbers(seed: int) -> Iterator[None]:
     np.random.set_state(states[1])
 
 
-def plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
-    """TRL's logs of a rollout in plain types, so that a checkpoint is read without running code."""
-    return {
-        name: {key: [_plain(x) for x in column] for key, column in values.items()}
-        if isinstance(values, dict)
-        else list(values)
-        for name, values in logs.items()
-    }
-
-
-def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Puts `plain_logs` back into TRL's logs."""
-    for name, values in saved.items():
-        if isinstance(values, dict):
-            for key, column in values.items():
-                logs[name][key].extend(column)
-        else:
-            logs[name].extend(values)
-
-
-def _plain(value: Any) -> Any:
-    """A value that a reward function gave to `log_extra`, as a number or a text."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+def read_state(file: Path, device: torch.device) -> dict[str, Any]:
+    # With several processes on a CPU the device is cpu:0, which torch cannot load to.
+    return torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)

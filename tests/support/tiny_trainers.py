@@ -73,7 +73,11 @@ def micro_batches(trainer, batch):
     """The micro-batches of one pass over a rollout, in the rollout's own order."""
     import torch
 
-    return trainer._micro_batches_of(batch, torch.arange(len(batch["completion_ids"])))
+    from rlhf_recipes.trainers import batches
+
+    size = trainer.args.per_device_train_batch_size
+    steps = torch.arange(len(batch["completion_ids"])).split(size * trainer.args.gradient_accumulation_steps)
+    return batches.micro_batches(batch, steps, size, trainer._sum_over_ranks)
 
 
 def train_on(trainer, prompts=PROMPTS):

@@ -127,7 +127,7 @@ def train(case: str, policy: Path, folder: Path, size: int, accumulation: int, g
         ],
         "calls": calls,
         "batch": trainer._batch,
-        "state": (trainer.beta, trainer._kl.lr_factor, vars(trainer._state.score_moments)),
+        "state": (trainer.beta, trainer._kl.lr_factor, vars(trainer._run_state.score_moments)),
     }
 
 

@@ -202,13 +202,18 @@ def test_ppo_draws_mini_batches_anew_in_every_pass_and_rloo_does_not_like_trl(po
     for trainer_class, differs in ((PPOTrainer, True), (RLOOTrainer, False)):
         trainer = make(trainer_class, policy_folder, tmp_path, per_device_train_batch_size=2, steps_per_generation=4,
                        num_iterations=2, max_steps=8)  # fmt: skip
-        orders, cut = [], trainer._micro_batches_of
-        trainer._micro_batches_of = lambda batch, order, cut=cut, orders=orders: (
-            orders.append(order.tolist()) or cut(batch, order)
-        )
+        orders, prepare = [], trainer._prepare_inputs
+
+        def remember(inputs, trainer=trainer, orders=orders, prepare=prepare):
+            batch = prepare(inputs)
+            orders.append(trainer._micro_batches.order.tolist())
+            return batch
+
+        trainer._prepare_inputs = remember
         trainer.train()
-        assert len(orders) == 2 and (orders[0] != orders[1]) is differs
-        assert sorted(orders[1]) == list(range(8))
+        first, second = orders[0], orders[4]
+        assert orders == [first] * 4 + [second] * 4 and (first != second) is differs
+        assert sorted(second) == list(range(8))
 
 
 def test_a_rollout_is_a_whole_number_of_optimizer_steps(policy_folder, tmp_path):
@@ -570,7 +575,7 @@ def test_a_negative_mean_kl_is_explained_once(policy_folder, tmp_path, caplog):
     trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1, top_k=1, allow_truncated_sampling=True)
     with torch.no_grad():  # a flatter policy than the reference, sampled where the reference is surer
         trainer.model.transformer.ln_f.weight.mul_(0.2)
-    trainer._state.episodes = 8
+    trainer._run_state.episodes = 8
     text = warnings_of(trainer, caplog, steps=4)
     assert text.count("is negative") == 1 and "sampling: top_k=1" in text
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.files import METRICS, read_manifest
 from rlhf_recipes.system.files import MARKER, checkpoints, read_lines, step_of
@@ -84,7 +84,7 @@ def open_run(path: Path) -> AuditedRun:
         RecipeError: The folder holds no run of ppo or rloo.
     """
     manifest = read_manifest(path)
-    if manifest is None or manifest["stage"] not in ("ppo", "rloo"):
+    if manifest is None or manifest["stage"] not in ON_POLICY:
         what = "is no run" if manifest is None else f"is a run of stage {manifest['stage']}"
         raise RecipeError(f"{path} {what}; name the folder of a run of ppo or rloo, such as runs/imdb_tiny/ppo.")
     folder = path.resolve()

@@ -19,7 +19,7 @@ from rlhf_recipes.evaluation.judge.backends import Backend, backend_of
 from rlhf_recipes.evaluation.judge.parse import Question
 from rlhf_recipes.evaluation.judge.result import Pair, Text, cost_of, price_of, print_result, result_of
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.stages import Judge
 from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
 from rlhf_recipes.system.files import read_lines, write_whole, writing
@@ -121,7 +121,7 @@ def _read_completions(folder: Path) -> list[dict[str, Any]]:
 def _names_to_compare(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
     known = [*line["models"], *([REFERENCE] if "reference" in line else [])]
     if recipe.judge.models is None:
-        trained = [name for name in ("ppo", "rloo") if name in known]
+        trained = [name for name in ON_POLICY if name in known]
         names = [*trained, *(["sft"] if "sft" in known else [])][:2]
     else:
         names = recipe.judge.models

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 from trl import RewardConfig, SFTConfig
 
 from rlhf_recipes import PPOConfig, RLOOConfig
-from rlhf_recipes.planning.architectures import ARCHITECTURES, PLANNED, config_of
+from rlhf_recipes.planning.architectures import ARCHITECTURES, config_of
 from rlhf_recipes.planning.changes import smallest_change
 from rlhf_recipes.planning.machine import GIB, launch_of, machine_of
 from rlhf_recipes.planning.plan import run_plan
 from rlhf_recipes.planning.stage import plan_stage, settings_of
 from rlhf_recipes.recipe.load import load_recipe, recipe_files
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import TRAINED, RecipeError
 from support.processes import cli
 from support.texts import write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
@@ -79,7 +79,7 @@ def test_architectures_hold_every_hub_model_of_the_recipes(hub_cache):
     assert len(names) > 10
     for name in names:
         recipe = load_recipe(name)
-        for stage in PLANNED:
+        for stage in TRAINED:
             if (section := getattr(recipe, stage)) is not None:
                 key = "policy" if stage in ("ppo", "rloo") else "model"
                 assert config_of(recipe, f"{stage}.{key}", getattr(section, key) or "stage:sft")[0].vocab_size > 100
@@ -105,7 +105,7 @@ def test_every_shipped_recipe_fits_the_hardware_that_it_names(hub_cache):
         gpu, config = next(
             (re.sub(form, gpu, said), config) for form, (gpu, config) in HARDWARE.items() if re.fullmatch(form, said)
         )
-        for stage in PLANNED:
+        for stage in TRAINED:
             if getattr(load_recipe(name), stage) is not None:
                 plan = planned(name, stage, gpu, accelerate_config=config)
                 assert plan.fits, f"{name}: {stage} needs {plan.total / GIB:.1f} GB, and about.hardware says {said}"

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import rlhf_recipes
 from rlhf_recipes import PPOConfig, RLOOConfig
-from rlhf_recipes.cli import app, recipe_table
+from rlhf_recipes.cli import app
+from rlhf_recipes.commands.recipes import recipe_table
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trainer_keys import adapter_fields, quantization_fields, trainer_fields

@@ -1,0 +1,73 @@
+"""Commands that run a recipe, or one of its stages."""
+
+import typer
+
+from rlhf_recipes.commands.options import Config, Name, Overrides, Overwrite
+from rlhf_recipes.launch.start import STOPPED, launch_stage
+from rlhf_recipes.pages.tables import print_models
+from rlhf_recipes.recipe.graph import stages_to_run
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe
+from rlhf_recipes.runs.files import run_path
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.stage import load_checked
+from rlhf_recipes.system.files import read_json
+from rlhf_recipes.system.terminal import complain, say
+
+app = typer.Typer()
+
+
+@app.command()
+def run(name: Name, overrides: Overrides, accelerate_config: Config = None, overwrite: Overwrite = False) -> None:
+    """Run a recipe from its first needed stage to the report, each stage as a process; finished stages are reused."""
+    recipe = load_checked(name, overrides)
+    stages = stages_to_run(recipe)
+    for stage in stages:
+        stage_run = Run(recipe, stage)
+        if stage_run.is_done(overwrite):
+            say(f"{stage:<8} reused: finished before   {stage_run.path}")
+            continue
+        code = launch_stage(stage, name, overrides, overwrite, accelerate_config)
+        if code not in (0, STOPPED):
+            log = stage_run.path / "log.txt"
+            complain(f"stage {stage} did not finish; {log} has the details. Finished stages are kept.")
+        if code != 0:
+            raise typer.Exit(code)
+    if "compare" in stages:
+        _show_measured(recipe)
+        say(f"\nreport: {run_path(recipe, 'compare') / 'report.html'}")
+
+
+def _show_measured(recipe: Recipe) -> None:
+    measured = read_json(run_path(recipe, "eval") / "eval.json")
+    say()
+    print_models(measured["models"], measured["notes"])
+
+
+def _add_stage(stage: str, doc: str) -> None:
+    def command(
+        name: Name, overrides: Overrides, accelerate_config: Config = None, overwrite: Overwrite = False
+    ) -> None:
+        if accelerate_config is not None:
+            load_checked(name, overrides)  # or every process would report the same error
+        raise typer.Exit(launch_stage(stage, name, overrides, overwrite, accelerate_config))
+
+    command.__doc__ = f"Run stage {stage}: {doc}"
+    app.command(stage)(command)
+
+
+_add_stage("sft", "fine-tune, or train from scratch, a language model.")
+_add_stage("reward", "train a reward model on pairs.")
+for algorithm in ON_POLICY:
+    _add_stage(algorithm, f"train the policy with {algorithm.upper()}.")
+
+
+@app.command("eval")
+def evaluate(name: Name, overrides: Overrides, overwrite: Overwrite = False) -> None:
+    """Run stage eval: measure the models on held-out prompts, and print the table.
+
+    The same command resumes a stopped eval.
+    """
+    code = launch_stage("eval", name, overrides, overwrite)
+    if code == 0:
+        _show_measured(load_checked(name, overrides))
+    raise typer.Exit(code)
