@@ -1,7 +1,8 @@
-"""Small data made of film reviews, and an example of `data.transform`: each function takes and returns columns.
+"""Makes small data sets from film reviews; an example of `data.transform`, whose functions take and return columns.
 
-`sentences` makes the data of imdb_tiny, imdb_base and length_tiny, `posts` and `comparisons` that of tldr_tiny. A recipe names
-them as `film_reviews.py:sentences`, because this file stands beside the recipe. All give the same rows for the same reviews.
+`sentences` makes the data of imdb_tiny, imdb_base and length_tiny; `posts` and `comparisons` make the data of tldr_tiny. A
+recipe names them as `film_reviews.py:sentences`, because this file is in the recipe's folder. The same reviews always give the
+same rows.
 """
 
 import re
@@ -11,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 WORDS = frozenset(Path(__file__).with_name("film_reviews_words.txt").read_text(encoding="utf-8").split())
-"""The 3,000 most common words and marks of the training reviews of imdb_base; the file has the most common ones first."""
+"""The 3,000 most common words and marks of the training reviews of imdb_base; the file lists the most common first."""
 
 COMMON = 2500
-"""Sentences of a post consist of this many most common words and marks of a batch of reviews."""
+"""Sentences of a post use only this many of the most common words and marks in a batch of reviews."""
 
 _BREAK = re.compile(r"<br\s*/?>")
 _WORD_OR_MARK = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+|[.,!?;:]")
@@ -22,14 +23,14 @@ _TITLE = re.compile(r"\b(mr|mrs|ms|dr|st|vs)\.")
 _MARKS = re.compile(r"([.!?])[.!?]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE_SENTENCE = re.compile(r"[a-z0-9 ,;:'\"-]+[.!?]+")
-"""Brackets, markup and other scripts would leave holes where they are dropped."""
+"""A sentence without brackets, markup and other scripts: dropping these would leave gaps."""
 
 
 def sentences(batch: dict[str, list]) -> dict[str, list]:
-    """A row for every sentence of 5 to 22 common words and marks, in lower case, joined by blanks; other columns stay.
+    """One row for every sentence of 5 to 22 common words and marks, in lower case, joined by blanks; other columns stay.
 
-    A model that trains from scratch in minutes can only learn a small language: short sentences of common words. The texts are in
-    the column `text`, or in data without it, in the first column that holds strings.
+    A model that trains from scratch in minutes can only learn a small language: short sentences of common words. The texts
+    are in the column `text`; without it, in the first column that holds strings.
     """
     made = defaultdict(list)
     strings = [name for name, values in batch.items() if any(isinstance(value, str) for value in values)]
@@ -54,7 +55,7 @@ def posts(batch: dict[str, list]) -> dict[str, list]:
         shared = [sum(len(own & other) for other in content) - len(own) for own in content]
         summary = " ".join(sentences.pop(shared.index(max(shared))))
         lines = [" ".join(words) for words in sentences]
-        if any(summary in line for line in lines):  # some reviews come with a sentence twice
+        if any(summary in line for line in lines):  # some reviews contain a sentence twice
             continue
         made["subreddit"].append("movies")
         made["title"].append(" ".join(lines[0].split()[:4]))
@@ -64,12 +65,12 @@ def posts(batch: dict[str, list]) -> dict[str, list]:
 
 
 def comparisons(batch: dict[str, list]) -> dict[str, list]:
-    """Columns `info` (`subreddit`, `title`, `post`), `summaries` (two: `text`, with a blank in front) and `choice`."""
+    """Columns `info` (`subreddit`, `title`, `post`), `summaries` (two, each a `text` that begins with a blank), `choice`."""
     made = {"info": [], "summaries": [], "choice": []}
     columns = posts(batch)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows.sort(key=lambda row: (len(row["summary"].split()), row["summary"], row["post"]))
-    others = rows[1:] + rows[-2:-1]  # the next in length; the last one has the one before, if there is any
+    others = rows[1:] + rows[-2:-1]  # the next longer summary; for the longest, the one before it
     for row, other in zip(rows, others, strict=False):
         if row["summary"] == other["summary"]:
             continue
@@ -82,12 +83,12 @@ def comparisons(batch: dict[str, list]) -> dict[str, list]:
 
 
 def whole_sentences(text: str) -> list[list[str]]:
-    """Lower-case words and marks of every sentence of a text, but for those that would have holes."""
+    """Lower-case words and marks of every sentence of a text, without sentences that would have gaps."""
     return [_words(s) for s in _SENTENCE_END.split(_plain(text)) if _WHOLE_SENTENCE.fullmatch(s)]
 
 
 def common_words(texts: Iterable[str], size: int) -> set[str]:
-    """The most common lower-case words and marks of texts, `size` of them."""
+    """The `size` most common lower-case words and marks of texts."""
     counts = Counter()
     for text in texts:
         counts.update(_words(_plain(text)))
@@ -95,7 +96,7 @@ def common_words(texts: Iterable[str], size: int) -> set[str]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, without markup, with no dot but at the end of a sentence, and with one mark there."""
+    """Lower case, without markup; dots only at the end of sentences, and one mark there."""
     return _MARKS.sub(r"\1", _TITLE.sub(r"\1", _BREAK.sub(" ", text).lower()))
 
 
