@@ -34,6 +34,7 @@ IMPORTS = 0.7 * GIB
 class Launch(Setup):
     """The setup that a stage is planned for."""
 
+    device: str = "cuda"
     offload: bool = False
     """True if DeepSpeed keeps master weights, gradients and optimizer states in the CPU's memory."""
 

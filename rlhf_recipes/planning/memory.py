@@ -100,7 +100,9 @@ def _kept(
 ) -> dict[str, float]:
     """Memory in use all the time."""
     whole, trained = policy.parameters - policy.quantized, _trained(policy, value)
-    states = sum(_states(model, batch.optimizer, launch.device) for model in (policy, value) if model is not None)
+    states: float = sum(
+        _states(model, batch.optimizer, launch.device) for model in (policy, value) if model is not None
+    )
     if launch.zero_stage:  # it keeps master weights beside the states
         states = 0 if launch.offload else (states + FLOAT32 * trained) / launch.num_processes
     return {
@@ -132,13 +134,13 @@ def _states(model: Model, optimizer: str, device: str) -> float:
 
 def _backward(policy: Model, batch: Batch, launch: Launch, value: Model | None) -> dict[str, float]:
     trained = _trained(policy, value)
-    of_head = policy.head * FLOAT32 if policy.head_trained and batch.stage != "reward" else 0
+    of_head: float = policy.head * FLOAT32 if policy.head_trained and batch.stage != "reward" else 0
     of_layers = [_activations(model, batch, launch) for model in (policy, value) if model is not None]
     saved, working = sum(kept for kept, _ in of_layers), max(needed for _, needed in of_layers)
     logits, while_working = _logits(policy, batch, launch)
     start = {"activations": saved + max(working - while_working, 0), "logits": logits + while_working}
     if not launch.zero_stage:
-        gradients = trained * FLOAT32
+        gradients: float = trained * FLOAT32
         if batch.accumulation > 1:
             return start | {"gradients": gradients + of_head}
         # The gradient of the embeddings is the last; if they are tied to the head, the head's is still in memory.
@@ -180,7 +182,7 @@ def _logits(policy: Model, batch: Batch, launch: Launch) -> tuple[float, float]:
     if batch.stage == "sft":
         positions = batch.rows * batch.prompt
         tokens = min(positions, TILE_TOKENS)
-        tile = tokens * TILE_VOCABULARY * half
+        tile: float = tokens * TILE_VOCABULARY * half
         if launch.device == "cpu":  # without Triton, each of torch's operations has its own tile
             written = tokens * min(policy.vocabulary, TILE_VOCABULARY)
             tile = written * (half + FLOAT32 * TILE_COPIES)
@@ -193,7 +195,7 @@ def _logits(policy: Model, batch: Batch, launch: Launch) -> tuple[float, float]:
 
 def _step(policy: Model, batch: Batch, launch: Launch, value: Model | None) -> dict[str, float]:
     trained = _trained(policy, value)
-    gradients = trained * launch.weight_bytes
+    gradients: float = trained * launch.weight_bytes
     if launch.zero_stage:
         # A rank's gradients, and a flat copy of them in float32.
         gradients = 0 if launch.offload else trained * (launch.weight_bytes + FLOAT32) / launch.num_processes

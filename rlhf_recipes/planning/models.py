@@ -92,7 +92,7 @@ def _key(config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool,
     return repr((values, launch.half, launch.weight_bytes, launch.device, dropout, trained, shown))
 
 
-def _counted(config: PreTrainedConfig, trained: bool, curves: dict[str, Curve], **how: Any) -> Model:
+def _counted(config: PreTrainedConfig, trained: bool, curves: dict[str, Any], **how: Any) -> Model:
     text = config.get_text_config()
     with torch.device("meta"):
         model = build(config, **how)

@@ -1,31 +1,21 @@
 """Forecasts a recipe's stages before they run: memory on a GPU, changes that make a stage fit, time."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import pairwise
 
 from rlhf_recipes.planning.changes import smallest_change, started
 from rlhf_recipes.planning.machine import GIB
+from rlhf_recipes.planning.memory import Estimate
 from rlhf_recipes.planning.stage import StagePlan, plan_stage, settings_of
 from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
-from rlhf_recipes.runs.files import is_finished, read_manifest, read_metrics, run_path
+from rlhf_recipes.runs.files import read_manifest, read_metrics, run_path
 from rlhf_recipes.system.terminal import print_table, say
 
-ITEMS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "buffers": "DDP / ZeRO buffers",
-    "reference": "reference",
-    "value_model": "value network",
-    "reward_models": "reward models",
-    "rollout": "rollout",
-    "activations": "activations",
-    "logits": "logits",
-    "kv_cache": "KV cache",
-}
-"""Field of `Estimate` -> its row in the table."""
+LABELS = {"buffers": "DDP / ZeRO buffers", "value_model": "value network", "kv_cache": "KV cache"}
+"""Field of `Estimate` -> its row in the table, if not named like the field."""
 
 
 def run_plan(
@@ -55,10 +45,10 @@ def run_plan(
 def _print_memory(plans: list[StagePlan]) -> None:
     columns = [(plan, name, moment) for plan in plans for name, moment in plan.moments.items()]
     rows = []
-    for field, label in ITEMS.items():
-        values = [getattr(moment, field) for _, _, moment in columns]
+    for name in (field.name for field in fields(Estimate)):
+        values = [getattr(moment, name) for _, _, moment in columns]
         if any(values):
-            rows.append((label, *(_gigabytes(value) for value in values)))
+            rows.append((LABELS.get(name, name.replace("_", " ")), *map(_gigabytes, values)))
     rows.append(("sum", *(_gigabytes(moment.total) for _, _, moment in columns)))
     room = [plan.machine.bytes - plan.machine.reserve for plan, _, _ in columns]
     rows.append(("headroom", *(_gigabytes(r - c[2].total, True) for r, c in zip(room, columns, strict=True))))
@@ -97,7 +87,8 @@ def _lines(recipe: Recipe, plan: StagePlan, throughput: float | None) -> Iterato
 def rates_of(recipe: Recipe, stage: str) -> list[float]:
     """Rows per second at every logged step of this recipe's finished run; [] without such a run."""
     path = run_path(recipe, stage)
-    if not is_finished(path):
+    manifest = read_manifest(path)
+    if manifest is None or manifest["status"] != "finished":
         return []
     lines = read_metrics(path)
     if stage in ON_POLICY:
@@ -105,7 +96,7 @@ def rates_of(recipe: Recipe, stage: str) -> list[float]:
     timed = [
         (line["step"], line["seconds"]) for line in lines if "step" in line and "seconds" in line and "loss" in line
     ]
-    processes = read_manifest(path)["setup"]["num_processes"]
+    processes = manifest["setup"]["num_processes"]
     settings = settings_of(load_recipe(str(path / "recipe.yaml")), stage, processes)  # of the run, not of the plan
     rows = rows_of_step(settings, processes)
     return [(b[0] - a[0]) * rows / (b[1] - a[1]) for a, b in pairwise(timed) if b[1] > a[1] and b[0] > a[0]]

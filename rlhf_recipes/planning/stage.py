@@ -19,14 +19,13 @@ from rlhf_recipes.planning.models import Model, model_of
 from rlhf_recipes.recipe.batch import TEXTS_OF_ROW, rows_of_rollout, rows_of_step, steps_of_rollout, trainer_settings
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
-from rlhf_recipes.runs.inputs import OWN_VALUE_MODELS
 from rlhf_recipes.runs.references import loading
 from rlhf_recipes.trainers.config import POSITIVE
 
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of work in a stage; None if it depends on the data."""
+    """The amount of work in a stage; None if the recipe does not limit the rows of the data."""
 
     rows: int | None
     """Texts (sft), pairs (reward) or episodes (ppo, rloo), over all epochs."""
@@ -104,15 +103,14 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         quantization = quantization_of(stage, section.quantization, "bfloat16" if launch.half else "float32")
     batch = _batch(recipe, stage, settings, config, machine.count, notes)
     batch = replace(batch, reference=on_policy and settings["beta"] != 0 and peft is None)
-    value, reward_models = None, ()
+    value, reward_models = None, tuple[Model, ...]()
     with _one_sentence(stage):
         with loading(key if peft is None else f"{stage}.peft", model_id or config.model_type):
             policy = model_of(
                 config, launch, stage == "reward", stage == "sft" and drops_out(config), peft, quantization
             )
-        if stage == "ppo" and recipe.ppo.value_model != "shared":
-            own = recipe.ppo.value_model in OWN_VALUE_MODELS
-            value_config = config if own else config_of(recipe, "ppo.value_model", recipe.ppo.value_model)[0]
+        if stage == "ppo" and (value_id := section.value_model) != "shared":
+            value_config = config if value_id == "policy" else config_of(recipe, "ppo.value_model", value_id)[0]
             value = model_of(value_config, launch, classifier=True)
         if on_policy:
             reward_models = tuple(_reward_models(recipe, launch, notes))
@@ -120,8 +118,8 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
         flag: moments(policy, replace(batch, checkpointing=flag), launch, value, reward_models)
         for flag in (False, True)
     }
-    given = section.trainer.get("gradient_checkpointing")
-    checkpointing = given if given is not None else machine.device != "cpu"
+    checkpointing = section.trainer.get("gradient_checkpointing")
+    checkpointing = machine.device != "cpu" if checkpointing is None else checkpointing
     return StagePlan(
         stage=stage,
         machine=machine,
@@ -193,7 +191,7 @@ def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, 
     if data.prompt_template is None and "prompt" not in data.columns:
         if data.prompt_words is None:
             return data.prompt_tokens[1]
-        notes.append(f"{stage}: two tokens a word of data.prompt_words are assumed.")
+        notes.append(f"{stage}: two tokens per word of data.prompt_words are assumed.")
         return 2 * data.prompt_words[1]
     longest = int(min(context - completion, 1024))
     notes.append(f"{stage}: prompts of {longest} tokens are assumed; data.max_prompt_tokens sets their length.")
@@ -201,31 +199,27 @@ def _prompt_tokens(recipe: Recipe, stage: str, context: float, completion: int, 
 
 
 def _work(recipe: Recipe, stage: str, settings: dict[str, Any], batch: Batch, processes: int) -> Work:
-    section, given = getattr(recipe, stage), getattr(recipe, stage).trainer
-    of_step = rows_of_step(settings, processes)
-    max_steps, epochs = settings["max_steps"], settings["num_train_epochs"]
+    section, max_steps, epochs = getattr(recipe, stage), settings["max_steps"], settings["num_train_epochs"]
     if stage in ("sft", "reward"):
-        data = (section.data if stage == "reward" else None) or recipe.data
-        number, at_most = (section.pairs, True) if stage == "reward" and section.pairs else (data.max_rows, True)
+        of_step, tokens = rows_of_step(settings, processes), TEXTS_OF_ROW[stage] * batch.prompt
         if max_steps > 0:
-            rows, steps, at_most = max_steps * of_step, max_steps, False
-        elif number is not None:
-            rows, steps = math.ceil(number * epochs), math.ceil(math.ceil(number / of_step) * epochs)
-        else:
-            return Work(None, None, None, True)
-        return Work(rows, steps, rows * TEXTS_OF_ROW[stage] * batch.prompt, at_most)
+            return Work(max_steps * of_step, max_steps, max_steps * of_step * tokens, at_most=False)
+        data = getattr(section, "data", None) or recipe.data
+        number = getattr(section, "pairs", None) or data.max_rows
+        if number is None:
+            return Work(None, None, None, at_most=True)
+        rows = math.ceil(number * epochs)
+        return Work(rows, math.ceil(math.ceil(number / of_step) * epochs), rows * tokens, at_most=True)
     of_rollout = batch.rollout * processes
-    steps_each = steps_of_rollout(settings, of_rollout, processes)
+    steps, at_most = steps_of_rollout(settings, of_rollout, processes), False
     if max_steps > 0:
-        rollouts, steps = math.ceil(max_steps / steps_each), max_steps
-    elif recipe.episodes is not None and "num_train_epochs" not in given:
+        rollouts = math.ceil(max_steps / steps)
+    elif recipe.episodes is not None and "num_train_epochs" not in section.trainer:
         rollouts = math.ceil(recipe.episodes / of_rollout)
-        steps = rollouts * steps_each
     elif recipe.data.max_rows is not None:
-        rollouts = math.floor(recipe.data.max_rows * settings["num_generations"] / of_rollout * epochs)
-        episodes = rollouts * of_rollout
-        return Work(episodes, rollouts * steps_each, episodes * (batch.prompt + batch.completion), True)
+        rollouts, at_most = math.floor(recipe.data.max_rows * settings["num_generations"] / of_rollout * epochs), True
     else:
-        return Work(None, None, None, True)
+        return Work(None, None, None, at_most=True)
     episodes = rollouts * of_rollout
-    return Work(episodes, steps, episodes * (batch.prompt + batch.completion), False)
+    steps = max_steps if max_steps > 0 else rollouts * steps
+    return Work(episodes, steps, episodes * (batch.prompt + batch.completion), at_most)

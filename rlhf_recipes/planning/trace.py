@@ -184,7 +184,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
         self.now, self.peak = 0, 0
-        self._sizes = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))

@@ -10,8 +10,8 @@ from typing import Any
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults
 
-TEXTS_OF_ROW = {"sft": 1, "reward": 2, "ppo": 1, "rloo": 1}
-"""Stage -> texts that a model reads for each row."""
+TEXTS_OF_ROW = {"sft": 1, "reward": 2}
+"""Stage -> texts in each row."""
 
 TRANSFORMERS_BATCH_SIZE = 8
 """transformers' default of `per_device_train_batch_size`."""
