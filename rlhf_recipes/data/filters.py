@@ -1,4 +1,4 @@
-"""Which rows can be used: complete, of one kind, with prompts that are short enough; and warnings about copies."""
+"""Filters for rows: complete ones, of one kind, with short enough prompts; and a warning about copies."""
 
 import logging
 from collections import Counter
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.rows import put_column
 from rlhf_recipes.data.tokenizer import token_ids
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import Data
 
@@ -29,7 +30,7 @@ def valid_rows(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Da
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"{column} {kind}" for column, kind in kinds.items())
             raise RecipeError(f"{key}: {data.path} mixes {found}; convert them to one kind with {key}.transform.")
-        empty = [column for column in columns if _is_blank(row[column])]
+        empty = [column for column in columns if not as_text(row[column] or "").strip()]
         if empty:
             faults[i] = f"an empty {empty[0]}"
         elif "chosen" in row and row["chosen"] == row["rejected"]:
@@ -65,13 +66,6 @@ def _kind(data: Data, row: dict[str, Any], column: str, key: str) -> str:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and {"role", "content"} <= value.keys() and isinstance(value["content"], str | None)
-
-
-def _is_blank(value: str | list[dict] | None) -> bool:
-    """Whether a text, or the content of every message, is empty or white space."""
-    if isinstance(value, list):
-        return all(not message["content"] or message["content"].isspace() for message in value)
-    return not value or value.isspace()
 
 
 def short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> "Dataset":
@@ -132,10 +126,5 @@ def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str) -> None:
     seen = set(lines(train))
     copies = sum(line in seen for line in lines(held_out))
     if copies:
-        logger.warning(
-            "%s: %d of %d held-out rows are training rows too, which makes held-out numbers too good; remove the "
-            "duplicates.",
-            key,
-            copies,
-            len(held_out),
-        )
+        found = f"{copies} of {len(held_out)} held-out rows are training rows too"
+        logger.warning("%s: %s, which makes held-out numbers too good; remove the duplicates.", key, found)

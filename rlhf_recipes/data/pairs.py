@@ -27,8 +27,8 @@ def pairs(
 ) -> "Dataset":
     """Pairs for the reward model: `chosen` and `rejected`, and `prompt` if the data has it.
 
-    Data with labels instead of pairs: a pair has a text of either label and the same number of words in both, so that
-    length predicts nothing. No text is used twice.
+    If the data has labels instead, a pair has a text of either label, with the same number of words, so that length
+    predicts nothing. No text is used twice.
 
     Args:
         data: The section that the rows were loaded by.
@@ -53,12 +53,9 @@ def pairs(
 
 
 def _by_choice(data: Data, rows: "Dataset", key: str) -> "Dataset":
-    for choice in rows["choice"]:
-        if choice not in (0, 1):
-            raise RecipeError(
-                f"{key}: the choice column of {data.path} holds {choice!r}; it must be 0 or 1, for completion_0 or "
-                "completion_1."
-            )
+    for wrong in (choice for choice in rows["choice"] if choice not in (0, 1)):
+        found = f"the choice column of {data.path} holds {wrong!r}"
+        raise RecipeError(f"{key}: {found}; it must be 0 or 1, for completion_0 or completion_1.")
     both = list(zip(rows["completion_0"], rows["completion_1"], rows["choice"], strict=True))
     rows = put_column(rows, "chosen", [second if choice else first for first, second, choice in both])
     return put_column(rows, "rejected", [first if choice else second for first, second, choice in both])
@@ -89,13 +86,9 @@ def _by_label(
     if not made:
         found = f"{key}: {data.path} has {len(by_label[1])} positive and {len(by_label[0])} negative"
         if apart_from is None:
-            raise RecipeError(
-                f"{found} texts; pairs need both: look at {key}.columns, {key}.filter and {key}.max_rows."
-            )
-        raise RecipeError(
-            f"{found} held-out texts that are no training texts; pairs need both: hold out more rows with "
-            f"{key}.eval_fraction, or set another {key}.eval_split."
-        )
+            raise RecipeError(f"{found} texts; pairs need both: check {key}.columns, {key}.filter and {key}.max_rows.")
+        fix = f"hold out more rows with {key}.eval_fraction, or set another {key}.eval_split"
+        raise RecipeError(f"{found} held-out texts that are no training texts; pairs need both: {fix}.")
     return Dataset.from_list(made)
 
 

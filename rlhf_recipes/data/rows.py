@@ -1,4 +1,4 @@
-"""Loads rows from every kind of data reference and gives them our column names.
+"""Loads rows from the Hub, local files or packages, and gives them our column names.
 
 Rows keep all their columns, so that reward functions can read them by name. In this package, `data` is a section of the
 recipe that describes data, and `key` is the section's key, for messages.

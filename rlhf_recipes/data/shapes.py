@@ -66,10 +66,8 @@ def _texts(data: Data, rows: "Dataset", labels: list[int] | None) -> tuple["Data
         read = label_reader(data, "data")
         rows = rows.filter(lambda row: read(row["label"]) in labels)
         if len(rows) == 0:
-            raise RecipeError(
-                f"sft.labels: no training row or no held-out row of {data.path} has one of the labels {labels}; set "
-                "other labels, or hold out more rows with data.eval_fraction."
-            )
+            found = f"no training row or no held-out row of {data.path} has one of the labels {labels}"
+            raise RecipeError(f"sft.labels: {found}; set others, or hold out more rows with data.eval_fraction.")
     rows = with_prompts(data, rows, "data")
     possible = (["prompt", "completion"], ["messages"])
     columns = next((found for found in possible if set(found) <= set(rows.column_names)), ["text"])
@@ -83,10 +81,8 @@ def with_prompts(data: Data, rows: "Dataset", key: str) -> "Dataset":
     A null in one of the template's columns makes the prompt null.
     """
     if data.truncate is not None and (data.max_prompt_tokens is None or data.truncate not in _fields(data, key)):
-        raise RecipeError(
-            f"{key}.truncate: {data.truncate} needs {key}.max_prompt_tokens, and a {key}.prompt_template with "
-            f"{{{data.truncate}}}."
-        )
+        needed = f"{key}.max_prompt_tokens, and {{{data.truncate}}} in {key}.prompt_template"
+        raise RecipeError(f"{key}.truncate: {data.truncate} needs {needed}.")
     if data.prompt_template is not None:
         fields = _fields(data, key)
         for field in fields:
@@ -134,9 +130,8 @@ def _beginnings(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase
     """Rows with the first words or tokens of `text` as `prompt`, without `text`."""
     need_column(data, rows, "text", "or prompt: for prompts", "data")
     rows = valid_rows(data, rows, ["text"], "data")
-    unit, (shortest, longest) = (
-        ("tokens", data.prompt_tokens) if data.prompt_words is None else ("words", data.prompt_words)
-    )
+    unit = "tokens" if data.prompt_words is None else "words"
+    shortest, longest = data.prompt_words or data.prompt_tokens
 
     def cut(batch: dict) -> dict:
         wanted = [lengths.randint(shortest, longest) for _ in batch["text"]]

@@ -15,7 +15,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk
 """Special tokens of a tokenizer from scratch. Pad and EOS differ, so that padding never hides an EOS."""
 
 
-def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(recipe: Recipe, key: str, model_id: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
     """Load a model's tokenizer. The recipe's `special_tokens` replace missing ones; otherwise it pads with EOS.
 
     If the recipe names a pad token, it also replaces a pad token that is the EOS token.
@@ -29,13 +29,13 @@ def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = 
     from transformers import AutoTokenizer
 
     side = "right" if classifier else "left"
-    folder = resolve_model(recipe, key, reference)
-    with loading(key, reference):
+    folder = resolve_model(recipe, key, model_id)
+    with loading(key, model_id):
         tokenizer = AutoTokenizer.from_pretrained(
             folder,
             padding_side=side,
             truncation_side=side,
-            trust_remote_code=reference in recipe.trust_remote_code,
+            trust_remote_code=model_id in recipe.trust_remote_code,
         )
     for name in ("eos_token", "pad_token"):
         has = getattr(tokenizer, name)
@@ -46,12 +46,12 @@ def load_tokenizer(recipe: Recipe, key: str, reference: str, classifier: bool = 
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise RecipeError(
-            f"{key}: the tokenizer of {reference} has no EOS token, which ends a text. "
+            f"{key}: the tokenizer of {model_id} has no EOS token, which ends a text. "
             'Name one: special_tokens={eos_token: "..."}.'
         )
     if not classifier and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         raise RecipeError(
-            f"{key}: the tokenizer of {reference} ends every text with {tokenizer.eos_token}, even a prompt. "
+            f"{key}: the tokenizer of {model_id} ends every text with {tokenizer.eos_token}, even a prompt. "
             "Change that in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:

@@ -23,11 +23,11 @@ def start_of(manifest: dict[str, Any]) -> str | None:
 
 def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
     """The origin of a run's weights, stage by stage, back to a model that no stage trained."""
-    stage, reference = manifest["stage"], start_of(manifest)
-    if reference is None:
+    stage, model_id = manifest["stage"], start_of(manifest)
+    if model_id is None:
         return ["random weights (sft.scratch)"]
-    if reference.startswith("stage:"):
-        name = reference.removeprefix("stage:")
+    if model_id.startswith("stage:"):
+        name = model_id.removeprefix("stage:")
         step = f"stage {name} (run {manifest['inputs'][name]})"
         earlier = read_manifest(run.resolve().parent / name)
         if earlier is None or earlier["id"] != manifest["inputs"][name]:
@@ -36,8 +36,8 @@ def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
     key = f"{stage}.{'policy' if stage in ('ppo', 'rloo') else 'model'}"
     source = manifest.get("sources", {}).get(key, {})
     if source.get("revision") is not None:
-        return [f"{reference.partition('@')[0]}{OF_THE_HUB}{source['revision']}"]
-    return [f"{source.get('path', reference)} (a local folder, not of the Hub)"]
+        return [f"{model_id.partition('@')[0]}{OF_THE_HUB}{source['revision']}"]
+    return [f"{source.get('path', model_id)} (a local folder, not of the Hub)"]
 
 
 def model_card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, notes: list[str]) -> str:

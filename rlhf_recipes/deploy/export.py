@@ -44,8 +44,7 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
         The folder that was written.
 
     Raises:
-        RecipeError: No run has finished there, `out` is in use or inside the run, a base is missing, or the weights
-            overflow in `dtype`.
+        RecipeError: No run has finished, `out` is in use or in the run, a base is missing, or weights overflow in `dtype`.
     """
     manifest = _finished(run)
     adapter = read_json(run / ADAPTER) if (run / ADAPTER).is_file() else None
@@ -118,16 +117,10 @@ def _write(
     else:
         notes.append(_take_along(run, adapter, part))
     if quantization is not None:
-        notes.append(
-            "trained on quantized weights ("
-            + ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(quantization.items()))
-            + "), "
-            + (
-                "and merged into unquantized ones, so its logits differ a little from those in training"
-                if merge
-                else "so load its base with that as quantization_config to get the logits of the training"
-            )
-        )
+        settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(quantization.items()))
+        merged = "and merged into unquantized ones, so its logits differ a little from those in training"
+        alone = "so load its base with that as quantization_config to get the logits of the training"
+        notes.append(f"trained on quantized weights ({settings}), {merged if merge else alone}")
     if (run / VALUE_MODEL).is_dir():
         if dtype is not None and (run / VALUE_MODEL / "config.json").is_file():
             weights = [path.name for path in _weights(run / VALUE_MODEL)]

@@ -104,16 +104,14 @@ def fit(run: Run, where: str, model: str, trusted: bool, auto_class: Any, adapte
         if not matched:
             raise RecipeError(f"{key}: {target!r} matches no layer of {model}; it has: {known}.")
     embeddings = next(name for name, part in layers.items() if part is shape.get_input_embeddings())
-    if auto_class is AutoModelForCausalLM and shape.config.get_text_config().tie_word_embeddings:
-        of_embeddings = {
-            "target_modules": targets and embeddings in _matched(targets, shape),
-            "trainable_token_indices": peft_config.trainable_token_indices,
-        }
-        for name in [name for name, given in of_embeddings.items() if given]:
-            raise RecipeError(
-                f"{run.stage}.peft.{name}: {embeddings} of {model} is its output layer too, and an adapter would change "
-                "only one of the two; leave it out."
-            )
+    is_tied = auto_class is AutoModelForCausalLM and shape.config.get_text_config().tie_word_embeddings
+    adapted = {
+        "target_modules": targets and embeddings in _matched(targets, shape),
+        "trainable_token_indices": peft_config.trainable_token_indices,
+    }
+    for name in [name for name, given in adapted.items() if is_tied and given]:
+        what = f"{embeddings} of {model} is its output layer too, and an adapter would change only one of the two"
+        raise RecipeError(f"{run.stage}.peft.{name}: {what}; leave it out.")
     _require_tokens(run, model, peft_config, shape)
     if peft_config.lora_alpha == 0:
         raise RecipeError(f"{run.stage}.peft.lora_alpha is 0, which switches the adapter off; the default is 8.")
@@ -143,9 +141,7 @@ def _require_tokens(run: Run, model: str, peft_config: LoraConfig, shape: PreTra
             raise RecipeError(f"{key}: {found}; its tokens are 0 to {rows - 1}.")
     for name in given if isinstance(given, dict) else ():
         if any(part is shape.get_output_embeddings() for part in (_layers(shape)[n] for n in _matched({name}, shape))):
-            raise RecipeError(
-                f"{key}: {name} is the output layer, and TRL's loss ignores an adapter there; leave it out."
-            )
+            raise RecipeError(f"{key}: {name} is the output layer, where TRL's loss ignores an adapter; leave it out.")
 
 
 def shape_of(where: str, model: str, trusted: bool, auto_class: Any) -> PreTrainedModel:
@@ -172,16 +168,14 @@ def _matched(targets: str | set[str], shape: PreTrainedModel) -> set[str]:
 
 
 def require_same(
-    run: Run, where: str, reference: str, peft_config: LoraConfig, start: PeftConfig, shape: PreTrainedModel
+    run: Run, where: str, model_id: str, peft_config: LoraConfig, start: PeftConfig, shape: PreTrainedModel
 ) -> None:
     """Refuse to train an existing adapter with settings that differ from its own."""
     if not isinstance(start, LoraConfig) or start.task_type not in ("CAUSAL_LM", None):
-        raise RecipeError(
-            f"{where}: {reference} is no LoRA adapter of a language model, so it cannot be trained further."
-        )
+        raise RecipeError(f"{where}: {model_id} is no LoRA adapter of a language model; it cannot be trained further.")
     if str(start.init_lora_weights).startswith(INTO_BASE):
         raise RecipeError(
-            f"{where}: the adapter {reference} holds a part of its base's weights (init_lora_weights: "
+            f"{where}: the adapter {model_id} holds a part of its base's weights (init_lora_weights: "
             f"{start.init_lora_weights}), so it cannot be trained further; train the merged model without {run.stage}.peft."
         )
     start.task_type = "CAUSAL_LM"
@@ -193,6 +187,6 @@ def require_same(
         if not same:
             shown = [sorted(value) if isinstance(value, set) else value for value in (wanted, found)]
             raise RecipeError(
-                f"{run.stage}.peft.{name} is {shown[0]}, but the adapter {reference}, which is trained further, has "
+                f"{run.stage}.peft.{name} is {shown[0]}, but the adapter {model_id}, which is trained further, has "
                 f"{str(shown[1])[:200]}; set it to that, or leave it out: peft: {{}} takes all of the adapter's settings."
             )

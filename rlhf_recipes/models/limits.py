@@ -39,23 +39,19 @@ def fit_embeddings(key: str, model: "PreTrainedModel", tokenizer: "PreTrainedTok
 def check_context(
     recipe: Recipe,
     key: str,
-    reference: str,
+    model_id: str,
     prompts: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     new_tokens: int,
 ) -> None:
-    """Refuse prompts that are too long for the model's context, and a tokenizer that is too large for its vocabulary.
-
-    Raises:
-        RecipeError: The longest prompt and `new_tokens` do not fit, or the tokenizer has more tokens than the model.
-    """
-    config = config_of(recipe, key, reference)
+    """Refuse prompts that leave no room for `new_tokens` in the model's context, and tokens beyond its vocabulary."""
+    config = config_of(recipe, key, model_id)
     stage = key.partition(".")[0]
     added = sum(tokenizer.convert_tokens_to_ids(t) >= config.vocab_size for t in recipe.special_tokens.values())
     if len(tokenizer) > config.vocab_size + (added if stage == "eval" else 0):  # eval calls fit_embeddings
         fix = " Stage sft makes room for special_tokens: start from stage:sft, or leave them out." if added else ""
         raise RecipeError(
-            f"{key}: the tokenizer of {reference} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
+            f"{key}: the tokenizer of {model_id} has {len(tokenizer)} tokens, the model only {config.vocab_size}.{fix}"
         )
     context = context_length(config, tokenizer)
     longest = longest_prompt(tokenizer, prompts["prompt"])
@@ -63,7 +59,7 @@ def check_context(
         length = "eval.max_new_tokens" if stage == "eval" else f"{stage}.trainer.max_completion_length"
         raise RecipeError(
             f"{key}: the longest prompt has {longest} tokens; with {new_tokens} new ones that is more than the "
-            f"{context} of {reference}: lower data.max_prompt_tokens (the data has prompts) or data.prompt_tokens "
+            f"{context} of {model_id}: lower data.max_prompt_tokens (the data has prompts) or data.prompt_tokens "
             f"(prompts are cut from texts), or {length}."
         )
 
@@ -75,11 +71,7 @@ def fit_length(
     tokenizer: "PreTrainedTokenizerBase",
     args: "SFTConfig | RewardConfig",
 ) -> None:
-    """Lower TRL's default of `max_length` to the model's context.
-
-    Raises:
-        RecipeError: The recipe sets a greater one.
-    """
+    """Lower TRL's default of `max_length` to the model's context; refuse a greater value in the recipe."""
     context = context_length(config, tokenizer)
     if args.max_length is not None and args.max_length <= context:
         return

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def config_of(recipe: Recipe, key: str, reference: str, classifier: bool = False) -> "PreTrainedConfig":
+def config_of(recipe: Recipe, key: str, model_id: str, classifier: bool = False) -> "PreTrainedConfig":
     """Configuration of a model's language part.
 
     Args:
         recipe: The recipe, for `trust_remote_code`.
         key: The model's key in the recipe.
-        reference: The model, as in `resolve_model`.
+        model_id: The model, as in `resolve_model`.
         classifier: Whether the stage needs a reward model; otherwise a language model.
 
     Raises:
@@ -30,18 +30,18 @@ def config_of(recipe: Recipe, key: str, reference: str, classifier: bool = False
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    trusted = reference in recipe.trust_remote_code
-    config = load_config(key, resolve_model(recipe, key, reference), trusted)
+    trusted = model_id in recipe.trust_remote_code
+    config = load_config(key, resolve_model(recipe, key, model_id), trusted)
     has_labels = is_classifier(config)
     if classifier and has_labels and config.num_labels != 1:
         raise RecipeError(
-            f"{key}: {reference} is a classifier with {config.num_labels} labels, and a reward model has one; start from "
+            f"{key}: {model_id} is a classifier with {config.num_labels} labels, and a reward model has one; start from "
             "the model that it was trained from, or use it as it is with the reward function sentiment."
         )
     if not classifier and (has_labels or not (trusted or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING)):
         kind = "classifier" if has_labels else "model"
         raise RecipeError(
-            f"{key}: {reference} is a {config.model_type} {kind}, which writes no text; set a language model."
+            f"{key}: {model_id} is a {config.model_type} {kind}, which writes no text; set a language model."
         )
     return config.get_text_config()
 
@@ -110,10 +110,9 @@ def load_config(key: str, model: str, trust_remote_code: bool = False) -> "PreTr
 def load_model(
     auto_class: Any, key: str, model: str, trust_remote_code: bool = False, new_head: bool = False, **settings: Any
 ) -> "PreTrainedModel":
-    """Load a whole model; an adapter is merged into its base.
+    """Load a whole model; an adapter is merged into its base, which may be a classifier for a language model's adapter.
 
-    An adapter of a language model merges into the layers of a classifier too. With `new_head`, missing weights may be
-    random. `settings` are arguments of `from_pretrained`.
+    With `new_head`, missing weights may be random. `settings` are arguments of `from_pretrained`.
 
     Raises:
         RecipeError: It cannot be loaded, or weights are missing.

@@ -41,16 +41,13 @@ class Start:
         run: The stage's run.
         args: The trainer's arguments; `trainer` adds to them how the model is loaded.
         key: The stage's key for its start, `model` or `policy`. Its value is None for a model from scratch.
-
-    Raises:
-        RecipeError: The model does not exist; or peft or transformers refuses a value of `peft` or `quantization`.
     """
 
     def __init__(self, run: Run, args: TrainingArguments, key: str) -> None:
         self._run, self._args, self._key = run, args, f"{run.stage}.{key}"
-        self._reference = getattr(getattr(run.recipe, run.stage), key)
+        self._model_id = getattr(getattr(run.recipe, run.stage), key)
         self._adapter = adapter_args(run, args)
-        self.model: Any = None if self._reference is None else resolve_model(run.recipe, self._key, self._reference)
+        self.model: Any = None if self._model_id is None else resolve_model(run.recipe, self._key, self._model_id)
         """Folder of the model; a stage may put a model from scratch here."""
 
     def trainer(self, trainer_class: type, tokenizer: "PreTrainedTokenizerBase", **more: Any) -> Any:
@@ -61,13 +58,13 @@ class Start:
         Raises:
             RecipeError: The model cannot be loaded, or `peft` does not fit it.
         """
-        with loading(self._key, str(self._reference)):
-            arguments = {"model": self.model} if self._reference is None else self.arguments()
+        with loading(self._key, str(self._model_id)):
+            arguments = {"model": self.model} if self._model_id is None else self.arguments()
             trainer = trainer_class(**arguments, args=self._args, processing_class=tokenizer, **more)
         fit_embeddings(self._key, trainer.model, tokenizer)
         hardware.expect_all_gradients(trainer)
         if is_peft_model(trainer.model):
-            _name_bases(trainer.model, self.model, self._reference)
+            _name_bases(trainer.model, self.model, self._model_id)
             if getattr(trainer.model, "is_loaded_in_4bit", False) or getattr(trainer.model, "is_loaded_in_8bit", False):
                 _undo_casts(trainer.model, None if arguments.get("peft_config") is not None else self.model)
         return trainer
@@ -79,17 +76,17 @@ class Start:
         model, and with `peft` it trains this adapter further. A reward model instead gets a new adapter on the merged
         model, which is saved in the run's folder as the new adapter's base.
         """
-        run, args, where, reference = self._run, self._args, self._key, self._reference
+        run, args, where, model_id = self._run, self._args, self._key, self._model_id
         model, peft_config = self.model, self._adapter["peft_config"]
         is_reward = run.stage == "reward"
         auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-        trusted = reference in run.recipe.trust_remote_code
+        trusted = model_id in run.recipe.trust_remote_code
         config = load_config(where, model, trusted)
         settings = {"dtype": "float32"} | hardware.attention(args, auto_class, config)
         settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
         settings |= {"use_safetensors": True, "trust_remote_code": trusted}
         start = adapter_of(where, model)
-        _require_unquantized(where, reference, config)
+        _require_unquantized(where, model_id, config)
         set_seed(args.seed)  # a new head is random
         if start is not None and peft_config is not None and is_reward:
             model, start = _merged_on_disk(run, where, model, settings), None
@@ -101,27 +98,26 @@ class Start:
         args.model_init_kwargs = None
         if getattr(args, "sync_ref_model", False):
             raise RecipeError(
-                f"{run.stage}.trainer.sync_ref_model: {where} is an adapter, and TRL syncs only whole models."
+                f"{run.stage}.trainer.sync_ref_model: {where} is an adapter; TRL syncs whole models only."
             )
         if peft_config is None:
             return {"model": load_model(auto_class, where, model, new_head=is_reward, **settings)}
-        require_same(run, where, reference, peft_config, start, shape_of(where, model, trusted, auto_class))
+        require_same(run, where, model_id, peft_config, start, shape_of(where, model, trusted, auto_class))
         base = base_of(where, model, start)
         if not is_hub_model(start.base_model_name_or_path or ""):
             start.base_model_name_or_path = base  # it may have moved
+        settings["quantization_config"] = self._adapter["quantization_config"]
         with loading(where, base):
-            whole = auto_class.from_pretrained(
-                base, quantization_config=self._adapter["quantization_config"], **settings
-            )
+            whole = auto_class.from_pretrained(base, **settings)
         return {"model": load_adapter(where, whole, model, start, is_trainable=True)[0]}
 
 
-def _name_bases(adapted: Any, model: str, reference: str) -> None:
+def _name_bases(adapted: Any, model: str, model_id: str) -> None:
     """Write a base name into the adapter that works from any folder: Hub id and commit, or an absolute path."""
     for config in adapted.peft_config.values():
         base = Path(config.base_model_name_or_path)
-        if is_hub_model(reference) and base == Path(model):
-            config.base_model_name_or_path, config.revision = reference.partition("@")[0], base.name
+        if is_hub_model(model_id) and base == Path(model):
+            config.base_model_name_or_path, config.revision = model_id.partition("@")[0], base.name
         elif base.is_dir():
             config.base_model_name_or_path = str(base.resolve())
 
@@ -131,11 +127,8 @@ def _undo_casts(adapted: Any, trained_on: str | None) -> None:
 
     TRL casts the adapter to bf16, in which updates below 1/256 of a weight are lost, such as those of a small learning
     rate. The cast also changes an existing adapter, so that it differs from its frozen copy, and layers trained whole.
-    On a CPU, bitsandbytes rounds the base's scales to bf16 at every evaluation.
-
-    Args:
-        adapted: The model with its adapter.
-        trained_on: Folder of the existing adapter that is trained further; None: the adapter is new.
+    On a CPU, bitsandbytes rounds the base's scales to bf16 at every evaluation. `trained_on` is the folder of an adapter
+    that is trained further; None: the adapter is new.
     """
     for name, parameter in adapted.named_parameters():
         if any(f".{adapter}" in name for adapter in adapted.peft_config):
@@ -154,15 +147,14 @@ def _undo_casts(adapted: Any, trained_on: str | None) -> None:
             set_peft_model_state_dict(adapted, weights, adapter)
 
 
-def _require_unquantized(where: str, reference: str, config: PreTrainedConfig) -> None:
+def _require_unquantized(where: str, model_id: str, config: PreTrainedConfig) -> None:
     """Refuse stored quantized weights: the KL reference, the merged and the exported model would differ."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
         raise RecipeError(
-            f"{where}: the weights of {reference} are stored quantized ({getattr(method, 'value', method)}), so "
-            "training cannot start from them; start from the unquantized original. The settings peft and quantization "
-            "quantize it when it is loaded."
+            f"{where}: the weights of {model_id} are stored quantized ({getattr(method, 'value', method)}); training "
+            "needs the unquantized original, which the settings peft and quantization quantize when it is loaded."
         )
 
 

@@ -110,13 +110,8 @@ class Run:
         if manifest["status"] != "running" or process is None:
             return
         if process["host"] != platform.node():
-            logger.warning(
-                "%s was started on %s (process %d), and its manifest says that it still runs. If it does, stop one of "
-                "the two.",
-                self.path,
-                process["host"],
-                process["pid"],
-            )
+            found = f"process {process['pid']} was started on {process['host']}"
+            logger.warning("%s: %s, and may still work on this run; if it does, stop one of the two.", self.path, found)
         elif process["pid"] != os.getpid() and environment.is_alive(process):
             raise RecipeError(
                 f"{self.path}: process {process['pid']} still works on this run. Wait for it, or stop it with "
@@ -163,11 +158,7 @@ class Run:
         (self.path / "recipe.yaml").write_text(to_yaml(self.recipe), encoding="utf-8")
 
     def check_precision(self, mixed_precision: str) -> None:
-        """Refuse to resume in another precision. Call it before models are loaded: DeepSpeed would crash.
-
-        Raises:
-            RecipeError: The checkpoint was saved in another precision; the message has both.
-        """
+        """Refuse to resume in another precision. Call it before models are loaded: DeepSpeed would crash."""
         if self.checkpoint is not None:
             require_setup(self.checkpoint, replace(launched(), mixed_precision=mixed_precision))
 

