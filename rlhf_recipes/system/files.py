@@ -195,8 +195,7 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != saved["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {saved['size']}"
-    for name, saved in files.items():
-        if _crc32(checkpoint / name) != saved["crc32"]:
+        if _crc32(path) != saved["crc32"]:
             return f"the content of {name} has changed since it was saved"
     return None
 

@@ -1,4 +1,4 @@
-"""Every kind of data reference and column, and a clear word for each thing that can be wrong with them."""
+"""Every kind of data path and column, and a clear error for everything that can be wrong with them."""
 
 import csv
 
@@ -179,13 +179,13 @@ def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(revi
     doubled = Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:doubled", columns={"text": "body"})
     rows, held_out = load_rows(doubled, 0)
     assert len(rows) == 56 and len(held_out) == 4 and set(rows.column_names) == {"body", "text"}
-    assert set(rows["text"]).isdisjoint(held_out["text"])  # held out before rows are made
+    assert set(rows["text"]).isdisjoint(held_out["text"])  # rows are held out before the transform
     monkeypatch.syspath_prepend(tmp_path)
     rows, _ = load_rows(Data(path=str(reviews_file), transform="my_rows:positive", eval_fraction=0.5), 0)
     positive = {row["text"] for row in REVIEWS if row["label"]}
     assert 0 < len(rows) < 15 and set(rows["text"]) <= positive
     (tmp_path / "my_rows.py").write_text("def doubled(batch): return {'body': ['new']}\n")
-    assert load_rows(doubled, 0)[0]["text"][:] == ["new"]  # no cache of what the function made before
+    assert load_rows(doubled, 0)[0]["text"][:] == ["new"]  # without a cache of earlier results
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_prompt_loses_paragraphs_until_it_fits(caplog):
 
 @pytest.mark.parametrize("tokenizer", [word_tokenizer(), bpe_tokenizer()])
 def test_a_prompt_loses_no_more_than_it_must(tokenizer, monkeypatch):
-    """As if one paragraph or character went at a time, in far fewer steps."""
+    """The result is that of cutting one paragraph or character at a time, in far fewer steps."""
     asked = []
     monkeypatch.setattr("rlhf_recipes.data.filters.token_ids", lambda *args: asked.append(0) or token_ids(*args))
     many = 0
@@ -245,7 +245,7 @@ def test_pairs_that_cannot_be_used_are_refused_or_dropped(caplog):
         "reward.data.invalid_rows: drop",
     ):
         assert part in found
-    # A prefix makes nothing of an empty completion, nor two texts of one.
+    # A prefix does not fill an empty completion, and does not make equal texts differ.
     made = pairs(Data(path="x", invalid_rows="drop", completion_prefix=" "), rows, None, None, 0)
     assert list(made) == [{"prompt": "p", "chosen": " good", "rejected": " bad"}]
     assert "4 of 5 rows" in caplog.text and "left out" in caplog.text

@@ -1,4 +1,4 @@
-"""Tokenizers and models of other kinds than ours, and a clear word where they cannot work."""
+"""Tokenizers and models of many kinds, and a clear error for those that cannot work."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ RECIPE = recipe_with()
 
 
 def metaspace_tokenizer(**special):
-    """As SentencePiece has it: a blank belongs to the word behind it, and a decoder drops the first one."""
+    """As in SentencePiece: a blank belongs to the word after it, and a decoder drops the first one."""
     inner = Tokenizer(models.Unigram())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     inner.train_from_iterator(
@@ -97,7 +97,7 @@ def test_which_token_pads(pad, given, expected, classifier, save):
     assert (tokenizer.pad_token, tokenizer.eos_token) == (expected, "<eos>")
     assert len(tokenizer) == len(word_tokenizer()) + (expected == "[PAD]")
     assert tokenizer("the [PAD] film").input_ids.count(tokenizer.pad_token_id) == (expected == "[PAD]")
-    tokenizer.save_pretrained(folder)  # what a stage saves, the next one reads, with and without the recipe's word
+    tokenizer.save_pretrained(folder)  # the next stage reads the saved tokenizer, with and without special_tokens
     for later in (RECIPE, recipe):
         assert load_tokenizer(later, "ppo.policy", folder).pad_token == expected
 
@@ -202,7 +202,7 @@ def test_models_of_the_wrong_kind(policy_folder, classifier_folder, tmp_path):
     config = causal_lm(tokenizer).config
     config.num_labels = 1
     folder = str(save_pair(tmp_path / "gpt2", AutoModelForSequenceClassification.from_config(config), tokenizer))
-    config_of(RECIPE, "reward.model", folder, classifier=True)  # goes on with its head
+    config_of(RECIPE, "reward.model", folder, classifier=True)  # keeps its head
     with pytest.raises(RecipeError, match="is a gpt2 classifier"):
         config_of(RECIPE, "ppo.policy", folder)
     DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1)).save_pretrained(tmp_path / "encoder")
@@ -312,7 +312,7 @@ def test_old_weights_are_taken_from_the_conversion_of_the_hub(there, policy_fold
     else:
         with pytest.raises(RecipeError, match="no weights in safetensors"):
             resolve_model(RECIPE, "ppo.policy", name)
-    with pytest.raises(RecipeError, match="no weights in safetensors"):  # a pinned revision is that one
+    with pytest.raises(RecipeError, match="no weights in safetensors"):  # a pinned revision is never replaced
         resolve_model(RECIPE, "ppo.policy", f"{name}@main")
 
 

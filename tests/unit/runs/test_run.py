@@ -1,4 +1,4 @@
-"""Run folders: what counts as finished, what may be reused, and that nothing is lost."""
+"""Run folders: when a run is finished, when it is reused, and that nothing is lost."""
 
 import json
 import os
@@ -54,8 +54,8 @@ def test_the_manifest_says_which_files_were_loaded(load):
     assert not other.path.exists()
 
 
-def test_a_finished_run_is_another_one_when_its_own_function_has_changed(load, tmp_path):
-    """Or the same command would call a result of the old reward finished."""
+def test_a_finished_run_is_refused_when_a_user_function_has_changed(load, tmp_path):
+    """Otherwise the same command would report the result of the old reward."""
     file = tmp_path / "own.py"
     file.write_text("old")
     run = Run(load(), "ppo")
@@ -70,7 +70,7 @@ def test_a_finished_run_is_another_one_when_its_own_function_has_changed(load, t
     assert not Run(load(), "ppo").is_done(overwrite=True)
 
 
-def test_a_run_that_goes_on_with_other_files_says_so(killed, load, caplog):
+def test_a_resumed_run_names_the_files_that_changed(killed, load, caplog):
     first, then = ({"data.path": {"reference": "org/data", "revision": commit}} for commit in ("a1", "b2"))
     for found in (first, first, then):
         run = Run(load(), "sft")
@@ -115,7 +115,7 @@ def test_other_settings_are_refused_with_the_difference(load):
     assert not Run(load("ppo.trainer.beta=0.5"), "ppo").is_done(overwrite=True)
 
 
-def test_a_run_whose_input_ran_anew_is_out_of_date(load):
+def test_a_run_whose_input_ran_again_is_out_of_date(load):
     finish(load(), "sft")
     finish(load(), "reward")
     finish(load(), "ppo")
@@ -159,15 +159,15 @@ def change_manifest(run: Run, **process) -> None:
 
 def test_another_precision_than_the_checkpoints_is_refused_before_models_are_loaded(killed, load):
     again = Run(load(), "sft")
-    again.check_precision("bf16")  # nothing to go on from yet
+    again.check_precision("bf16")  # no checkpoint to resume from yet
     again.start()
     again.check_precision("no")
     with pytest.raises(RecipeError, match="saved by 1 process in mixed_precision no, and this launch is .* bf16"):
         again.check_precision("bf16")
 
 
-def test_a_killed_run_goes_on_in_its_folder(killed, load):
-    (killed.path / "checkpoint-30").mkdir()  # torn
+def test_a_killed_run_resumes_in_its_folder(killed, load):
+    (killed.path / "checkpoint-30").mkdir()  # incomplete
     (killed.path / ".final").mkdir()
     again = Run(load("rloo.trainer.beta=0.5"), "sft")  # not a setting of this stage
     assert not again.is_done() and again.start() == killed.path / "checkpoint-20" == again.checkpoint
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_in_its_folder(killed, load):
     assert [path.name for path in killed.path.parent.iterdir()] == ["sft"]
 
 
-def test_a_run_that_failed_or_was_stopped_goes_on_too(killed, load):
+def test_a_run_that_failed_or_was_stopped_resumes_too(killed, load):
     for end in (lambda run: run.fail(RuntimeError("disk full")), Run.stop):
         run = Run(load(), "sft")
         run.start()
@@ -190,7 +190,7 @@ def test_a_run_that_failed_or_was_stopped_goes_on_too(killed, load):
     assert [entry["step"] for entry in read_manifest(run.path)["resumed"]] == [20, 20, 20]
 
 
-def test_other_settings_inputs_or_processes_do_not_go_on(killed, load):
+def test_other_settings_inputs_or_processes_do_not_resume(killed, load):
     with pytest.raises(RecipeError, match="other settings"):
         Run(load("sft.trainer.max_steps=9"), "sft").is_done()
     with pytest.raises(RecipeError, match="saved by 1 process, and this launch is 2 processes with DDP"):
@@ -200,13 +200,13 @@ def test_other_settings_inputs_or_processes_do_not_go_on(killed, load):
     assert any((path / "checkpoint-20").is_dir() for path in killed.path.parent.iterdir() if path.name != "sft")
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(killed, load, caplog):
+def test_a_run_of_another_process_is_refused(killed, load, caplog):
     parent = psutil.Process(os.getppid())
     change_manifest(killed, pid=parent.pid, since=parent.create_time())
     for settings in ([], ["sft.trainer.max_steps=9"]):
         with pytest.raises(RecipeError, match=f"process {parent.pid} still works on this run"):
             Run(load(*settings), "sft").start()
-    change_manifest(killed, since=parent.create_time() - 100)  # its number, used again
+    change_manifest(killed, since=parent.create_time() - 100)  # a later process with the same number
     assert Run(load(), "sft").start() is not None and not caplog.records
     change_manifest(killed, host="elsewhere")
     assert Run(load(), "sft").start() is not None
@@ -247,7 +247,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
         Run(load_recipe("imdb_tiny", [f"runs_dir={tmp_path / 'file'}"]), "sft").start()
 
 
-def test_a_folder_of_something_else_is_not_touched(load):
+def test_a_folder_that_holds_no_run_is_not_touched(load):
     run = Run(load(), "sft")
     run.path.mkdir(parents=True)
     (run.path / "thesis.txt").write_text("years of work")
