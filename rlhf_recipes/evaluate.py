@@ -1,11 +1,11 @@
-"""Stage eval: what any set of models says on held-out prompts, and what it scores.
+"""Stage eval: completions and scores of any set of models on the same held-out prompts.
 
     rlhf-recipes eval imdb_tiny
 
-Reads `data`, `reward_funcs` and `eval`; writes to `<runs_dir>/<recipe>/eval/`: `eval.json` (`models.<name>.<metric>`,
-histograms of the completions' lengths, samples side by side), `eval.md` (its tables), `completions.jsonl` (a prompt a
-line). Every model gets the same prompts and the same sampling seed, and is written down as soon as it is measured: when
-stopped, the same command goes on with the next one, and comes to the same result. No GPU is needed.
+Reads `data`, `reward_funcs` and `eval`. Writes to `<runs_dir>/<recipe>/eval/`: `eval.json` (`models.<name>.<metric>`,
+histograms of the completions' lengths, samples side by side), `eval.md` (its tables) and `completions.jsonl` (a prompt
+a line). Every model gets the same prompts and the same sampling seed. Each model's result is written as soon as it is
+measured: after a stop, the same command continues with the next model, and the result is the same. Needs no GPU.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from rlhf_recipes.evaluation.metrics import length_histograms
 from rlhf_recipes.pages.tables import markdown_tables
 from rlhf_recipes.recipe.graph import eval_models, eval_reference
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.files import PARTS
+from rlhf_recipes.runs.files import COMPLETIONS, PARTS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_eval
 from rlhf_recipes.stage import stage_command
@@ -43,7 +43,7 @@ def main(run: Run) -> str:
     _check_models(recipe, tokenizers, rows, new_tokens)
     evaluator = Evaluator(recipe, tokenizers, rows, new_tokens)
     folder, parts = run.path / PARTS, {}
-    folder.mkdir(exist_ok=True)  # a run that has it goes on
+    folder.mkdir(exist_ok=True)  # a stopped run has it
     with tqdm(total=len(models) * len(rows), desc="eval   ", unit="completion", disable=None, leave=False) as bar:
         for name in models:
             file = folder / f"{_fingerprint(run, name, rows)}.json"
@@ -51,32 +51,36 @@ def main(run: Run) -> str:
                 bar.update(len(rows))
             else:
                 part = evaluator.measure(name, bar.update)
-                with writing(f"what eval has measured of {name}", file):
+                with writing(f"the result of {name}", file):
                     write_whole(file, json.dumps(part, ensure_ascii=False))
             parts[name] = read_json(file)
     _write(run, rows, parts, new_tokens)
     log_eval(recipe, run.path, run.manifest["id"])
-    shutil.rmtree(folder)  # last: should W&B fail, nothing is measured again
+    shutil.rmtree(folder)  # last: if W&B fails, nothing is measured again
     run.results = {name: part["metrics"] for name, part in parts.items()}
     return ", ".join(f"{name}: score {metrics['score_mean']:.2f}" for name, metrics in run.results.items())
 
 
 def _check_models(recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", new_tokens: int) -> None:
-    """Refuse what would stop the stage after hours of sampling; every finding."""
+    """Find every error that would stop the stage after hours of sampling.
+
+    Raises:
+        RecipeError: All findings, one a line.
+    """
     from rlhf_recipes.models.limits import check_context
     from rlhf_recipes.models.load import config_of
 
     findings = []
-    for name, reference in eval_models(recipe).items():
+    for name, model_id in eval_models(recipe).items():
         key = f"eval.models.{name}"
         if not isinstance(rows[0]["prompt"], str) and not tokenizers[name].chat_template:
             findings.append(
-                f"{key}: prompts are chat messages, but the tokenizer of {reference} has no chat template; save one "
+                f"{key}: prompts are chat messages, but the tokenizer of {model_id} has no chat template; save one "
                 "beside the model as chat_template.jinja, or leave the model out of eval.models."
             )
             continue
         try:
-            check_context(recipe, key, reference, rows, tokenizers[name], new_tokens)
+            check_context(recipe, key, model_id, rows, tokenizers[name], new_tokens)
         except RecipeError as error:
             findings.append(str(error))
     if recipe.eval.perplexity_model is not None:
@@ -89,18 +93,17 @@ def _check_models(recipe: Recipe, tokenizers: dict[str, Any], rows: "Dataset", n
 
 
 def _fingerprint(run: Run, name: str, rows: "Dataset") -> str:
-    """Changes with everything that a model's part depends on: settings, runs that are read, prompts, weights."""
+    """Changes with everything that a model's result depends on: settings, input runs, prompts, weights."""
     from rlhf_recipes.runs.references import WEIGHTS, resolve_model
 
-    recipe = run.recipe
-    read = {f"eval.models.{each}": path for each, path in eval_models(recipe).items()}
-    read = {key: read[key] for key in (f"eval.models.{name}", f"eval.models.{eval_reference(recipe)}")}
+    recipe, models = run.recipe, eval_models(run.recipe)
+    model_ids = {f"eval.models.{each}": models[each] for each in (name, eval_reference(recipe))}
     if recipe.eval.perplexity_model is not None:
-        read["eval.perplexity_model"] = recipe.eval.perplexity_model
+        model_ids["eval.perplexity_model"] = recipe.eval.perplexity_model
     weights = [
         stamp_of(file)
-        for key, reference in read.items()
-        for file in sorted(Path(resolve_model(recipe, key, reference)).glob(WEIGHTS))
+        for key, model_id in model_ids.items()
+        for file in sorted(Path(resolve_model(recipe, key, model_id)).glob(WEIGHTS))
     ]
     text = json.dumps([name, run.settings, run.inputs, rows["prompt"][:], weights], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -110,11 +113,11 @@ def _write(run: Run, rows: "Dataset", parts: dict[str, dict[str, Any]], new_toke
     recipe, lines = run.recipe, []
     for i, prompt in enumerate(rows["prompt"]):
         line = {"prompt": prompt, "models": {name: part["answers"][i] for name, part in parts.items()}}
-        if "reference" in rows.column_names:
-            line["reference"] = rows[i]["reference"]
+        if "gold" in rows.column_names:
+            line["gold"] = rows[i]["gold"]
         lines.append(line)
     lengths = {name: [answer["tokens"] for answer in part["answers"]] for name, part in parts.items()}
-    report = {
+    report: dict[str, Any] = {
         "recipe": recipe.name,
         "num_prompts": len(rows),
         "seed": recipe.seed,
@@ -131,7 +134,7 @@ def _write(run: Run, rows: "Dataset", parts: dict[str, dict[str, Any]], new_toke
     )
     tables = markdown_tables(report["models"], report["notes"])
     with writing("the results", run.path):
-        write_whole(run.path / "completions.jsonl", as_lines(lines))
+        write_whole(run.path / COMPLETIONS, as_lines(lines))
         write_whole(run.path / "eval.md", f"# {recipe.name}: held-out prompts\n\n{about}\n\n{tables}")
         write_whole(run.path / "eval.json", json.dumps(report, indent=2, ensure_ascii=False))
 

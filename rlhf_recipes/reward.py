@@ -23,7 +23,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.pairs import pairs
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.evaluation.reward_quality import kept, measure, own_references, scorer
+    from rlhf_recipes.evaluation.reward_quality import gold_texts, kept, measure, scorer
     from rlhf_recipes.models.limits import fit_length
     from rlhf_recipes.models.load import config_of
     from rlhf_recipes.models.new_weights import scale_head
@@ -50,7 +50,7 @@ def main(run: Run) -> str:
     )
     warn_of_copies(train, held_out, key)
     chat = is_conversational(train[0])
-    references = own_references(run, tokenizer, chat)
+    gold = gold_texts(recipe, reward.center, tokenizer, chat)
     if args.max_steps > 0:  # tokenize no more than training will see
         train = train.select(range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size))))
     # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
@@ -65,7 +65,7 @@ def main(run: Run) -> str:
     loss = trainer.evaluate()["eval_loss"]
     scoring = trained_scoring(trainer, chat, center=0.0)
     as_many = random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))
-    report = measure(scorer(run, trainer, scoring), train.select(as_many), held_out, references, reward.center)
+    report = measure(scorer(run, trainer, scoring), train.select(as_many), held_out, gold, reward.center)
     report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
     if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
         scoring.model_copy(update={"center": report["score_center"]}).write(run.path)

@@ -48,7 +48,7 @@ def main(run: Run) -> str:
         config = config_of(recipe, "sft.model", sft.model)
         tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
-    asked = rouge_rows(run, held_out, tokenizer) if sft.rouge_prompts else None
+    asked = rouge_rows(recipe, held_out, tokenizer, sft.rouge_prompts) if sft.rouge_prompts else None
     train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
     if "prompt" in train.column_names:  # short texts come twice in any language
         warn_of_copies(train, held_out, "data")

@@ -47,7 +47,7 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
     """Rows with a `prompt`: the data's own (text or chat messages), or the beginning of each `text`.
 
     A beginning has `data.prompt_words` words or `data.prompt_tokens` tokens, every length with the same probability;
-    shorter texts are left out. The answer columns are removed; `completion` stays under the name `reference`.
+    shorter texts are left out. The answer columns are removed; `completion` stays under the name `gold`.
     """
     rows = with_prompts(data, rows, "data")
     if "prompt" in rows.column_names:
@@ -56,7 +56,7 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
     else:
         made = _beginnings(data, rows, tokenizer, random.Random(seed))
     if "completion" in made.column_names:
-        made = put_column(made, "reference", made["completion"][:])
+        made = put_column(made, "gold", made["completion"][:])
     return made.remove_columns([column for column in (*COMPLETIONS, "choice") if column in made.column_names])
 
 

@@ -1,4 +1,4 @@
-"""Measures models on held-out prompts: completions, scores, KL and perplexity, each model as if it were the only one."""
+"""Measures models on held-out prompts: completions, scores, KL and perplexity."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Evaluator:
-    """Measures models on the same prompts, one after the other; each comes out as if it were the only one.
+    """Measures models on the same prompts, one after the other. The order does not change a model's numbers.
 
     Args:
         recipe: The recipe.
@@ -42,20 +42,22 @@ class Evaluator:
         self.columns = {name: rows[name][:] for name in rows.column_names if name != "prompt"}
         self.score_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
         self.held_out_funcs = build_reward_funcs(recipe, recipe.eval.held_out_funcs, key="eval.held_out_funcs")
-        self.reference_name = eval_reference(recipe)
+        self.ref_name = eval_reference(recipe)
 
     @functools.cached_property
-    def reference(self) -> Any:
-        return self._model(self.reference_name)
+    def ref_model(self) -> Any:
+        return self._model(self.ref_name)
 
     @functools.cached_property
-    def other(self) -> tuple[Any, Any]:
-        """The model of `perplexity_other`, and its tokenizer."""
+    def perplexity_model(self) -> tuple[Any, Any] | None:
+        """The model of `perplexity_other` and its tokenizer; None where the recipe names none."""
         from rlhf_recipes.data.tokenizer import load_tokenizer
 
-        key, reference = "eval.perplexity_model", self.recipe.eval.perplexity_model
-        tokenizer = load_tokenizer(self.recipe, key, reference)
-        return _load(self.recipe, key, reference, tokenizer), tokenizer
+        key, model_id = "eval.perplexity_model", self.recipe.eval.perplexity_model
+        if model_id is None:
+            return None
+        tokenizer = load_tokenizer(self.recipe, key, model_id)
+        return _load(self.recipe, key, model_id, tokenizer), tokenizer
 
     def _model(self, name: str) -> Any:
         return _load(self.recipe, f"eval.models.{name}", eval_models(self.recipe)[name], self.tokenizers[name])
@@ -65,11 +67,11 @@ class Evaluator:
 
         Args:
             name: One of `eval_models`.
-            progress: Told after every batch how many completions it had.
+            progress: Called after every batch with its number of completions.
 
         Returns:
-            `metrics`, `answers` (one for each prompt, as `completions.jsonl` has them) and `notes`, sentences on what
-            could not be measured.
+            `metrics`, `answers` (one for each prompt, as in `completions.jsonl`) and `notes`, sentences on metrics
+            that are missing.
         """
         from transformers import set_seed
 
@@ -78,13 +80,16 @@ class Evaluator:
         from rlhf_recipes.rewards.calls import score_all
 
         settings, tokenizer = self.recipe.eval, self.tokenizers[name]
-        comparable = tokenizer.get_vocab() == self.tokenizers[self.reference_name].get_vocab()
-        # All of them are loaded before random numbers are set: loading one may draw some.
-        model = self.reference if name == self.reference_name else self._model(name)
-        reference = self.reference if comparable else None
-        other = self.other if settings.perplexity_model is not None else None
-        samples, own, under_reference = Samples([], [], [], []), [], []
-        other_logps, other_tokens = [], 0
+        comparable = tokenizer.get_vocab() == self.tokenizers[self.ref_name].get_vocab()
+        # Models are loaded before the seed is set: loading one may draw random numbers.
+        model = self.ref_model if name == self.ref_name else self._model(name)
+        ref_model = self.ref_model if comparable else None
+        other = self.perplexity_model
+        samples = Samples([], [], [], [])
+        own: list[float] = []
+        under_ref: list[float] = []
+        other_logps: list[float] = []
+        other_tokens = 0
         set_seed(self.recipe.seed)  # also for reward functions that draw
         for start in range(0, len(self.prompts), settings.batch_size):
             prompts = self.prompts[start : start + settings.batch_size]
@@ -93,12 +98,13 @@ class Evaluator:
                 values += getattr(batch, column)
             if comparable:
                 ids = batch.prompt_ids, batch.completion_ids
-                found = sequence_logps(model, tokenizer, *ids)
-                own += found
-                under_reference += found if model is reference else sequence_logps(reference, tokenizer, *ids)
+                logps = sequence_logps(model, tokenizer, *ids)
+                own += logps
+                under_ref += logps if model is ref_model else sequence_logps(ref_model, tokenizer, *ids)
             if other is not None:
                 logps, counts = text_logps(*other, prompts, batch.completions)
-                other_logps, other_tokens = other_logps + logps, other_tokens + sum(counts)
+                other_logps += logps
+                other_tokens += sum(counts)
             progress(len(prompts))
         call = self.columns | {
             "prompts": self.prompts,
@@ -108,52 +114,50 @@ class Evaluator:
         }
         scores, by_func = score_all(self.recipe.reward_funcs, self.score_funcs, **call)
         held_out, by_held_out = score_all(settings.held_out_funcs, self.held_out_funcs, **call)
-        tokens = sum(map(len, samples.completion_ids))
-        metrics = {
-            **_score_metrics(scores, by_func, settings.positive_threshold),
-            **(_held_out_metrics(held_out, by_held_out) if settings.held_out_funcs else {}),
-            **_text_metrics(samples),
-            **(rouge(*_texts(samples.completions, self.columns["reference"])) if "reference" in self.columns else {}),
-            **_likelihood_metrics(own, under_reference, tokens),
-        }
+        metrics = _score_metrics(scores, by_func, settings.positive_threshold)
+        if settings.held_out_funcs:
+            metrics |= _held_out_metrics(held_out, by_held_out)
+        metrics |= _text_metrics(samples)
+        if "gold" in self.columns:
+            metrics |= rouge(list(map(as_text, samples.completions)), list(map(as_text, self.columns["gold"])))
+        metrics |= _likelihood_metrics(own, under_ref, sum(map(len, samples.completion_ids)))
         if other is not None:
             metrics["perplexity_other"] = perplexity(other_logps, other_tokens)
-        lengths, answers = list(map(len, _words(samples))), []
-        for i, completion in enumerate(samples.completions):
-            answer = {"completion": completion, "score": scores[i], "scores": {f: v[i] for f, v in by_func.items()}}
-            answer |= {"held_out": held_out[i]} if settings.held_out_funcs else {}
-            answers.append(answer | {"tokens": lengths[i], "finished": samples.finished[i]})
+        answers = []
+        for i, text_ids in enumerate(_without_eos(samples)):
+            answer = {"completion": samples.completions[i], "score": scores[i]}
+            answer["scores"] = {func: values[i] for func, values in by_func.items()}
+            if settings.held_out_funcs:
+                answer["held_out"] = held_out[i]
+            answers.append(answer | {"tokens": len(text_ids), "finished": samples.finished[i]})
         return {"metrics": metrics, "answers": answers, "notes": self._notes(name, metrics, comparable, own)}
 
     def _notes(self, name: str, metrics: dict[str, Any], comparable: bool, own: list[float]) -> list[str]:
         if not comparable:
             return [
-                f"{name} has another tokenizer than {self.reference_name}: no KL and no perplexity under it, and its "
-                "lengths, distinct-n and repetition count tokens of its own."
+                f"{name} has another tokenizer than {self.ref_name}: no KL and no perplexity under it, and its lengths, "
+                "distinct-n and repetition count tokens of its own."
             ]
         if metrics["kl"] is not None and metrics["perplexity"] is not None:
             return []
-        what = "likelihoods of its completions are not finite, so KL and perplexity cannot be told"
+        what = "likelihoods of its completions are not finite, so KL and perplexity are unknown"
         if all(map(math.isfinite, own)):
             return [
-                f"{name}: under {self.reference_name}, the {what}; {self.reference_name} may have diverged, or lack "
-                f"tokens that {name} writes."
+                f"{name}: under {self.ref_name}, the {what}; {self.ref_name} may have diverged, or lack tokens that "
+                f"{name} writes."
             ]
         return [f"{name}: the {what}; its training may have diverged."]
 
 
 def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ON_POLICY) -> int:
     """Longest completion of the first of some stages that sets it; TRL's default where none does."""
-    length = training_length(recipe, stages)
-    if length is None:
-        from trl import RLOOConfig
+    from trl import RLOOConfig
 
-        length = RLOOConfig.max_completion_length
-    return length
+    return training_length(recipe, stages) or RLOOConfig.max_completion_length
 
 
 def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
-    """The prompts, which are texts, or messages: the same for all models, whatever the tokenizer that cuts them."""
+    """The prompts, which are texts or messages. All models get those that this tokenizer cuts."""
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import prompts
 
@@ -161,7 +165,7 @@ def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
     return rows.shuffle(seed=recipe.seed).select(range(min(len(rows), recipe.eval.num_prompts)))
 
 
-def _load(recipe: Recipe, key: str, reference: str, tokenizer: Any) -> Any:
+def _load(recipe: Recipe, key: str, model_id: str, tokenizer: Any) -> Any:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -169,31 +173,27 @@ def _load(recipe: Recipe, key: str, reference: str, tokenizer: Any) -> Any:
     from rlhf_recipes.models.load import load_model
     from rlhf_recipes.runs.references import resolve_model
 
-    folder = resolve_model(recipe, key, reference)
-    model = load_model(AutoModelForCausalLM, key, folder, reference in recipe.trust_remote_code, dtype="auto")
+    folder = resolve_model(recipe, key, model_id)
+    model = load_model(AutoModelForCausalLM, key, folder, model_id in recipe.trust_remote_code, dtype="auto")
     set_seed(recipe.seed)  # new rows of the embeddings are random
     fit_embeddings(key, model, tokenizer)
     return model.to(PartialState().device).eval()
 
 
-def _texts(*columns: list) -> list[list[str]]:
-    return [[as_text(message) for message in column] for column in columns]
-
-
-def _words(samples: "Samples") -> list[list[int]]:
-    """Token ids without EOS, which is no word of the text: a longer text is not thereby a more repetitive one."""
+def _without_eos(samples: "Samples") -> list[list[int]]:
+    """Token ids of the texts: EOS is not part of a text, and would make it look less repetitive."""
     return [ids[:-1] if ended else ids for ids, ended in zip(samples.completion_ids, samples.finished, strict=True)]
 
 
 def _statistics(values: list[float | None]) -> dict[str, float | None]:
-    there = [value for value in values if value is not None]
-    mean, std = mean_and_std(there) if there else (None, None)
-    return {"mean": mean, "std": std, "min": min(there, default=None), "max": max(there, default=None)}
+    known = [value for value in values if value is not None]
+    mean, std = mean_and_std(known) if known else (None, None)
+    return {"mean": mean, "std": std, "min": min(known, default=None), "max": max(known, default=None)}
 
 
 def _share_above(values: list[float | None], threshold: float) -> float | None:
-    there = [value > threshold for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    known = [value > threshold for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _score_metrics(
@@ -216,7 +216,7 @@ def _held_out_metrics(scores: list[float | None], by_func: dict[str, list[float 
 
 
 def _text_metrics(samples: "Samples") -> dict[str, float | None]:
-    ids = _words(samples)
+    ids = _without_eos(samples)
     length_mean, length_std = mean_and_std([len(row) for row in ids])
     return {
         "length_mean": length_mean,
@@ -231,13 +231,13 @@ def _text_metrics(samples: "Samples") -> dict[str, float | None]:
     }
 
 
-def _likelihood_metrics(own: list[float], under_reference: list[float], tokens: int) -> dict[str, float | None]:
-    """KL of a model from the reference, and perplexity of its samples under that, EOS counted; None: cannot be told.
+def _likelihood_metrics(own: list[float], under_ref: list[float], tokens: int) -> dict[str, float | None]:
+    """KL of a model to the reference, and perplexity of its samples under the reference; None where unknown.
 
     KL is the mean of log p(y) - log p_ref(y) over whole completions y that the model itself sampled, an unbiased
-    estimate where `eval.temperature` is 1; per token it is the sum of these over the number of all tokens.
+    estimate where `eval.temperature` is 1; per token it is the sum of these over the number of all tokens, with EOS.
     """
-    if not all(map(math.isfinite, [*own, *under_reference])) or not own:
+    if not all(map(math.isfinite, [*own, *under_ref])) or not own:
         return dict.fromkeys(("kl", "kl_per_token", "perplexity"))
-    kl = math.fsum(p - q for p, q in zip(own, under_reference, strict=True))
-    return {"kl": kl / len(own), "kl_per_token": kl / tokens, "perplexity": perplexity(under_reference, tokens)}
+    kl = math.fsum(p - q for p, q in zip(own, under_ref, strict=True))
+    return {"kl": kl / len(own), "kl_per_token": kl / tokens, "perplexity": perplexity(under_ref, tokens)}

@@ -1,7 +1,7 @@
-"""Pure numbers: diversity, repetition, lengths and ROUGE of samples; accuracy and calibration of a reward model."""
+"""Diversity, repetition, lengths and ROUGE of samples; accuracy and calibration of a reward model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any
@@ -10,7 +10,7 @@ from rlhf_recipes.evaluation.audit.copying import repeated_share
 
 
 def distinct_n(rows: Sequence[Sequence], n: int) -> float:
-    """Different n-grams over all n-grams of a set of completions, 0..1; 0 without any.
+    """Different n-grams over all n-grams of a set of completions, 0..1; 0 without n-grams.
 
     It falls with the number of completions: compare only sets of the same size.
 
@@ -21,9 +21,9 @@ def distinct_n(rows: Sequence[Sequence], n: int) -> float:
 
 
 def unique_token_ratio(rows: Sequence[Sequence]) -> float | None:
-    """Different tokens over all tokens of a completion, mean over those that have any, 0..1; None where none has.
+    """Different tokens over all tokens of a completion, 0..1, mean over completions with tokens; None without any.
 
-    It falls with a completion's length, in human text too: common words come again.
+    It falls with a completion's length, in human text too: common words occur again.
     """
     ratios = [len(set(row)) / len(row) for row in rows if row]
     return fmean(ratios) if ratios else None
@@ -32,8 +32,8 @@ def unique_token_ratio(rows: Sequence[Sequence]) -> float | None:
 def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
     """Share of a completion's n-grams that occurred in it before, mean over completions, 0..1.
 
-    Four tokens in the same order hardly ever come again in human text, however long it is: unlike `unique_token_ratio`
-    this tells loops from common words. Completions with fewer than n tokens repeat nothing.
+    Four tokens in the same order hardly ever occur twice in human text, however long it is: unlike
+    `unique_token_ratio` this tells loops from common words. Completions with fewer than n tokens repeat nothing.
 
     Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
     """
@@ -46,24 +46,24 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def perplexity(logps: Sequence[float], tokens: int) -> float | None:
-    """exp(-mean log-probability of a token) of texts; None where that is infinite, not known, or of no token.
+    """exp(-mean log-probability of a token); None where that overflows or there is no token.
 
     Args:
         logps: Log-probability of each whole text, in nats.
-        tokens: Of all texts together.
+        tokens: Number of tokens in all texts together.
     """
     if not tokens or not all(map(math.isfinite, logps)) or -math.fsum(logps) / tokens > 700:  # where exp overflows
         return None
     return math.exp(-math.fsum(logps) / tokens)
 
 
-def length_histograms(lengths: dict[str, Sequence[int]], longest: int, bins: int = 20) -> dict[str, Any]:
-    """How many completions have which length, in bins that are the same for every model.
+def length_histograms(lengths: Mapping[str, Sequence[int]], longest: int, bins: int = 20) -> dict[str, Any]:
+    """Numbers of completions by length, in the same bins for every model.
 
     Args:
-        lengths: Name -> lengths of its completions, in tokens.
+        lengths: Name of each model -> lengths of its completions, in tokens.
         longest: No length is above it.
-        bins: Their number at most; all have the same width, a whole number of tokens.
+        bins: At most so many, all of the same width, a whole number of tokens.
 
     Returns:
         `edges` and, by name, `counts`: bin i holds lengths from edges[i] to edges[i + 1] - 1.
@@ -77,11 +77,11 @@ def length_histograms(lengths: dict[str, Sequence[int]], longest: int, bins: int
     return {"edges": edges, "counts": counts}
 
 
-def rouge(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def rouge(completions: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over completions, 0..1, by the library rouge-score.
 
-    Without stemming, as Huang et al. 2024 (2403.17031) measure it (`evaluate`'s rouge and its defaults); ROUGE-L takes
-    a text as one sequence, line breaks or not.
+    Without stemming, like Huang et al. 2024 (2403.17031), who use the defaults of `evaluate`'s rouge. ROUGE-L takes a
+    text as one sequence, with or without line breaks.
 
     Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
     """
@@ -89,7 +89,7 @@ def rouge(completions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, use_stemmer=False)
-    scores = [scorer.score(target=r, prediction=c) for c, r in zip(completions, references, strict=True)]
+    scores = [scorer.score(target=g, prediction=c) for c, g in zip(completions, gold, strict=True)]
     return {kind: fmean(score[kind].fmeasure for score in scores) for kind in kinds}
 
 
@@ -103,11 +103,11 @@ def pair_accuracy(margins: Sequence[float]) -> float:
 
 
 def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
-    """Accuracy of pairs that the model finds close to call, and of those that it finds clear.
+    """Accuracy by how clear the model finds a pair.
 
     Args:
         margins: As in `pair_accuracy`.
-        bins: Pairs are split by |margin| into as many parts of (nearly) the same size; fewer where pairs are.
+        bins: At most so many parts of (nearly) the same number of pairs, split by |margin|.
 
     Returns:
         From the smallest margins to the largest: `from` and `to` of |margin|, number of `pairs`, `accuracy`.
@@ -123,10 +123,10 @@ def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str
 
 
 def calibration(margins: Sequence[float], bins: int = 10) -> dict[str, Any]:
-    """Is a reward model right as often as its probabilities say?
+    """Whether a reward model is right as often as its probabilities say.
 
     In the Bradley-Terry model the chosen text is the better one with probability p = sigmoid(margin). The model's
-    answer is the text with the higher score, its confidence sigmoid(|margin|), 0.5..1. Expected calibration error: sum
+    answer is the text with the higher score, with confidence sigmoid(|margin|), 0.5..1. Expected calibration error: sum
     over bins of (pairs in it / all pairs) * |accuracy - mean confidence|, in bins of equal width. Brier score: mean of
     (1 - p)^2, 0.25 for a model that knows nothing.
 

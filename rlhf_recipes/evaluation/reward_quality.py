@@ -1,4 +1,4 @@
-"""How good a reward model is: accuracy, by margin too, calibration, and the scores of the data's own completions."""
+"""How good a reward model is: accuracy, by margin too, calibration, and its scores of the data's own completions."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from rlhf_recipes.data.rows import load_rows
 from rlhf_recipes.data.shapes import prompts
 from rlhf_recipes.evaluation.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy
 from rlhf_recipes.models.samples import shared_out
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.rewards.scoring import Scoring
 from rlhf_recipes.runs.folder import Run
@@ -17,15 +17,16 @@ from rlhf_recipes.runs.folder import Run
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 logger = logging.getLogger(__name__)
 
 Text = tuple[str | list[dict], str | list[dict]]
 """A prompt and its completion, both plain texts or both chat messages; the prompt may be empty."""
 
+Score = Callable[[list[Text]], list[float]]
 
-def scorer(run: Run, trainer: Any, scoring: Scoring) -> Callable[[list[Text]], list[float]]:
-    """What the trained model scores finished texts, read by `scoring`; every process reads its share of them."""
+
+def scorer(run: Run, trainer: Any, scoring: Scoring) -> Score:
+    """The trained model's scores of finished texts, read by `scoring`; every process scores its share of them."""
     batch_size = trainer.args.per_device_eval_batch_size
     read = RewardModelReader(str(run.path), trainer.model, trainer.processing_class, batch_size, None, scoring)
 
@@ -36,20 +37,14 @@ def scorer(run: Run, trainer: Any, scoring: Scoring) -> Callable[[list[Text]], l
     return lambda texts: shared_out(trainer.accelerator, texts, score)
 
 
-def measure(
-    score: Callable[[list[Text]], list[float]],
-    train: "Dataset",
-    held_out: "Dataset",
-    references: list[Text],
-    center: str,
-) -> dict[str, Any]:
-    """How good a reward model is, in numbers and (lists) in bins; scores are those of the reward function, centered.
+def measure(score: Score, train: "Dataset", held_out: "Dataset", gold: list[Text], center: str) -> dict[str, Any]:
+    """The quality of a reward model, in numbers and (lists) in bins; scores are those of the reward function, centered.
 
     Args:
         score: The reward model's uncentered scores of texts.
         train: Pairs that it was trained on.
-        held_out: Pairs that it was not.
-        references: Held-out completions of the data; may be empty, unless they are the center.
+        held_out: Other pairs.
+        gold: Held-out completions of the data; may be empty, unless they are the center.
         center: See `reward.center`.
 
     Raises:
@@ -57,26 +52,30 @@ def measure(
     """
     train_margins, _, _ = _margins(score, train)
     margins, chosen, rejected = _margins(score, held_out)
-    of_references = score(references) if references else []
-    bad = [value for value in train_margins + chosen + rejected + of_references if not math.isfinite(value)]
+    of_gold = score(gold) if gold else []
+    bad = [value for value in train_margins + chosen + rejected + of_gold if not math.isfinite(value)]
     if bad:
         raise RecipeError(
             f"reward.trainer: {len(bad)} scores of the trained model are {bad[0]}, so training has diverged; lower "
             "learning_rate, or max_grad_norm."
         )
-    shift = {"pairs": chosen + rejected, "reference": of_references, "none": [0.0]}[center]
-    shift, _ = mean_and_std(shift)
-    report = {"train_accuracy": pair_accuracy(train_margins), "eval_accuracy": pair_accuracy(margins)}
+    shift, _ = mean_and_std({"pairs": chosen + rejected, "gold": of_gold, "none": [0.0]}[center])
     calibrated = calibration(margins)
-    report |= {"eval_ece": calibrated["ece"], "eval_brier": calibrated["brier"], "score_center": shift}
-    for name, scores in (("chosen", chosen), ("rejected", rejected), ("reference", of_references)):
+    report = {
+        "train_accuracy": pair_accuracy(train_margins),
+        "eval_accuracy": pair_accuracy(margins),
+        "eval_ece": calibrated["ece"],
+        "eval_brier": calibrated["brier"],
+        "score_center": shift,
+    }
+    for name, scores in (("chosen", chosen), ("rejected", rejected), ("gold", of_gold)):
         if scores:
             mean, std = mean_and_std(scores)
             report |= {f"score_{name}_mean": mean - shift, f"score_{name}_std": std}
     return report | {"accuracy_by_margin": accuracy_by_margin(margins), "calibration": calibrated["bins"]}
 
 
-def _margins(score: Callable[[list[Text]], list[float]], pairs: "Dataset") -> tuple[list[float], ...]:
+def _margins(score: Score, pairs: "Dataset") -> tuple[list[float], list[float], list[float]]:
     """Margins of pairs, scores of their chosen texts, scores of their rejected ones."""
     nothing = "" if isinstance(pairs[0]["chosen"], str) else []
     chosen, rejected = (
@@ -85,45 +84,47 @@ def _margins(score: Callable[[list[Text]], list[float]], pairs: "Dataset") -> tu
     return [c - r for c, r in zip(chosen, rejected, strict=True)], chosen, rejected
 
 
-def own_references(run: Run, tokenizer: Any, chat: bool) -> list[Text]:
-    """Held-out prompts with the data's own completions, where the recipe has them and they are of the pairs' kind.
+def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool) -> list[Text]:
+    """Held-out prompts with the data's own completions; none where the recipe has none of the pairs' kind.
+
+    Args:
+        center: See `reward.center`.
+        chat: Whether the pairs are chat messages.
 
     Raises:
-        RecipeError: There are none, and `reward.center` needs them.
+        RecipeError: There are none, and they are the center.
     """
-    recipe, found = run.recipe, []
-    if recipe.reward.data is None or recipe.reward.center == "reference":
+    found: list[Text] = []
+    if center == "gold" or not (recipe.reward and recipe.reward.data):
         rows = load_rows(recipe.data, recipe.seed)[1]
         if "completion" in rows.column_names:
             rows = prompts(recipe.data, rows, tokenizer, recipe.seed)
-            found = list(zip(rows["prompt"], rows["reference"], strict=True))
+            found = list(zip(rows["prompt"], rows["gold"], strict=True))
     if found and chat == isinstance(found[0][0], str):
         found = []
-    if not found and recipe.reward.center == "reference":
+    if not found and center == "gold":
         raise RecipeError(
-            f"reward.center: reference is the mean score of held-out completions, but {recipe.data.path} has no "
-            f"rows with prompt and completion in {'chat messages' if chat else 'plain text'}, as the pairs are; set it "
-            "to pairs or none."
+            f"reward.center: gold is the mean score of held-out completions, but {recipe.data.path} has no rows with "
+            f"prompt and completion in {'chat messages' if chat else 'plain text'}, as the pairs are; set it to pairs "
+            "or none."
         )
     return found
 
 
 def kept(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
-    """Those of the pairs whose number stands in the column `row` of what TRL has kept: none is longer than `max_length`.
+    """The pairs that TRL has kept, because no text is longer than `max_length`.
+
+    Args:
+        pairs: All pairs.
+        by_trl: TRL's rows; their column `row` has the numbers of their pairs.
+        args: The trainer's arguments.
 
     Raises:
         RecipeError: None is left.
     """
-    if 0 < len(by_trl) < len(pairs):
-        logger.warning(
-            "reward.trainer.max_length: %d of %d pairs have a text of more than %d tokens and are left out",
-            len(pairs) - len(by_trl),
-            len(pairs),
-            args.max_length,
-        )
+    out = f"{len(pairs) - len(by_trl)} of {len(pairs)} pairs have a text of more than {args.max_length} tokens"
     if len(by_trl) == 0:
-        raise RecipeError(
-            f"reward.trainer.max_length: each of {len(pairs)} pairs has a text of more than {args.max_length} tokens, "
-            "and is left out; raise it, or shorten the texts."
-        )
+        raise RecipeError(f"reward.trainer.max_length: {out}, and none is left; raise it, or shorten the texts.")
+    if len(by_trl) < len(pairs):
+        logger.warning("reward.trainer.max_length: %s and are left out", out)
     return pairs.select(by_trl["row"][:])

@@ -1,6 +1,5 @@
-"""How good a language model's completions are after stage sft: ROUGE against the data's own."""
+"""How good a language model's completions are after stage sft: ROUGE against the data's own completions."""
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +8,9 @@ from rlhf_recipes.data.tokenizer import context_length, eos_token_ids, longest_p
 from rlhf_recipes.evaluation.metrics import rouge
 from rlhf_recipes.models.samples import sample, shared_out
 from rlhf_recipes.recipe.messages import as_text
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.system.files import as_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_rows(trainer: Any, train: "Dataset", held_out: "Dataset") -> None:
-    """Warn of rows that TRL left out, and where no row teaches the model to stop.
+    """Warn of rows that TRL left out, and if no row teaches the model to stop.
 
     Args:
         trainer: The `SFTTrainer`, with its tokenized rows.
-        train: Rows that it was given.
+        train: The rows it was made with.
         held_out: Likewise.
 
     Raises:
@@ -49,36 +49,36 @@ def check_rows(trainer: Any, train: "Dataset", held_out: "Dataset") -> None:
     if all(set(ends).isdisjoint(row) for row in labels):
         logger.warning(
             "sft: none of the first %d training rows ends with EOS, so the model does not learn to stop; sft.trainer."
-            "max_length may cut it off, or the chat template have none.",
+            "max_length may cut it off, or the chat template may have none.",
             len(labels),
         )
 
 
-def rouge_rows(run: Run, rows: "Dataset", tokenizer: Any) -> "Dataset":
-    """Some held-out prompts with the data's own completions.
+def rouge_rows(recipe: Recipe, rows: "Dataset", tokenizer: Any, most: int) -> "Dataset":
+    """At most so many held-out prompts, with the data's own completions.
 
     Raises:
-        RecipeError: The data has none.
+        RecipeError: The data has no completions.
     """
-    data, seed = run.recipe.data, run.recipe.seed
+    data, seed = recipe.data, recipe.seed
     if "completion" not in rows.column_names:
         raise RecipeError(
             f"sft.rouge_prompts: ROUGE compares with the completions of held-out prompts, but {data.path} has no column "
             f"completion; it has: {', '.join(rows.column_names)}. Name one in data.columns, or set sft.rouge_prompts=0."
         )
     rows = prompts(data, rows, tokenizer, seed).shuffle(seed=seed)
-    return rows.select(range(min(len(rows), run.recipe.sft.rouge_prompts)))
+    return rows.select(range(min(len(rows), most)))
 
 
 def tokens_needed(trainer: Any, rows: "Dataset") -> int:
-    """Tokens of the longest reference with its EOS, at most `max_length`.
+    """Tokens of the data's longest completion with its EOS, at most `max_length`.
 
     Raises:
-        RecipeError: They do not fit into the model's context behind the longest prompt.
+        RecipeError: They do not fit into the model's context after the longest prompt.
     """
     tokenizer = trainer.processing_class
-    references = tokenizer(list(map(as_text, rows["reference"])), add_special_tokens=False)["input_ids"]
-    longest = 1 + max(map(len, references))
+    gold = tokenizer(list(map(as_text, rows["gold"])), add_special_tokens=False)["input_ids"]
+    longest = 1 + max(map(len, gold))
     new_tokens = min(longest, trainer.args.max_length or longest)
     prompt = longest_prompt(tokenizer, rows["prompt"])
     context = context_length(trainer.model.config, tokenizer)
@@ -102,13 +102,10 @@ def measure_completions(run: Run, trainer: Any, rows: "Dataset", new_tokens: int
         batch_size = trainer.args.per_device_eval_batch_size
         return sample(model, tokenizer, prompts, new_tokens, ROUGE_TEMPERATURE, batch_size).completions
 
-    asked, references = rows["prompt"][:], rows["reference"][:]
+    asked, gold = rows["prompt"][:], rows["gold"][:]
     completions = shared_out(trainer.accelerator, asked, answer)
     if run.is_main:
-        names = ("prompt", "completion", "reference")
-        lines = [
-            json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n"
-            for row in zip(asked, completions, references, strict=True)
-        ]
-        (run.path / SAMPLES).write_text("".join(lines[:NUM_SAMPLES]), encoding="utf-8")
-    return rouge(list(map(as_text, completions)), list(map(as_text, references)))
+        columns = zip(asked, completions, gold, strict=True)
+        lines = [{"prompt": p, "completion": c, "gold": g} for p, c, g in columns][:NUM_SAMPLES]
+        (run.path / SAMPLES).write_text(as_lines(lines), encoding="utf-8")
+    return rouge(list(map(as_text, completions)), list(map(as_text, gold)))

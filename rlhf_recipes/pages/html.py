@@ -181,8 +181,8 @@ def _sample(line: dict[str, Any], algorithms: list[str]) -> dict[str, Any]:
         | {key: found.get(key) for key in ("score", "held_out", "tokens", "finished")}
         for name, found in sorted(line["models"].items(), key=lambda item: _place(item[0], algorithms))
     }
-    reference = line.get("reference")
-    return {"prompt": _text(line["prompt"]), "models": models, "reference": reference and _text(reference)}
+    gold = line.get("gold")
+    return {"prompt": _text(line["prompt"]), "models": models, "gold": gold and _text(gold)}
 
 
 def _place(model: str, algorithms: list[str]) -> int:

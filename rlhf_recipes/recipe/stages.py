@@ -89,7 +89,7 @@ class Reward(Trained):
     """Number of training pairs to draw from texts with labels; a tenth as many are held out. None: as many as possible."""
     scale_head: bool = False
     """True initializes the new head with N(0, 1 / (d + 1)) for d hidden features (Huang et al. 2024, 2403.17031)."""
-    center: Literal["pairs", "reference", "none"] = "pairs"
+    center: Literal["pairs", "gold", "none"] = "pairs"
     """Texts whose mean score the reward function `reward_model` subtracts: both texts of the held-out pairs, or the gold
     completions of the recipe's held-out rows (Huang et al. 2024, detail 15). `none`: nothing. `scoring.json` stores it."""
     trainer: dict[str, Any] = {}
@@ -155,7 +155,7 @@ class Judge(Section):
     """The judge that says which of two completions is better (`rlhf-recipes judge`)."""
 
     models: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
-    """Names of two of eval's models, `[a, b]`; b may be `reference`, the data's gold completions. None: `[ppo, rloo]`, or
+    """Names of two of eval's models, `[a, b]`; b may be `gold`, the data's gold completions. None: `[ppo, rloo]`, or
     `[ppo, sft]` or `[rloo, sft]` if the recipe has only one of them."""
     backend: Literal["openai", "anthropic", "local", "reward_model"] = "openai"
     """`openai`: any endpoint with OpenAI's chat completions; `local`: a causal language model on this machine, whose

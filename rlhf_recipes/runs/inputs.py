@@ -72,7 +72,7 @@ def _data(recipe: Recipe, stage: str) -> dict[str, Data]:
     reward = recipe.reward if stage == "reward" else None
     own = reward and reward.data
     found = {"reward.data.path": own} if own else {}
-    if stage != "compare" and (not own or (reward and reward.center == "reference")):
+    if stage != "compare" and (not own or (reward and reward.center == "gold")):
         found["data.path"] = recipe.data
     return found
 

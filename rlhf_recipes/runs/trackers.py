@@ -164,7 +164,7 @@ def log_eval(recipe: Recipe, folder: Path, run_id: str) -> None:
 
 
 def _side_by_side(line: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {key: with_roles(line[key]) for key in ("prompt", "reference") if key in line}
+    row: dict[str, Any] = {key: with_roles(line[key]) for key in ("prompt", "gold") if key in line}
     for name, said in line["models"].items():
         row[name] = with_roles(said["completion"])
         row |= {f"{name} {key}": said[key] for key in ("score", "held_out") if key in said}

@@ -184,7 +184,7 @@ def test_scores_texts_and_lengths_are_those_of_the_completions(tmp_path, policy_
     assert found["samples"] == lines[:3] and run.results == found["models"] and found["num_prompts"] == len(PROMPTS)
     assert found["paths"] == {"sft": str(policy_folder), "other": str(other_folder)}
     assert sorted(line["prompt"] for line in lines) == sorted(PROMPTS) and not (run.path / PARTS).exists()
-    assert all(line["reference"] == ends[line["prompt"]] for line in lines)
+    assert all(line["gold"] == ends[line["prompt"]] for line in lines)
     for i, name in enumerate(found["models"]):
         metrics, answers, made = found["models"][name], [line["models"][name] for line in lines], of_model(sampled, i)
         texts = [answer["completion"] for answer in answers]
@@ -225,7 +225,7 @@ def test_without_completions_in_the_data_there_is_no_rouge(tmp_path, policy_fold
     found, lines = read(run_eval(recipe))
     assert (
         "rouge1" not in found["models"]["sft"]
-        and "reference" not in lines[0]
+        and "gold" not in lines[0]
         and "perplexity_other" not in found["models"]["sft"]
     )
 

@@ -28,7 +28,7 @@ def test_references_of_each_stage():
 def test_the_reward_stages_own_pairs_take_the_place_of_the_data():
     own = ["reward.data={path: my/pairs}"]
     assert set(hub_references(load_recipe("imdb_positive", own), "reward")) == {"reward.data.path", "reward.model"}
-    assert "data.path" in hub_references(load_recipe("imdb_positive", [*own, "reward.center=reference"]), "reward")
+    assert "data.path" in hub_references(load_recipe("imdb_positive", [*own, "reward.center=gold"]), "reward")
     assert "reward.data.path" not in hub_references(load_recipe("imdb_positive", own), "ppo")
 
 
@@ -46,7 +46,7 @@ def test_revisions_and_the_reward_models_own_data():
     own = load_recipe("imdb_tiny", ["reward.data={path: org/pairs}"])
     assert hub_references(own, "reward") == {"reward.data.path": ("org/pairs", "dataset")}
     assert "data.path" not in hub.references(own, "reward") and "data.path" in hub.references(own, "sft")
-    reference = load_recipe("imdb_tiny", ["reward.data={path: org/pairs}", "reward.center=reference"])
+    reference = load_recipe("imdb_tiny", ["reward.data={path: org/pairs}", "reward.center=gold"])
     assert "data.path" in hub.references(reference, "reward")
 
 

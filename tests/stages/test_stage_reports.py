@@ -83,12 +83,12 @@ MEASURED = Dataset.from_list(
 )
 
 
-@pytest.mark.parametrize(("center", "shift"), [("pairs", 22 / 8), ("reference", 7.0), ("none", 0.0)])
+@pytest.mark.parametrize(("center", "shift"), [("pairs", 22 / 8), ("gold", 7.0), ("none", 0.0)])
 def test_measure_by_hand(center, shift):
     found = measure(by_length, MEASURED.select([0, 3]), MEASURED, [("a", "aaa"), ("aaaaa", "aaaaa")], center)
     assert found["train_accuracy"] == 1.0 and found["eval_accuracy"] == 0.5 and found["score_center"] == shift
     assert found["score_chosen_mean"] == 3.0 - shift and found["score_chosen_std"] == pytest.approx(math.sqrt(1.5))
-    assert found["score_rejected_mean"] == 2.5 - shift and found["score_reference_mean"] == 7.0 - shift
+    assert found["score_rejected_mean"] == 2.5 - shift and found["score_gold_mean"] == 7.0 - shift
     assert [part["pairs"] for part in found["accuracy_by_margin"]] == [1, 1, 1, 1]
     assert found["accuracy_by_margin"][-1] == {"from": 3.0, "to": 3.0, "pairs": 1, "accuracy": 1.0}
     p = [1 / (1 + math.exp(-margin)) for margin in (3, -2, 0, 1)]
@@ -98,7 +98,7 @@ def test_measure_by_hand(center, shift):
 def test_measure_without_references_and_without_prompts():
     pairs = MEASURED.remove_columns("prompt")
     found = measure(by_length, pairs, pairs, [], "none")
-    assert found["train_accuracy"] == 0.5 and "score_reference_mean" not in found
+    assert found["train_accuracy"] == 0.5 and "score_gold_mean" not in found
 
 
 def test_a_model_that_has_diverged_is_refused():
@@ -159,13 +159,13 @@ def test_what_stage_reward_reports_is_what_the_reward_function_says(kind, tmp_pa
 @pytest.mark.slow
 def test_references_score_zero_on_average(tmp_path):
     model = backbone(tmp_path / "base", "gpt2")
-    run, _ = run_stage(reward, "reward", reward_recipe(tmp_path, model, "reward.center=reference"))
+    run, _ = run_stage(reward, "reward", reward_recipe(tmp_path, model, "reward.center=gold"))
     assert mean(scores_of(run.path, HELD_OUT, "completion")) == pytest.approx(0, abs=1e-5)
-    assert run.results["score_reference_mean"] == pytest.approx(0, abs=1e-9) and run.results["score_center"] != 0
+    assert run.results["score_gold_mean"] == pytest.approx(0, abs=1e-9) and run.results["score_center"] != 0
     none, _ = run_stage(reward, "reward", reward_recipe(tmp_path, model, "reward.center=none", "name=none"))
     raw = scores_of(none.path, HELD_OUT, "completion")
     assert none.results["score_center"] == 0
-    assert mean(raw) == pytest.approx(none.results["score_reference_mean"], abs=1e-5)
+    assert mean(raw) == pytest.approx(none.results["score_gold_mean"], abs=1e-5)
     assert mean(raw) == pytest.approx(run.results["score_center"], abs=1e-5)  # the same training, but for the shift
 
 
@@ -187,11 +187,11 @@ def test_two_processes_share_the_scoring(tmp_path):
     assert report["eval_accuracy"] == mean([c > r for c, r in zip(chosen, rejected, strict=True)])
 
 
-def test_a_center_of_references_needs_completions(tmp_path, policy_folder):
-    settings = f"reward: {{model: {policy_folder}, center: reference}}\n"
+def test_a_gold_center_needs_completions(tmp_path, policy_folder):
+    settings = f"reward: {{model: {policy_folder}, center: gold}}\n"
     for rows in (REVIEWS, [{"prompt": "it", "chosen": " was good", "rejected": " was bad"}] * 4):
         run = Run(recipe_of(tmp_path, settings, rows[::2], rows[1::2]), "reward")
-        with pytest.raises(RecipeError, match=r"reward\.center: reference .* no rows with prompt and completion"):
+        with pytest.raises(RecipeError, match=r"reward\.center: gold .* no rows with prompt and completion"):
             reward.main(run)
 
 
@@ -200,7 +200,9 @@ def test_pairs_that_are_all_too_long_are_refused(tmp_path, policy_folder):
     rows = [{"chosen": " was good and fun and great", "rejected": " was bad"}]
     short = [{"chosen": " good", "rejected": " bad"}]
     run = Run(recipe_of(tmp_path, settings, short, rows), "reward")
-    with pytest.raises(RecipeError, match=r"reward\.trainer\.max_length: each of 1 pairs .* more than 5 tokens"):
+    with pytest.raises(
+        RecipeError, match=r"reward\.trainer\.max_length: 1 of 1 pairs .* more than 5 tokens, and none is left"
+    ):
         reward.main(run)
 
 
@@ -373,8 +375,8 @@ def test_sft_reports_rouge_of_its_completions(tmp_path, policy_folder):
     assert run.results["rouge_prompts"] == 4 and run.results["rougeL"] > 0.95 and run.results["rouge1"] > 0.95
     samples = [json.loads(line) for line in (run.path / SAMPLES).read_text().splitlines()]
     assert len({sample["prompt"] for sample in samples}) == 4
-    assert all(sample["reference"] == ends[sample["prompt"]] for sample in samples)
-    found = rouge([sample["completion"] for sample in samples], [sample["reference"] for sample in samples])
+    assert all(sample["gold"] == ends[sample["prompt"]] for sample in samples)
+    found = rouge([sample["completion"] for sample in samples], [sample["gold"] for sample in samples])
     assert {name: run.results[name] for name in found} == found
     assert f"ROUGE-1/2/L {found['rouge1']:.3f}/" in line and line.endswith("on 4 prompts")
 

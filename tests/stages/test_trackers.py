@@ -446,7 +446,7 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
         "sft": {"completion": " bad", "score": -1.0},
         "ppo": {"completion": " good", "score": 0.5, "held_out": None},
     }
-    write_jsonl(tmp_path / "eval" / "completions.jsonl", [{"prompt": "it was", "reference": " so", "models": said}])
+    write_jsonl(tmp_path / "eval" / "completions.jsonl", [{"prompt": "it was", "gold": " so", "models": said}])
     view = {"view": "held_out", "metric": "score_mean", "at": None, "difference": 0.2, "interval": [0.1, 0.3]}
     view |= {"means": {"ppo": 0.7, "rloo": 0.5}, "label": "PPO better", "sentence": "PPO is better.", "paired": True}
     verdict = {"winner": "ppo", "label": "PPO better", "sentence": "PPO is better."}
@@ -464,7 +464,7 @@ def test_results_of_eval_and_of_a_comparison(tmp_path):
     (table,) = tables(tmp_path / "eval", "models")
     assert (table["columns"], table["data"]) == (["model", "score_mean", "kl"], [["sft", 0.1, 0.0], ["ppo", 0.7, None]])
     (table,) = tables(tmp_path / "eval", "completions")
-    assert table["columns"] == ["prompt", "reference", "sft", "sft score", "ppo", "ppo score", "ppo held_out"]
+    assert table["columns"] == ["prompt", "gold", "sft", "sft score", "ppo", "ppo score", "ppo held_out"]
     assert table["data"] == [["it was", " so", " bad", -1.0, " good", 0.5, None]]
     found = records(tmp_path / "my duel")
     summary = {}

@@ -25,7 +25,7 @@ from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
 from rlhf_recipes.system.files import read_lines, write_whole, writing
 from rlhf_recipes.system.terminal import log_to, say
 
-REFERENCE = "reference"
+GOLD = "gold"
 """Name that stands for the data's own completions."""
 
 BYTES_PER_TOKEN = 4
@@ -119,7 +119,7 @@ def _read_completions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _names_to_compare(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
-    known = [*line["models"], *([REFERENCE] if "reference" in line else [])]
+    known = [*line["models"], *([GOLD] if GOLD in line else [])]
     if recipe.judge.models is None:
         trained = [name for name in ON_POLICY if name in known]
         names = [*trained, *(["sft"] if "sft" in known else [])][:2]
@@ -129,14 +129,14 @@ def _names_to_compare(recipe: Recipe, line: dict[str, Any]) -> tuple[str, str]:
         if unknown:
             raise RecipeError(f"judge.models: eval has no {unknown[0]!r} to compare; it has: {', '.join(known)}.")
         if names[0] not in line["models"]:
-            raise RecipeError(f"judge.models: {REFERENCE} can only be the second; set judge.models to the other order.")
+            raise RecipeError(f"judge.models: {GOLD} can only be the second; set judge.models to the other order.")
     if len(set(names)) < 2:
         raise RecipeError(f"judge.models: two are needed; set judge.models to two of: {', '.join(known)}.")
     return names[0], names[1]
 
 
 def _pair(line: dict[str, Any], a: str, b: str) -> Pair:
-    own = {"completion": line.get("reference"), "finished": True}
+    own = {"completion": line.get(GOLD), "finished": True}
     first, second = line["models"][a], line["models"].get(b, own)
     finished = (first["finished"], second["finished"])
     scores: dict[str, float | None] = {}

@@ -365,7 +365,7 @@ function showSamples() {
       folding("div", { class: "prompt" }, sample.prompt, pattern),
       make("div", { class: "completions" },
         ...Object.entries(sample.models).filter(([name]) => names.includes(name)).map(([name, found]) => completionCard(name, found, pattern)),
-        sample.reference === null ? null : make("div", { class: "completion" }, make("h3", {}, "the data's own"), folding("p", {}, sample.reference, pattern))))));
+        sample.gold === null ? null : make("div", { class: "completion" }, make("h3", {}, "the data's own"), folding("p", {}, sample.gold, pattern))))));
   byId("found").textContent = `${samples.length} of ${data.samples.length} prompts, page ${page + 1} of ${pages}`;
   for (const button of document.querySelectorAll("[data-turn]")) button.disabled = button.dataset.turn === "1" ? page >= pages - 1 : page <= 0;
 }

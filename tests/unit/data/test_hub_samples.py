@@ -62,8 +62,8 @@ def test_posts_and_summaries(name):
         # Both data sets are the same posts, in two layouts.
         assert list(made) == raw("tldr", split)
         own = prompts(data, rows, word_tokenizer(), 0)
-        assert own["prompt"][:] == made["prompt"][:] and own["reference"][:] == made["completion"][:]
-        assert not any(answer.strip() in prompt for prompt, answer in zip(own["prompt"], own["reference"], strict=True))
+        assert own["prompt"][:] == made["prompt"][:] and own["gold"][:] == made["completion"][:]
+        assert not any(answer.strip() in prompt for prompt, answer in zip(own["prompt"], own["gold"], strict=True))
 
 
 @pytest.mark.parametrize("name", ["tldr-preference", "summarize_from_feedback"])
@@ -93,7 +93,7 @@ def test_instructions():
     answers = [f" {answer}" for answer in rows["chosen"]]
     assert texts(data, rows, word_tokenizer())["completion"][:] == answers
     made = prompts(data, rows, word_tokenizer(), 0)
-    assert made.column_names == ["prompt", "reference"] and made["reference"][:] == answers
+    assert made.column_names == ["prompt", "gold"] and made["gold"][:] == answers
 
 
 RENAMED = [

@@ -60,7 +60,7 @@ def test_prompts_are_the_first_tokens_of_texts(tokenizer):
 def test_own_prompts_are_kept_text_or_chat(own):
     tokenizer = word_tokenizer(chat_template="{{ messages }}")
     made = prompts(Data(path="x"), Dataset.from_dict({"prompt": [own], "completion": [own]}), tokenizer, 0)
-    assert made[0] == {"prompt": own, "reference": own}
+    assert made[0] == {"prompt": own, "gold": own}
 
 
 def test_texts_too_short_for_a_prompt():
@@ -111,7 +111,7 @@ def test_templates_fill_columns_whose_braces_are_data():
     prompt = "TITLE: a {post} {\nPOST: b {title}\nTL;DR: {sic}"
     assert texts(data, rows, None)[0] == {"prompt": prompt, "completion": " c"}
     assert prompts(data, rows, None, 0)[0]["prompt"] == prompt
-    assert prompts(data, rows, None, 0)[0]["reference"] == " c"
+    assert prompts(data, rows, None, 0)[0]["gold"] == " c"
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_fixed_and_whole_prompts():
     assert prompts(Data(path="x"), rows, word_tokenizer(), 0)["prompt"][:] == rows["text"][:]
 
 
-def test_nothing_of_an_answer_stays_but_the_reference():
+def test_nothing_of_an_answer_stays_but_the_gold():
     rows = Dataset.from_list(
         [{"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r", "completion_0": "c", "completion_1": "r"}]
     )
     rows = rows.add_column("choice", [0]).add_column("label", [1])
-    assert prompts(Data(path="x"), rows, None, 0)[0] == {"prompt": "p", "label": 1, "reference": "c"}
+    assert prompts(Data(path="x"), rows, None, 0)[0] == {"prompt": "p", "label": 1, "gold": "c"}
 
 
 def test_the_choice_decides_which_completion_is_chosen():
@@ -365,7 +365,7 @@ def test_prompts_of_rows_without_a_completion_or_a_text(caplog):
     assert "1 of 2 rows of x cannot be used (1 with an empty completion)" in error(
         prompts, Data(path="x"), rows, None, 0
     )
-    assert prompts(Data(path="x", invalid_rows="drop"), rows, None, 0)["reference"][:] == ["c"]
+    assert prompts(Data(path="x", invalid_rows="drop"), rows, None, 0)["gold"][:] == ["c"]
     rows = Dataset.from_dict({"text": ["the film was", None]})
     assert "1 with an empty text" in error(prompts, Data(path="x"), rows, word_tokenizer(), 0)
     found = prompts(Data(path="x", invalid_rows="drop", prompt_tokens=[2, 2]), rows, word_tokenizer(), 0)
