@@ -23,7 +23,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.pairs import pairs
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.evaluation.reward_quality import gold_texts, kept, measure, scorer
+    from rlhf_recipes.evaluation.reward_quality import gold_texts, kept_pairs, measure, scorer
     from rlhf_recipes.models.limits import fit_length
     from rlhf_recipes.models.load import config_of
     from rlhf_recipes.models.new_weights import scale_head
@@ -57,7 +57,7 @@ def main(run: Run) -> str:
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with expected("LOAD REPORT"):  # the scalar head is new
         trainer = start.trainer(resumable(RewardTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
-    train, held_out = kept(train, trainer.train_dataset, args), kept(held_out, trainer.eval_dataset, args)
+    train, held_out = kept_pairs(train, trainer.train_dataset, args), kept_pairs(held_out, trainer.eval_dataset, args)
     if reward.scale_head:
         scale_head(trainer.model, recipe.seed)
     attach(trainer, run)

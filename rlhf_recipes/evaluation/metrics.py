@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Any
-
-from rlhf_recipes.evaluation.audit.copying import repeated_share
 
 
 def distinct_n(rows: Sequence[Sequence], n: int) -> float:
@@ -29,13 +26,20 @@ def unique_token_ratio(rows: Sequence[Sequence]) -> float | None:
     return fmean(ratios) if ratios else None
 
 
-def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
-    """Share of a completion's n-grams that occurred in it before, mean over completions, 0..1.
-
-    Four tokens in the same order hardly ever occur twice in human text, however long it is: unlike
-    `unique_token_ratio` this tells loops from common words. Completions with fewer than n tokens repeat nothing.
+def repeated_share(row: Sequence, n: int) -> float:
+    """Share of a completion's n-grams, of words or tokens, that occurred in it before, 0..1; 0 without n-grams.
 
     Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
+    """
+    ngrams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def ngram_repetition(rows: Sequence[Sequence], n: int = 4) -> float:
+    """Mean of `repeated_share` over completions, 0..1.
+
+    Four tokens in the same order hardly ever occur twice in human text, however long it is: unlike
+    `unique_token_ratio` this tells loops from common words.
     """
     return fmean(repeated_share(row, n) for row in rows)
 
@@ -68,13 +72,11 @@ def length_histograms(lengths: Mapping[str, Sequence[int]], longest: int, bins: 
     Returns:
         `edges` and, by name, `counts`: bin i holds lengths from edges[i] to edges[i + 1] - 1.
     """
+    import numpy
+
     width = math.ceil((longest + 1) / bins)
     edges = list(range(0, longest + 1 + width, width))
-    counts = {name: [0] * (len(edges) - 1) for name in lengths}
-    for name, row in lengths.items():
-        for length in row:
-            counts[name][length // width] += 1
-    return {"edges": edges, "counts": counts}
+    return {"edges": edges, "counts": {name: numpy.histogram(row, edges)[0].tolist() for name, row in lengths.items()}}
 
 
 def rouge(completions: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
@@ -91,6 +93,12 @@ def rouge(completions: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     scorer = RougeScorer(kinds, use_stemmer=False)
     scores = [scorer.score(target=g, prediction=c) for c, g in zip(completions, gold, strict=True)]
     return {kind: fmean(score[kind].fmeasure for score in scores) for kind in kinds}
+
+
+def equal_parts(items: list, most: int) -> list[list]:
+    """Items in at most so many parts of (nearly) the same number, none empty unless there are no items."""
+    parts = max(1, min(most, len(items)))
+    return [items[len(items) * i // parts : len(items) * (i + 1) // parts] for i in range(parts)]
 
 
 def pair_accuracy(margins: Sequence[float]) -> float:
@@ -112,13 +120,9 @@ def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str
     Returns:
         From the smallest margins to the largest: `from` and `to` of |margin|, number of `pairs`, `accuracy`.
     """
-    ordered = sorted(margins, key=abs)
-    bins = min(bins, len(ordered))
-    cuts = [len(ordered) * i // bins for i in range(bins + 1)]
-    parts = [ordered[start:end] for start, end in pairwise(cuts)]
     return [
         {"from": abs(part[0]), "to": abs(part[-1]), "pairs": len(part), "accuracy": pair_accuracy(part)}
-        for part in parts
+        for part in equal_parts(sorted(margins, key=abs), bins)
     ]
 
 

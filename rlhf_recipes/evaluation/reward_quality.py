@@ -111,7 +111,7 @@ def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool) -> list[
     return found
 
 
-def kept(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
+def kept_pairs(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
     """The pairs that TRL has kept, because no text is longer than `max_length`.
 
     Args:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_recipes import reward, sft
 from rlhf_recipes.evaluation.metrics import rouge
-from rlhf_recipes.evaluation.reward_quality import kept, measure
+from rlhf_recipes.evaluation.reward_quality import kept_pairs, measure
 from rlhf_recipes.evaluation.sft_quality import SAMPLES
 from rlhf_recipes.models.new_weights import scale_head
 from rlhf_recipes.models.samples import shared_out
@@ -209,8 +209,8 @@ def test_pairs_that_are_all_too_long_are_refused(tmp_path, policy_folder):
 def test_pairs_that_are_left_out_are_counted(caplog):
     pairs = Dataset.from_dict({"row": [0, 1, 2]})
     args = SimpleNamespace(max_length=9)
-    assert kept(pairs, pairs, args)["row"][:] == [0, 1, 2] and not caplog.records
-    assert kept(pairs, pairs.select([2]), args)["row"][:] == [2]
+    assert kept_pairs(pairs, pairs, args)["row"][:] == [0, 1, 2] and not caplog.records
+    assert kept_pairs(pairs, pairs.select([2]), args)["row"][:] == [2]
     assert "reward.trainer.max_length: 2 of 3 pairs have a text of more than 9 tokens and are left out" in caplog.text
 
 

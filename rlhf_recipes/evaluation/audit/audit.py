@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.evaluation.audit.changes import split, summary
 from rlhf_recipes.evaluation.audit.measure import logged_rollouts, measured_checkpoints
 from rlhf_recipes.evaluation.audit.run import START, AuditedRun, Model, open_run
-from rlhf_recipes.evaluation.audit.signs import Peak, of_checkpoints, of_log
+from rlhf_recipes.evaluation.audit.signs import Peak, signs_in_checkpoints, signs_in_log
 from rlhf_recipes.launch.setup import prepare
 from rlhf_recipes.pages.metrics import AUDIT, Metric
 from rlhf_recipes.pages.tables import cells
@@ -33,10 +33,9 @@ CHECKPOINT = {
     "step": AUDIT["step"],
     "score_mean": AUDIT["score"],
     "held_out_mean": AUDIT["held_out"],
-    **{key: AUDIT[key] for key in ("kl", "eos_rate", "length", "repetition", "longest_common_run")},
-    **{key: AUDIT[key] for key in ("copied_share", "title_copied_share")},
+    **AUDIT,
 }
-"""Columns of the table of checkpoints."""
+"""Columns of the table of checkpoints; those without a value are left out."""
 
 LEGEND = (
     "trained: weighted sum of reward_funcs; held out: of eval.held_out_funcs, which training did not see",
@@ -101,7 +100,7 @@ def _audit(run: AuditedRun, prompts: int) -> dict[str, Any]:
             "no held-out score: set eval.held_out_funcs to reward functions that training does not see; without one, an "
             "audit sees length, copying and repetition, and not whether the score still means anything"
         )
-    highest, signs = of_log(parts)
+    highest, signs = signs_in_log(parts)
     peak = None
     if highest is not None:
         peak = _peak_of_log(highest, bins, models)
@@ -114,7 +113,7 @@ def _audit(run: AuditedRun, prompts: int) -> dict[str, Any]:
     table, scores, left_out = measured_checkpoints(run, models, prompts) if prompts else ([], [], [])
     notes += left_out
     if run.held_out_name is not None and len(scores) > 1:
-        best, more_signs, more_notes = of_checkpoints(scores)
+        best, more_signs, more_notes = signs_in_checkpoints(scores)
         signs, notes = more_signs + signs, more_notes + notes
         trained = sum(row["name"] != START for row in table)
         if best is not None and (peak is None or trained >= MIN_CHECKPOINTS):

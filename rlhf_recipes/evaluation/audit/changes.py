@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.evaluation.intervals import student_interval
+from rlhf_recipes.evaluation.metrics import equal_parts
 
 BINS = 10
 """At most so many parts of a training."""
@@ -21,16 +22,7 @@ MAX_ROLLOUTS = 20
 """In a part: scoring 160 completions is enough, and a long run logs thousands."""
 
 MEANS = (
-    "score",
-    "held_out",
-    "length",
-    "eos_rate",
-    "repetition",
-    "copied_share",
-    "longest_common_run",
-    "title_copied_share",
-    "entropy",
-    "kl",
+    "score held_out length eos_rate repetition copied_share longest_common_run title_copied_share entropy kl".split()
 )
 """Numbers of a rollout."""
 
@@ -45,12 +37,12 @@ class Change:
     low: float
     high: float
 
+    @property
+    def by(self) -> str:
+        return f"{self.difference:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
     def __str__(self) -> str:
-        return f"{self.first:.2f} -> {self.last:.2f} (by {interval_text(self.difference, self.low, self.high)})"
-
-
-def interval_text(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{self.first:.2f} -> {self.last:.2f} (by {self.by})"
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:
@@ -60,8 +52,7 @@ def mean_of_known(values: Sequence[float | None]) -> float | None:
 
 def split(rollouts: list, bins: int = BINS, least: int = MIN_ROLLOUTS) -> list[list]:
     """Rollouts in `bins` parts of (nearly) the same number, or in fewer, so that each part has at least `least`."""
-    bins = max(1, min(bins, len(rollouts) // least))
-    return [rollouts[len(rollouts) * i // bins : len(rollouts) * (i + 1) // bins] for i in range(bins)]
+    return equal_parts(rollouts, min(bins, len(rollouts) // least))
 
 
 def spread_out(items: list, most: int) -> list:

@@ -1,4 +1,4 @@
-"""How much of a completion is copied from its prompt, or repeats itself."""
+"""How much of a completion is copied from its prompt."""
 
 import re
 import string
@@ -42,17 +42,6 @@ def copies_title(title: Sequence[str], completion: Sequence[str]) -> bool | None
     if len(title) < SHORTEST_TITLE:
         return None
     return longest_common_run(title, completion) >= TITLE_SHARE * len(title)
-
-
-def repeated_share(completion: Sequence, n: int = 2) -> float:
-    """Share of a completion's n-grams, of words or tokens, that occurred in it before, 0..1; 0 without n-grams.
-
-    Pairs of words by default: they repeat even in texts of ten words, where longer n-grams hardly can.
-
-    Source: seq-rep-n of Welleck et al. 2020 (1908.04319).
-    """
-    ngrams = [tuple(completion[i : i + n]) for i in range(len(completion) - n + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def template_fields(template: str, prompt: str) -> dict[str, str] | None:

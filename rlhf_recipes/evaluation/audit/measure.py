@@ -8,15 +8,18 @@ from rlhf_recipes.evaluation.audit.copying import (
     copied_share,
     copies_title,
     longest_common_run,
-    repeated_share,
     template_fields,
     words,
 )
 from rlhf_recipes.evaluation.audit.run import START, AuditedRun, Model
+from rlhf_recipes.evaluation.metrics import repeated_share
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.runs.files import COMPLETIONS, METRICS
+
+PHRASE_WORDS = 2
+"""Words of a phrase that counts as repeated: pairs repeat in texts of ten words too, longer phrases hardly ever."""
 
 
 def logged_rollouts(run: AuditedRun) -> tuple[list[dict[str, Any]], list[str]]:
@@ -65,7 +68,7 @@ def _of_text(template: str | None, prompt: Any, completion: Any) -> dict[str, An
     title = (template_fields(template, prompt) or {}).get("title") if template else None
     return {
         "length": len(said),
-        "repetition": repeated_share(said),
+        "repetition": repeated_share(said, PHRASE_WORDS),
         "copied_share": copied_share(asked, said),
         "longest_common_run": longest_common_run(asked, said),
         "title_copied_share": None if title is None else copies_title(words(title), said),

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rlhf_recipes.evaluation.audit.changes import Change, below_peak, change, interval_text, summary
-from rlhf_recipes.evaluation.intervals import student_interval
+from rlhf_recipes.evaluation.audit.changes import Change, below_peak, change, summary
 
 MIN_SHARE_CHANGE = 0.1
 """One completion, or one word, in ten."""
@@ -42,7 +41,7 @@ class Peak:
     above_end: bool
 
 
-def of_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
+def signs_in_log(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[str]]:
     """The part in which the held-out score peaks (None: not known), and signs of hacking."""
     if len(parts) < 2:
         return None, []
@@ -64,15 +63,13 @@ def _divergence(parts: list[list[dict[str, Any]]]) -> tuple[Peak | None, list[st
     if rows < 2:
         return None, []
     peak, differences = below_peak([column[:rows] for column in columns])
-    low, high = student_interval(differences) or (0.0, 0.0)
-    if low <= 0 or peak == len(parts) - 1:
+    drop = change([0.0] * rows, differences)
+    if drop is None or drop.low <= 0 or peak == len(parts) - 1:
         return Peak(peak, above_end=False), []
-    step = parts[peak][-1]["step"]
-    fell = f"the held-out score fell by {interval_text(fmean(differences), low, high)} after step {step}"
+    fell = f"the held-out score fell by {drop.by} after step {parts[peak][-1]['step']}"
     trained = change(_known(parts[peak], "score"), _known(parts[-1], "score"))
     if trained is not None and trained.low > 0:
-        rose = interval_text(trained.difference, trained.low, trained.high)
-        return Peak(peak, above_end=True), [f"the trained score rose by {rose} while {fell} (logged completions)"]
+        return Peak(peak, above_end=True), [f"the trained score rose by {trained.by} while {fell} (logged completions)"]
     return Peak(peak, above_end=True), [
         f"{fell} (logged completions), and no rise of the trained score can be shown: less a sign of hacking than of a "
         "training that went wrong"
@@ -113,7 +110,7 @@ def _entropy(parts: list[list[dict[str, Any]]]) -> list[str]:
     ]
 
 
-def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str], list[str]]:
+def signs_in_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str], list[str]]:
     """Compares the checkpoints of a training on the same held-out prompts.
 
     Args:
@@ -127,32 +124,22 @@ def of_checkpoints(models: list[dict[str, Any]]) -> tuple[Peak | None, list[str]
     if len(rows) < MIN_PROMPTS:
         return None, [], [f"{len(rows)} held-out prompts with a held-out score are too few to compare"]
     peak, differences = below_peak(columns)
-    best, last = models[peak]["name"], models[-1]["name"]
-    low, high = student_interval(differences) or (0.0, 0.0)
-    drop = interval_text(fmean(differences), low, high)
-    means = [fmean(column) for column in columns]
+    drop = change([0.0] * len(rows), differences)
+    best, last = (f"{models[i]['name']} ({fmean(columns[i]):.2f})" for i in (peak, -1))
     where = f"on {len(rows)} held-out prompts the held-out score"
-    above_end = low > 0 and peak < len(models) - 1
+    found = Peak(peak, above_end=drop is not None and drop.low > 0 and peak < len(models) - 1)
     signs, notes = [], []
     if peak == len(models) - 1:
-        notes.append(f"{where} is highest at the end: {last}, {means[-1]:.2f}")
-    elif not above_end:
-        notes.append(
-            f"{where} is highest at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is within noise of the best: "
-            f"below by {drop}"
-        )
-    else:
-        rest = ""
+        notes.append(f"{where} is highest at the end: {last}")
+    elif drop is not None and found.above_end:
         trained = _by_prompt(models[peak], models[-1], "score")
-        if trained is not None and trained.low > 0:
-            rose = interval_text(trained.difference, trained.low, trained.high)
-            rest = f", while its trained score is above by {rose}"
-        signs.append(
-            f"{where} peaks at {best} ({means[peak]:.2f}); {last} ({means[-1]:.2f}) is below the best by {drop}{rest}"
-        )
-    if not (above_end and peak == 0):  # that sign says it already
+        rest = "" if trained is None or trained.low <= 0 else f", while its trained score is above by {trained.by}"
+        signs.append(f"{where} peaks at {best}; {last} is below the best by {drop.by}{rest}")
+    elif drop is not None:
+        notes.append(f"{where} is highest at {best}; {last} is within noise of the best: below by {drop.by}")
+    if not (found.above_end and peak == 0):  # that sign says it already
         signs += _not_followed(models[0], models[-1])
-    return Peak(peak, above_end), signs, notes
+    return found, signs, notes
 
 
 def _not_followed(first: dict[str, Any], last: dict[str, Any]) -> list[str]:

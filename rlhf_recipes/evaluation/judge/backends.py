@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from rlhf_recipes.evaluation.judge.clients import Anthropic, OpenAI
 from rlhf_recipes.evaluation.judge.parse import Answer, Question
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.runs.references import is_hub_model, resolve_model
+from rlhf_recipes.runs.files import MANIFEST
+from rlhf_recipes.runs.references import SNAPSHOT, is_hub_model, resolve_model
 from rlhf_recipes.system.files import stamp_of
 from rlhf_recipes.system.terminal import hush_libraries
 
@@ -53,11 +54,8 @@ class LocalBackend:
     def __init__(self, recipe: Recipe, model: str):
         self.recipe, self.model, self.batch_size = recipe, model, recipe.judge.batch_size
         self.trusted = model in recipe.trust_remote_code
-        self.identity = {
-            "backend": recipe.judge.backend,
-            "model": model,
-            "weights": _fingerprint_of_folder(recipe, model),
-        }
+        weights = _fingerprint_of_folder(recipe, model)
+        self.identity = {"backend": recipe.judge.backend, "model": model, "weights": weights}
 
     def _folder(self) -> str:
         hush_libraries()
@@ -114,8 +112,8 @@ class RewardModel(LocalBackend):
         from rlhf_recipes.rewards.checked import checked
         from rlhf_recipes.rewards.functions import reward_model
 
-        function = reward_model(self._folder(), batch_size=self.batch_size, trust_remote_code=self.trusted)
-        function = checked(function, "judge", may_skip=False)
+        model = reward_model(self._folder(), batch_size=self.batch_size, trust_remote_code=self.trusted)
+        function = checked(model, "judge", may_skip=False)
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
             (scores,) = call_all(
@@ -173,8 +171,8 @@ def _fingerprint_of_folder(recipe: Recipe, model: str) -> str | None:
     files = [
         stamp_of(path)
         for folder in folders
-        for path in sorted(Path(folder).iterdir())
-        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
-        if path.name != "manifest.json"
+        for pattern in SNAPSHOT
+        for path in sorted(Path(folder).glob(pattern))
+        if path.name != MANIFEST
     ]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -42,13 +42,8 @@ class Endpoint:
             raise RecipeError(f"{self.url_variable}: {error}.") from None
         parts = urlsplit(self.url)
         self.where = parts.netloc + parts.path
-        self.identity = {
-            "backend": settings.backend,
-            "where": self.where,
-            "model": settings.model,
-            "max_new_tokens": settings.max_new_tokens,
-            "parameters": settings.parameters,
-        }
+        depends_on = settings.model_dump(include={"backend", "model", "max_new_tokens", "parameters"})
+        self.identity = {"where": self.where} | depends_on
         self._key = ""
 
     def ask(self, questions: list[Question]) -> Iterator[tuple[Question, Answer]]:

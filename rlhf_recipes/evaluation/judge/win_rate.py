@@ -5,7 +5,6 @@ log((words of a + 1) / (words of b + 1)), in words because models may differ in 
 """
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,17 +68,13 @@ def win_rate_by_length(outcomes: Sequence[float], ratios: Sequence[float]) -> li
     Returns:
         `from`, `to` (log length ratios), `prompts` (with a half where the middle is shared) and `win_rate` of each.
     """
-    n, ranked = len(ratios), sorted(ratios)
+    from scipy.stats import rankdata
+
     bins: list[list[tuple[float, float, float]]] = [[] for _ in range(BINS)]  # weight, ratio, outcome
-    for outcome, ratio in zip(outcomes, ratios, strict=True):
-        middle = bisect_left(ranked, ratio) + bisect_right(ranked, ratio)  # twice its middle rank
-        tenth, rest = divmod(BINS * middle, 2 * n)
-        if rest:
-            places = [tenth]
-        elif 2 * tenth == BINS:
-            places = [tenth - 1, tenth]
-        else:
-            places = [tenth - 1 if 2 * tenth < BINS else tenth]
+    positions = (rankdata(ratios) - 0.5) * BINS / max(1, len(ratios))  # whole numbers are borders of tenths
+    for outcome, ratio, position in zip(outcomes, ratios, positions.tolist(), strict=True):
+        below, above = math.ceil(position) - 1, math.floor(position)
+        places = {below} if 2 * position < BINS else {above} if 2 * position > BINS else {below, above}
         for place in places:
             bins[place].append((1 / len(places), ratio, outcome))
     return [

@@ -16,7 +16,6 @@ from rlhf_recipes.evaluation.audit.copying import (
     copied_share,
     copies_title,
     longest_common_run,
-    repeated_share,
     template_fields,
     words,
 )
@@ -55,13 +54,6 @@ def test_a_title_is_copied_when_three_quarters_of_it_are():
     assert copies_title(title, "so my cat ate the rest".split()) is True
     assert copies_title(title, "my cat ate a cake".split()) is False
     assert copies_title(["my", "cat"], ["my", "cat"]) is None
-
-
-def test_the_repeated_share_is_of_pairs_of_words():
-    assert repeated_share("great great great great".split()) == pytest.approx(2 / 3)  # 3 pairs, 1 of its own
-    assert repeated_share("a b a c".split()) == 0  # a word again, no pair
-    assert repeated_share(["a"]) == repeated_share([]) == 0
-    assert repeated_share("a b c a b c".split(), n=3) == 1 / 4
 
 
 def test_fields_come_back_out_of_a_prompt():
@@ -137,14 +129,14 @@ def test_a_part_is_summed_up():
 
 def test_a_trained_score_that_leaves_the_held_out_one_behind_is_found():
     parts = log(100, random.Random(0), score=lambda x: x, held_out=lambda x: min(x, 1 - x))
-    peak, signs = hacking.of_log(parts)
+    peak, signs = hacking.signs_in_log(parts)
     assert peak.index in (4, 5) and peak.above_end  # the middle
     assert len(signs) == 1 and signs[0].startswith("the trained score rose by 0.37 [")
     assert f"after step {parts[peak.index][-1]['step']} (logged completions)" in signs[0]
 
 
 def test_a_training_that_went_wrong_is_not_called_hacking():
-    _, signs = hacking.of_log(log(100, random.Random(0), score=lambda x: -x, held_out=lambda x: -x))
+    _, signs = hacking.signs_in_log(log(100, random.Random(0), score=lambda x: -x, held_out=lambda x: -x))
     assert len(signs) == 1 and "no rise of the trained score" in signs[0]
 
 
@@ -159,27 +151,28 @@ def test_a_training_that_went_wrong_is_not_called_hacking():
     ],
 )
 def test_each_change_is_found_in_its_direction_only(course, word):
-    _, signs = hacking.of_log(log(100, random.Random(0), **course))
+    _, signs = hacking.signs_in_log(log(100, random.Random(0), **course))
     assert len(signs) == 1 and word in signs[0]
     name, function = next(iter(course.items()))
-    assert hacking.of_log(log(100, random.Random(0), **{name: lambda x: function(1 - x)})) == (None, [])
+    assert hacking.signs_in_log(log(100, random.Random(0), **{name: lambda x: function(1 - x)})) == (None, [])
 
 
 def test_length_is_a_sign_only_where_longer_scores_higher():
     longer = {"length": lambda x: 10 + 5 * x}
-    assert "completions got longer" in hacking.of_log(log(100, **longer))[1][0]  # rank correlation 0.5, see above
+    assert "completions got longer" in hacking.signs_in_log(log(100, **longer))[1][0]  # rank correlation 0.5, see above
     parts = log(100, **longer)
     for part in parts:
         for one in part:
             one["pairs"] = [(3, 1.0), (4, 0.0), (5, 0.5)]  # -0.5: longer ones score lower
-    assert hacking.of_log(parts)[1] == []
+    assert hacking.signs_in_log(parts)[1] == []
 
 
 def test_honest_trainings_raise_few_alarms():
     courses = {"score": lambda x: x, "eos_rate": lambda x: 0.9, "repetition": lambda x: 0.1, "length": lambda x: 20.0}
     for held_out in (lambda x: 0.0, lambda x: x, lambda x: min(1, 3 * x)):
         alarms = sum(
-            bool(hacking.of_log(log(100, random.Random(seed), held_out=held_out, **courses))[1]) for seed in range(60)
+            bool(hacking.signs_in_log(log(100, random.Random(seed), held_out=held_out, **courses))[1])
+            for seed in range(60)
         )
         assert alarms <= 8  # 2 or 3 in 100 by chance; of the highest of ten, taken without halves, far more
 
@@ -197,7 +190,7 @@ def test_checkpoints_that_are_alike_have_no_peak_to_speak_of():
         models = models_of(random.Random(seed), [0] * 8)
         for model in models:
             model["score"] = [0.0] * 128
-        _, signs, notes = hacking.of_checkpoints(models)
+        _, signs, notes = hacking.signs_in_checkpoints(models)
         alarms += bool(signs)
         assert bool(signs) != bool(notes)
     assert alarms <= 8
@@ -206,7 +199,7 @@ def test_checkpoints_that_are_alike_have_no_peak_to_speak_of():
 def test_few_prompts_raise_no_more_alarms_than_many():
     alarms = 0
     for seed in range(200):
-        _, signs, _ = hacking.of_checkpoints(models_of(random.Random(seed), [0] * 3, prompts=4))
+        _, signs, _ = hacking.signs_in_checkpoints(models_of(random.Random(seed), [0] * 3, prompts=4))
         alarms += any("peaks at" in sign for sign in signs)
     assert alarms <= 16  # by the bootstrap of four values 28
 
@@ -216,11 +209,11 @@ def test_an_entropy_that_is_low_by_chance_has_not_fallen():
     for rollouts, values in zip(parts, ([0.0] * 9 + [1.0], [0.0] * 9 + [0.1]), strict=True):
         for one, value in zip(rollouts, values, strict=True):
             one["entropy"] = value
-    assert hacking.of_log(parts) == (None, [])
+    assert hacking.signs_in_log(parts) == (None, [])
 
 
 def test_the_peak_among_checkpoints_is_named_with_the_drop():
-    peak, signs, notes = hacking.of_checkpoints(models_of(random.Random(0), [0, 1, 3, 0.9]))
+    peak, signs, notes = hacking.signs_in_checkpoints(models_of(random.Random(0), [0, 1, 3, 0.9]))
     assert peak == hacking.Peak(2, above_end=True) and notes == []
     assert "peaks at m2" in signs[0] and "m3 (0.9" in signs[0]
     assert signs[0].endswith("while its trained score is above by 1.00 [1.00, 1.00]")
@@ -228,23 +221,23 @@ def test_the_peak_among_checkpoints_is_named_with_the_drop():
 
 
 def test_a_held_out_score_that_never_followed_is_a_sign():
-    _, signs, notes = hacking.of_checkpoints(models_of(random.Random(0), [0, 0]))
+    _, signs, notes = hacking.signs_in_checkpoints(models_of(random.Random(0), [0, 0]))
     assert len(signs) == 1 and "did not measurably rise" in signs[0] and len(notes) == 1
-    _, signs, _ = hacking.of_checkpoints(models_of(random.Random(0), [3, 0]))
+    _, signs, _ = hacking.signs_in_checkpoints(models_of(random.Random(0), [3, 0]))
     assert len(signs) == 1 and "peaks at m0" in signs[0]
-    _, signs, _ = hacking.of_checkpoints(models_of(random.Random(0), [3, 5, 0]))
+    _, signs, _ = hacking.signs_in_checkpoints(models_of(random.Random(0), [3, 5, 0]))
     assert len(signs) == 2 and "peaks at m1" in signs[0] and "and the held-out score fell: 2.94 -> " in signs[1]
 
 
 def test_prompts_without_a_held_out_score_are_left_out():
     models = [{"name": f"m{value}", "score": [0.0] * 6, "held_out": [None, *[value] * 5]} for value in (5, 3)]
-    peak, signs, _ = hacking.of_checkpoints(models)
+    peak, signs, _ = hacking.signs_in_checkpoints(models)
     assert (
         peak == hacking.Peak(0, above_end=True)
         and "on 5 held-out prompts" in signs[0]
         and "2.00 [2.00, 2.00]" in signs[0]
     )
-    peak, signs, notes = hacking.of_checkpoints([{"name": "a", "score": [None], "held_out": [None]}])
+    peak, signs, notes = hacking.signs_in_checkpoints([{"name": "a", "score": [None], "held_out": [None]}])
     assert (peak, signs) == (None, []) and "too few" in notes[0]
 
 

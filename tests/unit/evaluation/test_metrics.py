@@ -14,6 +14,7 @@ from rlhf_recipes.evaluation.metrics import (
     ngram_repetition,
     pair_accuracy,
     perplexity,
+    repeated_share,
     rouge,
     unique_token_ratio,
 )
@@ -31,6 +32,13 @@ def test_distinct_n():
 def test_unique_token_ratio():
     assert unique_token_ratio([list("aaab"), ["c"], []]) == pytest.approx((0.5 + 1) / 2)
     assert unique_token_ratio([[], []]) is None
+
+
+def test_the_repeated_share_is_of_ngrams():
+    assert repeated_share("great great great great".split(), 2) == pytest.approx(2 / 3)  # 3 pairs, 1 of its own
+    assert repeated_share("a b a c".split(), 2) == 0  # a word again, no pair
+    assert repeated_share(["a"], 2) == repeated_share([], 2) == 0
+    assert repeated_share("a b c a b c".split(), 3) == 1 / 4
 
 
 def test_ngram_repetition_tells_loops_from_common_tokens():
