@@ -1,23 +1,33 @@
-"""Score texts with a recipe's reward functions, outside of any training."""
+"""Scores texts with a recipe's reward functions, without any training."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.runs.files import is_finished, run_path
 from rlhf_recipes.runs.inputs import check_references
+from rlhf_recipes.system.files import read_lines
 from rlhf_recipes.system.terminal import hush_libraries, log_to, print_table, say
+
+Text = str | list[dict]
+"""A plain text, or chat messages."""
 
 
 def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
-    """Print the score of every text, and what each reward function says about it.
+    """Prints the score of every text, and the value of each reward function.
 
-    Texts count as finished completions. With `file`, its lines are texts; lines of a .jsonl file are objects with
-    `completion` and maybe `prompt`, or with `text`; prompt and completion may both be lists of chat messages.
+    Texts count as finished completions.
+
+    Args:
+        recipe: With ppo or rloo.
+        texts: Completions without a prompt.
+        file: One completion a line; or a .jsonl file whose lines have `completion` and maybe `prompt`, or `text`. Prompt
+            and completion may both be lists of chat messages.
 
     Raises:
-        RecipeError: Nothing to score, an unreadable file, or what reward functions raise.
+        RecipeError: There is nothing to score, the file cannot be read, or a reward function fails.
     """
     rows = [("", text) for text in texts] + (_read(file) if file else [])
     if not rows:
@@ -50,7 +60,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
 
 
 def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[list[int]]:
-    """Token ids of finished completions under the policy's tokenizer, EOS included."""
+    """Token ids of finished completions, EOS included. Until the policy is trained, words stand in for its tokens."""
     from rlhf_recipes.data.tokenizer import load_tokenizer
 
     policy = getattr(recipe, stage).policy
@@ -62,27 +72,25 @@ def _completion_ids(recipe: Recipe, stage: str, completions: list[str]) -> list[
     return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
 
 
-def _read(file: Path) -> list[tuple[str | list[dict], str | list[dict]]]:
+def _read(file: Path) -> list[tuple[Text, Text]]:
+    """Prompt and completion of every line."""
     try:
-        with open(file, encoding="utf-8") as opened:  # splitlines() would part texts at U+2028
-            lines = [line.rstrip("\n") for line in opened if line.strip()]
+        if file.suffix != ".jsonl":
+            with open(file, encoding="utf-8") as lines:
+                return [("", line.rstrip("\n")) for line in lines if line.strip()]
+        rows = read_lines(file)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"--file {file}: this line is no JSON ({error.msg}): {error.doc.strip()[:120]}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--file {file}: cannot be read: {error}.") from error
-    if file.suffix != ".jsonl":
-        return [("", line) for line in lines]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            completion = row["completion"] if "completion" in row else row["text"]
-            prompt = row.get("prompt", "" if isinstance(completion, str) else [])
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise RecipeError(
-                f"--file {file}, line {number}: needs an object with completion, or with text."
-            ) from error
-        if type(prompt) is not type(completion):
-            raise RecipeError(
-                f"--file {file}, line {number}: prompt and completion must both be texts, or chat messages."
-            )
-        rows.append((prompt, completion))
-    return rows
+    return [_pair(row, f"--file {file}, line {number}") for number, row in enumerate(rows, 1)]
+
+
+def _pair(row: Any, line: str) -> tuple[Text, Text]:
+    if not isinstance(row, dict) or not row.keys() & {"completion", "text"}:
+        raise RecipeError(f"{line}: needs an object with completion, or with text.")
+    completion = row["completion"] if "completion" in row else row["text"]
+    prompt = row.get("prompt", "" if isinstance(completion, str) else [])
+    if type(prompt) is not type(completion):
+        raise RecipeError(f"{line}: prompt and completion must both be texts, or chat messages.")
+    return prompt, completion

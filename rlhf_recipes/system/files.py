@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path, most: int | None = None, skip_damaged: bool = False) -> list[Any]:
-    """The values in a jsonl file, one a line. A line ends at a line break only, not at U+2028.
+    """The values in a jsonl file, one a line; empty lines are skipped. A line ends at a line break only, not at U+2028.
 
     Args:
         path: The file.
@@ -72,7 +72,7 @@ def read_lines(path: Path, most: int | None = None, skip_damaged: bool = False) 
     """
     found = []
     with open(path, "rb") as file:
-        for line in islice(file, most):
+        for line in islice(filter(bytes.strip, file), most):
             try:
                 found.append(json.loads(line))
             except (ValueError, RecursionError):

@@ -55,11 +55,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where `mask` is 1; 0 when there is none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
 def masked_whiten(
     x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums, center: bool = True
 ) -> Tensor:

@@ -14,7 +14,6 @@ from rlhf_recipes.trainers.advantages import (
     gae,
     group_mean,
     leave_one_out,
-    masked_mean,
     masked_whiten,
     token_rewards,
 )
@@ -85,11 +84,6 @@ def test_nothing_behind_eos_has_any_influence():
     long = gae(rewards, values, mask, 1.0, 0.95)
     for cut, whole in zip(short, long, strict=True):
         assert torch.equal(cut, whole[:, :2]) and whole[:, 2:].abs().sum() == 0
-
-
-def test_masked_mean_counts_only_the_mask():
-    assert masked_mean(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]])) == 2.0
-    assert masked_mean(torch.tensor([[5.0]]), torch.tensor([[0]])) == 0.0
 
 
 def test_masked_whiten_has_mean_0_and_biased_variance_1_also_far_from_0():
