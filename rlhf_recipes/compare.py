@@ -1,4 +1,4 @@
-"""Stage compare: put finished runs next to each other, and say which algorithm is better.
+"""Stage compare: compares the finished runs of a recipe, and says which algorithm is better.
 
     python -m rlhf_recipes.compare --recipe imdb_tiny
 

@@ -1,4 +1,4 @@
-"""Writes a comparison: data, pictures, page and markdown."""
+"""Writes a comparison to files: data, pictures, page and markdown."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ from rlhf_recipes.system.files import write_whole, writing
 
 
 def compare_runs(arguments: list[str], folder: Path) -> bool:
-    """Compare runs as the command line names them; write and print what comes out.
+    """Compares the runs that the command line names, then writes and prints the comparison.
 
     Args:
         arguments: See `read_runs`.
-        folder: Where to.
+        folder: Gets the files.
 
     Returns:
-        Whether they can be compared.
+        Whether the runs are comparable.
     """
     runs = read_runs(arguments)
     title = "Comparison: " + " and ".join(dict.fromkeys(name_of(run.label) for run in runs))
@@ -36,7 +36,7 @@ def compare_runs(arguments: list[str], folder: Path) -> bool:
 
 
 def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
-    """Write a comparison as data, pictures, page and markdown."""
+    """Writes `comparison.json`, pictures, `report.html` and `report.md` to an existing folder."""
     write_whole(folder / "comparison.json", json.dumps(comparison, ensure_ascii=False))
     draw_comparison(comparison, folder)
     write_page(folder / "report.html", comparison)
@@ -44,7 +44,7 @@ def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
 
 
 def notes_on(sft_path: Path, reward_path: Path) -> list[str]:
-    """Sentences about the quality of the SFT model and the reward model that runs build on, if these folders hold them."""
+    """Sentences about the quality of the SFT model and the reward model in these folders, if there are any."""
     sft, reward = (read_manifest(path) or {} for path in (sft_path, reward_path))
     notes = []
     if sft.get("status") == "finished":

@@ -10,16 +10,7 @@ from rlhf_recipes.rewards.checked import AsyncReward, CheckedReward, RewardError
 from rlhf_recipes.rewards.score import weighted_sum
 
 
-def call_all(
-    functions: list[CheckedReward],
-    /,
-    *,
-    prompts: list,
-    completions: list,
-    completion_ids: list[list[int]],
-    finished: list[bool],
-    **columns: Any,
-) -> list[Values]:
+def call_all(functions: list[CheckedReward], /, **call: Any) -> list[Values]:
     """Calls every reward function on B completions: one list of B values per function.
 
     Async functions, and functions with a timeout, run side by side. Meanwhile the other functions run in this thread, one
@@ -27,21 +18,13 @@ def call_all(
 
     Args:
         functions: Wrapped by `checked`.
-        prompts: Texts or lists of chat messages, (B,).
-        completions: As the prompts, (B,).
-        completion_ids: Token ids, EOS included.
-        finished: Which completions ended with EOS.
-        columns: The data's other columns, and anything else that a function may ask for by name.
+        call: `prompts` and `completions`, texts or lists of chat messages; `completion_ids`, token ids with EOS;
+            `finished`, which completions ended with EOS; the data's other columns, and anything else that a function may
+            ask for by name.
 
     Raises:
         RewardError: A function failed. If several did, the first of them in the list.
     """
-    call = columns | {
-        "prompts": prompts,
-        "completions": completions,
-        "completion_ids": completion_ids,
-        "finished": finished,
-    }
     answers = [_start(function, call) for function in functions]
     try:
         for function, answer in zip(functions, answers, strict=True):

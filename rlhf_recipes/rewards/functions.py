@@ -1,15 +1,15 @@
 """The reward functions that a recipe can name.
 
-Each is a factory: its keyword arguments are the recipe's `args`, and it returns a function
+Each is a factory. It takes the recipe's `args` as keywords, and returns a function
 
     (prompts, completions, completion_ids, finished, **columns) -> list[float | None]
 
-with one entry per completion, B of them. `prompts` and `completions` are texts, or lists of chat messages.
-`completion_ids` are token ids, EOS included. `finished` is True for completions that ended with EOS, False for those that
-were cut off. `columns` are the data's other columns. None means that the function does not apply to a completion: the
-other functions then make its score. A recipe's only function must not return None.
+that gives one value per completion. `prompts` and `completions` are texts, or lists of chat messages. `completion_ids` are
+token ids, EOS included. `finished` is True for completions that ended with EOS, False for those that were cut off.
+`columns` are the data's other columns. None means that the function does not apply to a completion, so that the other
+functions alone make its score. A recipe's only function must not return None.
 
-Add a function here and name it in `registry.REWARD_FUNCS`; or write it in a file of your own, which changes no file here.
+To add a function, write it here and name it in `registry.REWARD_FUNCS`; or write it in a file of your own.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.checked import Reward
-from rlhf_recipes.rewards.classifier import Dtype, batch_logits, label_index, load_classifier
+from rlhf_recipes.rewards.classifier import Dtype, label_index, label_values, load_classifier
 from rlhf_recipes.rewards.reader import RewardModelReader
 
 
@@ -39,26 +39,21 @@ def sentiment(
         model: Hub id or folder of a sequence classifier.
         label: One of its labels, by name or by number.
         output: `logit` is unbounded; `probability` lies in 0..1.
-        text: `all` classifies prompt and completion, `completion` only that.
-        batch_size: Texts a forward pass.
-        max_length: Longer texts are cut to this many tokens.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        dtype: What the model computes in; bfloat16 and float16 take half the memory, auto is what it was saved in.
+        text: `all` classifies prompt and completion, `completion` only the completion.
+        batch_size: Texts per forward pass.
+        max_length: Longest text in tokens; longer texts lose their end.
+        trust_remote_code: Whether Python code in the model's repository may run.
+        dtype: Type of the weights. bfloat16 and float16 take half the memory; auto is the type they were saved in.
     """
     classifier, tokenizer = load_classifier("sentiment", model, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # A classifier on a causal backbone reads the last token that is not padding: it must know which one pads.
-    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     index = label_index(model, classifier.config, label)
 
     def score(prompts, completions, **columns) -> list[float]:
         texts = [_joined(p, c, text) for p, c in zip(prompts, completions, strict=True)]
-        values = []
-        for logits in batch_logits(classifier, tokenizer, texts, batch_size, max_length):
-            values += (logits.softmax(-1) if output == "probability" else logits)[:, index].tolist()
-        return values
+        rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        rows = [row or [pad] for row in rows]  # a model cannot read an empty text
+        return label_values(classifier, rows, pad, batch_size, index, output == "probability")
 
     return score
 
@@ -70,28 +65,29 @@ def reward_model(
     trust_remote_code: bool = False,
     dtype: Dtype = "float32",
 ) -> Reward:
-    """Scalar score of a reward model, read where it was trained to be read; a cut-off completion is not read as finished.
+    """Score of a reward model, which reads each text in the format that it was trained on.
 
-    How it was trained stands beside it in `scoring.json`, which stage reward writes and which is followed. Without that
-    file it is read as TRL's RewardTrainer trains: at the EOS behind a finished text. Its own tokenizer is used, and its
-    chat template for chat messages. The log says what is done.
+    Stage reward stores the format beside the model, in `scoring.json`. A model without this file reads as TRL's
+    RewardTrainer trains: at the EOS that ends a finished text. Chat messages get the chat template of the model's own
+    tokenizer. A completion that was cut off does not count as finished. The log says which format is in use.
 
     Args:
-        model: `stage:reward`, a Hub id or a folder of a sequence classifier with one label.
-        batch_size: Texts a forward pass.
-        max_length: Longer texts lose their beginning. None: as long as the training's, and the model's context.
-        trust_remote_code: Whether Python code that comes with the model may run.
-        dtype: What the model computes in; bfloat16 and float16 take half the memory, auto is what it was saved in.
+        model: `stage:reward`, or a Hub id or folder of a sequence classifier with one label.
+        batch_size: Texts per forward pass.
+        max_length: Longest text in tokens; longer texts lose their beginning. None: the limit of the training or of the
+            model's context.
+        trust_remote_code: Whether Python code in the model's repository may run.
+        dtype: Type of the weights. bfloat16 and float16 take half the memory; auto is the type they were saved in.
     """
     parts = load_classifier("reward_model", model, dtype=dtype, trust_remote_code=trust_remote_code)
     return RewardModelReader(model, *parts, batch_size, max_length)
 
 
 def vader_sentiment(text: Literal["all", "completion"] = "all") -> Reward:
-    """VADER's compound sentiment, -1 (negative) to 1 (positive), from word lists: no model.
+    """VADER's compound sentiment, -1 (negative) to 1 (positive). It uses word lists instead of a model.
 
     Args:
-        text: `all` rates prompt and completion, `completion` only that.
+        text: `all` rates prompt and completion, `completion` only the completion.
     """
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -107,10 +103,10 @@ def vader_sentiment(text: Literal["all", "completion"] = "all") -> Reward:
 
 
 def length(unit: Literal["words", "tokens"] = "words") -> Reward:
-    """Minus the completion's length: shorter is better; a negative weight turns it round.
+    """Minus the completion's length, so shorter is better. With a negative weight, longer is better.
 
     Args:
-        unit: `words` are separated by blanks; `tokens` are the policy's, EOS not counted.
+        unit: `words` are separated by blanks; `tokens` are the policy's, without EOS.
     """
     return lambda **call: [-float(n) for n in _lengths(unit, call)]
 
@@ -119,16 +115,16 @@ def length_range(minimum: int = 0, maximum: int | None = None, unit: Literal["wo
     """0 for a completion whose length lies within the range, -1 for any other.
 
     Args:
-        minimum: Shortest length that is within.
-        maximum: Longest length that is within. None: no limit.
-        unit: `words` are separated by blanks; `tokens` are the policy's, EOS not counted.
+        minimum: Shortest length within the range.
+        maximum: Longest length within the range. None: no limit.
+        unit: `words` are separated by blanks; `tokens` are the policy's, without EOS.
     """
     longest = math.inf if maximum is None else maximum
     return lambda **call: [0.0 if minimum <= n <= longest else -1.0 for n in _lengths(unit, call)]
 
 
 def repetition(unit: Literal["words", "tokens"] = "tokens") -> Reward:
-    """Share of tokens that occurred before in the same completion, 0..1; give it a negative weight.
+    """Share of tokens that occurred before in the same completion, 0..1. Give it a negative weight.
 
     Args:
         unit: `words` are separated by blanks; `tokens` are the policy's.
@@ -142,12 +138,12 @@ def repetition(unit: Literal["words", "tokens"] = "tokens") -> Reward:
 
 
 def regex(pattern: str, match: float = 1.0, no_match: float = 0.0) -> Reward:
-    """One value for completions in which the pattern is found, another for the rest.
+    """One value for completions that match a pattern, another for the rest.
 
     Args:
         pattern: A Python regular expression, searched anywhere in the completion.
-        match: The value where it is found.
-        no_match: The value where it is not.
+        match: Value of a completion that matches.
+        no_match: Value of any other.
     """
     try:
         compiled = re.compile(pattern)

@@ -8,6 +8,7 @@ from rlhf_recipes.data.tokenizer import context_length
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.checked import RewardError
+from rlhf_recipes.rewards.classifier import label_values
 from rlhf_recipes.rewards.scoring import Scoring, assumed_scoring, stored_scoring
 from rlhf_recipes.runs.files import SCORING
 
@@ -36,7 +37,7 @@ class RewardModelReader:
 
         Args:
             model: Folder or Hub id that the model came from, which may hold a `scoring.json`; for messages, too.
-            classifier: The reward model. Its `pad_token_id` is set to that of the training.
+            classifier: The reward model. Its `pad_token_id` becomes that of the training.
             tokenizer: The model's own.
             batch_size: Texts per forward pass.
             max_length: Longest text in tokens; longer texts lose their beginning. None: the limit of the training or of
@@ -59,8 +60,6 @@ class RewardModelReader:
         self._tokenizer: Any = tokenizer  # transformers declares one return type for all options of its methods
         self._scoring = stored or assumed_scoring(classifier, tokenizer)
         self._longest = self._limit(max_length)
-        # A classifier on a causal backbone reads the last token that is not padding, so it must know the pad token.
-        classifier.config.get_text_config().pad_token_id = self._scoring.pad_token_id
         source = f"read as its {SCORING} says" if stored else f"no {SCORING}, so read as TRL's RewardTrainer trains"
         logger.info("reward_model: %s: %s: %s", model, source, self._format())
 
@@ -76,14 +75,8 @@ class RewardModelReader:
                 self._longest,
             )
             rows = [self._cut(row) for row in rows]
-        # Batches hold texts of similar length, so that there is little padding.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(rows), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            for i, output in zip(batch, self._outputs([rows[i] for i in batch]), strict=True):
-                scores[i] = output - self._scoring.center
-        return scores
+        outputs = label_values(self._classifier, rows, self._scoring.pad_token_id, self._batch_size)
+        return [output - self._scoring.center for output in outputs]
 
     def _limit(self, max_length: int | None) -> float:
         """Longest text in tokens that is read whole; infinite if nothing limits it."""
@@ -147,15 +140,3 @@ class RewardModelReader:
             return ids
         first = ids[:1] if ids[0] in (self._tokenizer.bos_token_id, self._tokenizer.cls_token_id) else []
         return first + ids[len(ids) - int(self._longest) + len(first) :]
-
-    def _outputs(self, rows: list[list[int]]) -> list[float]:
-        """The model's number for every row of token ids."""
-        import torch
-
-        from rlhf_recipes.models.forward import pad_batch
-
-        classifier = self._classifier
-        ids, mask, _ = pad_batch([[] for _ in rows], rows, self._scoring.pad_token_id)
-        with torch.inference_mode():
-            logits = classifier(input_ids=ids.to(classifier.device), attention_mask=mask.to(classifier.device)).logits
-        return logits[:, 0].float().tolist()

@@ -1,7 +1,7 @@
-"""The registry of reward functions: finds a recipe's functions, checks their arguments, builds them.
+"""Finds the reward functions that a recipe names, checks their arguments, and builds them.
 
-`REWARD_FUNCS` is the one place that knows the names. A user's own function is `module:function` or `path/to/file.py:function`:
-a factory like those in `functions.py`, or the reward function itself, which has a parameter `completions`.
+`REWARD_FUNCS` lists the names. A user's own function is `module:function` or `path/to/file.py:function`. It is a factory
+like those in `functions.py`, or a reward function itself, which has a parameter `completions`.
 """
 
 import difflib
@@ -14,28 +14,20 @@ from typing import Any, get_args
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import RewardFunc
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
+from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.checked import CheckedReward, Reward, checked
-from rlhf_recipes.rewards.classifier import load_classifier, own_tokenizer, placed
-from rlhf_recipes.rewards.functions import (
-    length,
-    length_range,
-    regex,
-    repetition,
-    reward_model,
-    sentiment,
-    vader_sentiment,
-)
+from rlhf_recipes.rewards.classifier import load_classifier, on_device, own_tokenizer
 from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.runs.references import resolve_model
 
 REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
-    "sentiment": sentiment,
-    "vader_sentiment": vader_sentiment,
-    "reward_model": reward_model,
-    "length": length,
-    "length_range": length_range,
-    "repetition": repetition,
-    "regex": regex,
+    "sentiment": functions.sentiment,
+    "vader_sentiment": functions.vader_sentiment,
+    "reward_model": functions.reward_model,
+    "length": functions.length,
+    "length_range": functions.length_range,
+    "repetition": functions.repetition,
+    "regex": functions.regex,
 }
 
 CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
@@ -43,7 +35,7 @@ CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "traine
 
 
 def check_reward_funcs(recipe: Recipe) -> list[str]:
-    """Findings about the names and arguments of a recipe's reward functions; loads no model."""
+    """Finds errors in the names and arguments of a recipe's reward functions, without loading a model."""
     findings = []
     for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
         for i, spec in enumerate(specs):
@@ -55,14 +47,17 @@ def check_reward_funcs(recipe: Recipe) -> list[str]:
 
 
 def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[CheckedReward]:
-    """Reward functions ready for a trainer: arguments bound, models loaded, every call checked.
+    """Builds reward functions for a trainer: binds their arguments, loads their models, and wraps them by `checked`.
 
-    Each has a `__name__` of its own, under which TRL logs it.
+    Each has its own `__name__`, under which TRL logs it.
+
+    Args:
+        recipe: For `stage:` references in the arguments.
+        specs: The recipe's list of reward functions.
+        key: Where the list is in the recipe. It replaces `reward_funcs` at the beginning of a factory's message.
 
     Raises:
-        RecipeError: Unknown name, wrong argument, or a model that cannot be loaded. A key `reward_funcs` at the
-            beginning of a factory's message becomes that of the list's entry, such as `reward_funcs.0`.
-        RewardError: Raised by the functions themselves, when called, with the function's name and the sample.
+        RecipeError: Unknown name, wrong argument, or a model that cannot be loaded. Names the entry of the list.
     """
     built, names = [], []
     for i, spec in enumerate(specs):
@@ -78,9 +73,9 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
         try:
-            with _whole_models():
+            with _complete_models():
                 function = _bind(spec, found, args)
-        except RecipeError as error:  # it cannot know its place in the list
+        except RecipeError as error:  # the factory does not know the function's place in the list
             message = str(error)
             where = "" if message.startswith("reward_funcs") else ": "
             raise RecipeError(f"{key}.{i}{where}{message.removeprefix('reward_funcs')}") from error
@@ -89,16 +84,16 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
 
 
 @contextmanager
-def _whole_models() -> Iterator[None]:
-    """Inside, every process loads all of a model under ZeRO-3, too: no engine would put together one that is spread."""
+def _complete_models() -> Iterator[None]:
+    """Makes every process load complete models under ZeRO-3, too. Nothing would gather the parts of a reward model."""
     from transformers.integrations import deepspeed
 
-    spread = deepspeed._hf_deepspeed_config_weak_ref
+    zero3 = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = spread
+        deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
 def _find(name: str) -> Callable:
@@ -115,20 +110,20 @@ def _find(name: str) -> Callable:
     return find_function(name, "reward function")
 
 
-def _is_reward_itself(function: Callable) -> bool:
-    """Whether it takes completions, as reward functions for TRL do; any other function is a factory."""
+def _takes_completions(function: Callable) -> bool:
+    """Whether a function is a reward function itself, as TRL's users write them. Any other function is a factory."""
     return "completions" in inspect.signature(function).parameters
 
 
 def _check_args(spec: RewardFunc, found: Callable) -> None:
-    takes_completions = _is_reward_itself(found)
+    is_reward = _takes_completions(found)
     parameters = inspect.signature(found).parameters.values()
     known = {
         p.name: p
         for p in parameters
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not (takes_completions and p.name in CALL_KEYWORDS)
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not (is_reward and p.name in CALL_KEYWORDS)
     }
-    takes_any = takes_completions and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_any = is_reward and any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name, value in spec.args.items():
         if name not in known and not takes_any:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -138,12 +133,12 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
             raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(choices)}, not {value!r}.")
     for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in spec.args and not takes_completions:
+        if parameter.default is parameter.empty and name not in spec.args and not is_reward:
             raise RecipeError(f"{spec.name} needs the argument {name!r}.")
 
 
 def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
-    if _is_reward_itself(found):
+    if _takes_completions(found):
         return functools.partial(found, **args)
     with running_user_code(f"reward function {spec.name!r} could not be set up"):
         function = found(**args)
@@ -172,7 +167,7 @@ def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
     if isinstance(function, str):
         model, (classifier, tokenizer) = function, load_classifier("reward_model", function, processing_class)
     elif isinstance(function, nn.Module) and config is not None:  # also a compiled model or one with PEFT
-        model, classifier = config._name_or_path, placed(function)
+        model, classifier = config._name_or_path, on_device(function)
         if processing_class is None and not model:
             raise RecipeError(
                 f"reward_funcs: {type(function).__name__} does not say where it was loaded from; pass its tokenizer too."

@@ -1,4 +1,4 @@
-"""From the answers of the reward functions to one score per completion."""
+"""Makes one score per completion from the values of the reward functions."""
 
 import math
 from collections.abc import Callable
@@ -19,12 +19,12 @@ def shape_scores(
     """The score of every completion, (N,): a weighted sum, then missing_eos, normalization and clipping, in this order.
 
     Args:
-        values: What each reward function says, (N, F); NaN where it does not apply.
+        values: Of every reward function, (N, F); NaN where it does not apply.
         weights: (F,).
         finished: True where a completion ended with EOS, (N,).
-        missing_eos: `mode` and `value` of `apply_missing_eos`; None: an unfinished completion keeps its score.
-        normalize: Scores -> scores; None: they stay as they are.
-        clip_range: Lowest and highest score; None: no limits.
+        missing_eos: `mode` and `value` of `apply_missing_eos`. None: an unfinished completion keeps its score.
+        normalize: Scores -> scores. None: they stay as they are.
+        clip_range: Lowest and highest score. None: no limits.
 
     Returns:
         Scores; NaN where no reward function applies.
@@ -38,7 +38,7 @@ def shape_scores(
 
 
 def weighted_sum(values: "Tensor", weights: "Tensor") -> "Tensor":
-    """Scores (N,): the sum over functions of weight times value; NaN where no function applies.
+    """Sums weight times value over the functions that apply: scores (N,), NaN where none applies.
 
     Args:
         values: (N, F), NaN where a function does not apply.
@@ -52,14 +52,14 @@ def weighted_sum(values: "Tensor", weights: "Tensor") -> "Tensor":
 def apply_missing_eos(
     scores: "Tensor", finished: "Tensor", mode: Literal["replace", "subtract"], value: float
 ) -> "Tensor":
-    """Scores in which a completion without EOS pays for it; NaN, where no reward function applies, stays NaN.
+    """Lowers the scores of completions without EOS. NaN, where no reward function applies, stays NaN.
 
     Source: `replace`, with -1, in Huang et al. 2024 (2403.17031); `subtract` as the `missing_eos_penalty` that TRL had.
 
     Args:
         scores: (B,).
         finished: Whether a completion ended with EOS, boolean (B,).
-        mode: `replace` gives an unfinished completion the score `value`; `subtract` takes `value` away from its own.
+        mode: `replace` sets the score of an unfinished completion to `value`; `subtract` subtracts `value` from it.
         value: The score, or the penalty.
     """
     if mode not in ("replace", "subtract"):

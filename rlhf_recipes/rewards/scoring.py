@@ -79,19 +79,8 @@ def trained_scoring(trainer: Any, chat: bool, center: float) -> Scoring:
         chat: Whether its rows are chat messages.
         center: Mean score of held-out texts, or 0.
     """
-    tokenizer = trainer.processing_class
-    return Scoring(
-        format="chat" if chat else "text",
-        append_eos=not chat,
-        eos_token=tokenizer.eos_token,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token=tokenizer.pad_token,
-        pad_token_id=trainer.data_collator.pad_token_id,
-        padding_side="right",
-        max_length=trainer.args.max_length,
-        chat_template_sha256=_template_sha256(tokenizer) if chat else None,
-        center=center,
-    )
+    pad_token_id = trainer.data_collator.pad_token_id
+    return _scoring(trainer.processing_class, "chat" if chat else "text", pad_token_id, trainer.args.max_length, center)
 
 
 def stored_scoring(model: str) -> Scoring | None:
@@ -127,17 +116,27 @@ def assumed_scoring(classifier: "PreTrainedModel", tokenizer: Any) -> Scoring:
     pad_token_id = config.get_text_config().pad_token_id
     if pad_token_id is None or not 0 <= pad_token_id < len(tokenizer):
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return _scoring(tokenizer, None, pad_token_id, None, getattr(config, "score_center", 0.0))
+
+
+def _scoring(
+    tokenizer: Any,
+    format: Literal["text", "chat"] | None,
+    pad_token_id: int,
+    max_length: int | None,
+    center: float,
+) -> Scoring:
     return Scoring(
-        format=None,
-        append_eos=tokenizer.eos_token is not None,
+        format=format,
+        append_eos=format != "chat" and tokenizer.eos_token is not None,
         eos_token=tokenizer.eos_token,
         eos_token_id=tokenizer.eos_token_id,
         pad_token=tokenizer.convert_ids_to_tokens(pad_token_id),
         pad_token_id=pad_token_id,
         padding_side="right",
-        max_length=None,
-        chat_template_sha256=None,
-        center=getattr(config, "score_center", 0.0),
+        max_length=max_length,
+        chat_template_sha256=_template_sha256(tokenizer) if format == "chat" else None,
+        center=center,
     )
 
 
