@@ -49,7 +49,8 @@ def find_held_out(runs: list[TrainedRun]) -> tuple[dict[str, Measured], list[str
     """Finds the eval of every run, in the folder that holds the run's folder or one folder above.
 
     Returns:
-        Name of a run -> its results; {} if a run has none or the results cannot be compared. And sentences that say why.
+        Name of a run -> its results, and notes. If a run has no results, or they cannot be compared, the first is {} and
+        the notes say why.
     """
     found, notes = {}, []
     for run in runs:

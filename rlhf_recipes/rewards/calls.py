@@ -1,4 +1,4 @@
-"""Calls a recipe's reward functions on completions, slow functions side by side, and weighs their values."""
+"""Calls reward functions on completions, slow functions side by side, and makes scores of their values."""
 
 import math
 from concurrent.futures import Future
@@ -41,7 +41,7 @@ def call_all(functions: list[CheckedReward], /, **call: Any) -> list[Values]:
 
 
 def _start(function: CheckedReward, call: dict[str, Any]) -> Future:
-    """Starts a function that runs beside the others; for a function of this thread, its answer is still to be set."""
+    """Starts a function that runs beside the others. A function of this thread gets a future that has no result yet."""
     if isinstance(function, AsyncReward):
         return run_in_loop(function(**call))
     return Future() if function.timeout is None else run_in_thread(function, **call)
@@ -59,14 +59,14 @@ def _result(function: CheckedReward, answer: Future) -> Values:
 
 
 def call_all_on_every_rank(functions: list[CheckedReward], /, **call: Any) -> list[Values]:
-    """`call_all` for this process's completions. An error on one process is raised on all of them.
+    """`call_all` for this process's completions. An error on one process is raised on all processes.
 
     Args:
         functions: As in `call_all`.
         call: As in `call_all`.
 
     Raises:
-        RewardError: The error of the first process that has one. Without it, the other processes would wait forever.
+        RewardError: The error of the first process that has one; otherwise the other processes would wait forever.
     """
     from accelerate.utils import gather_object
 

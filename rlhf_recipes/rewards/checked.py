@@ -46,8 +46,10 @@ def checked(function: Callable, name: str, may_skip: bool, timeout: float | None
 
 
 class _Wrapper:
+    """The part that sync and async functions share: which arguments they get, and which errors they make."""
+
     catches: tuple[type[BaseException], ...] = (Exception, SystemExit)
-    """SystemExit too: a library that exits would end the training as if it had succeeded."""
+    """SystemExit is included: a library that exits would end the training as if it had succeeded."""
 
     def __init__(self, function: Callable, name: str, may_skip: bool, timeout: float | None):
         self.__name__ = name  # TRL logs the function by it
@@ -55,7 +57,8 @@ class _Wrapper:
         self._function, self._may_skip = function, may_skip
 
     @contextmanager
-    def _failures(self, call: dict[str, Any]) -> Iterator[None]:
+    def _explaining(self, call: dict[str, Any]) -> Iterator[None]:
+        """Turns an exception of the function into a `RewardError`."""
         try:
             yield
         except RewardError:
@@ -136,12 +139,12 @@ class SyncReward(_Wrapper):
             return self._check(self._answer(call), completions)
         try:
             values = run_in_thread(self._answer, call).result(self.timeout)
-        except TimeoutError as error:  # not the function's own, which is a RewardError by now
+        except TimeoutError as error:  # the function's own TimeoutError is a RewardError already
             raise self._late(call) from error
         return self._check(values, completions)
 
     def _answer(self, call: dict[str, Any]) -> Any:
-        with self._failures(call):
+        with self._explaining(call):
             positional, keywords = self._arguments(call)
             return self._function(*positional, **keywords)
 
@@ -163,7 +166,7 @@ class AsyncReward(_Wrapper):
         return self._check(task.result(), completions)
 
     async def _answer(self, call: dict[str, Any]) -> Any:
-        with self._failures(call):
+        with self._explaining(call):
             positional, keywords = self._arguments(call)
             return await self._function(*positional, **keywords)
 
@@ -183,7 +186,7 @@ def _first_of(call: dict[str, Any]) -> str:
 
 
 def _copy(value: Any) -> Any:
-    """Copies nested lists and dictionaries; other objects stay the same."""
+    """Copies nested lists and dictionaries, but not the objects in them."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""Comparisons: what is read, what refuses a verdict and what does not, held-out numbers, views by budget, bands."""
+"""Comparisons: reading runs, differences that refuse a verdict, held-out numbers, views by budget, bands."""
 
 import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_recipes.comparison.build import build_comparison
@@ -62,7 +62,7 @@ OTHER_DATA = {"data.path": {"reference": "a.csv", "revision": None, "path": "a.c
         (["rloo.trainer.vllm_structured_outputs_regex=a+"], {}, "trainer.vllm_structured_outputs_regex", "budget"),
     ],
 )
-def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manifest, key, kind):
+def test_differences_beyond_the_algorithm_refuse_a_verdict(tmp_path, overrides, manifest, key, kind):
     found = pair(tmp_path, overrides, **manifest)
     assert refusing(found).get(key) == kind, found["differences"]
     assert not found["comparable"] and found["verdict"]["winner"] is None
@@ -80,7 +80,7 @@ def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manif
         (["rloo.trainer.temperature=1.0", "rloo.trainer.kl_estimator=k1"], {}, None),  # defaults written out
         (["rloo.trainer.logging_steps=3", "rloo.trainer.save_steps=5", "trust_remote_code=[a/b]"], {}, None),
         (["runs_dir=elsewhere", "description=another", "sft.trainer.max_steps=1"], {}, None),
-        ([], {"results": {"episodes": 4128}}, "episodes"),  # a rollout more
+        ([], {"results": {"episodes": 4128}}, "episodes"),  # one rollout more
         ([], {"versions": {"trl": "1.17.0"}}, "versions.trl"),
         ([], {"hardware": {"machine": "x86_64", "cores": 8, "memory_gib": 64.0, "gpus": []}}, "hardware"),
         (
@@ -91,7 +91,7 @@ def test_what_is_not_the_algorithms_refuses_a_verdict(tmp_path, overrides, manif
         ([], {"sources": {"rloo.policy": {"reference": "./copy", "revision": "5f7", "path": "copy"}}}, None),
     ],
 )
-def test_what_changes_nothing_or_is_the_algorithms_refuses_nothing(tmp_path, overrides, manifest, listed):
+def test_differences_without_effect_or_of_the_algorithm_refuse_nothing(tmp_path, overrides, manifest, listed):
     found = pair(tmp_path, overrides, **manifest)
     assert found["comparable"] and refusing(found) == {}
     keys = {difference["key"] for difference in found["differences"]}
@@ -103,7 +103,7 @@ def own_function(tmp_path, checksum):
     return {"reward_funcs.0.name": source}
 
 
-def test_a_reward_function_of_ones_own_is_known_by_its_content(tmp_path):
+def test_a_users_reward_function_is_identified_by_its_content(tmp_path):
     func = ["reward_funcs=[{name: 'own.py:score'}]"]
     one = trained(tmp_path / "a", "ppo", overrides=func, sources=own_function(tmp_path / "a", "01"))
     same = trained(tmp_path / "b", "rloo", overrides=func, sources=own_function(tmp_path / "b", "01"))
@@ -114,7 +114,7 @@ def test_a_reward_function_of_ones_own_is_known_by_its_content(tmp_path):
 
 @pytest.mark.parametrize("key", ["reward_funcs.0.name", "data.path"])
 def test_a_function_or_data_that_changed_between_seeds_refuses(tmp_path, key):
-    """Unlike a model that each seed trained for itself."""
+    """Each seed may have its own model, but not its own function or data."""
     func = ["reward_funcs=[{name: 'own.py:score'}]"]
     runs = [
         trained(
@@ -146,7 +146,7 @@ def of_sft(stage, name):
     return {"sources": {f"{stage}.policy": {"reference": "stage:sft", "revision": name, "path": name}}}
 
 
-def test_what_runs_build_on_may_differ_by_seed_but_not_by_algorithm(tmp_path):
+def test_start_models_may_differ_by_seed_but_not_by_algorithm(tmp_path):
     def runs(folder, of_rloo):
         for seed, sft in ((42, "s1"), (43, "s2")):
             yield trained(tmp_path / folder / str(seed), "ppo", seed, **of_sft("ppo", sft))
@@ -157,7 +157,7 @@ def test_what_runs_build_on_may_differ_by_seed_but_not_by_algorithm(tmp_path):
     assert refusing(compared(*runs("one", {42: "s1", 43: "s1"}))) == {"policy": "model"}
 
 
-def test_runs_of_one_algorithm_with_other_settings_are_not_its_seeds(tmp_path):
+def test_seeds_of_one_algorithm_must_have_the_same_settings(tmp_path):
     low = trained(tmp_path / "a", "ppo", overrides=["ppo.trainer.learning_rate=1e-6"])
     high = trained(tmp_path / "b", "ppo", 43)
     assert refusing(compared(low, high, trained(tmp_path / "c", "rloo"))) == {"trainer.learning_rate": "algorithm"}
@@ -186,7 +186,7 @@ def test_one_algorithm_alone_is_nothing_to_compare(tmp_path):
     assert three["verdict"]["label"] == "nothing to compare"
 
 
-def test_what_is_no_finished_run_is_refused_all_at_once(tmp_path):
+def test_all_unfinished_runs_are_refused_in_one_message(tmp_path):
     trained(tmp_path / "half", "ppo", status="stopped")
     sft = json.loads((trained(tmp_path / "other", "ppo") / "manifest.json").read_text()) | {"stage": "sft"}
     (tmp_path / "other/ppo/manifest.json").write_text(json.dumps(sft))
@@ -235,7 +235,7 @@ def test_a_duel_is_decided_on_held_out_prompts(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
-def test_one_seed_each_is_labelled_so(tmp_path):
+def test_one_seed_each_has_no_winner(tmp_path):
     runs = [trained(tmp_path, "ppo", score=0.9), trained(tmp_path, "rloo", score=0.1)]
     evaluated(
         tmp_path,
@@ -261,7 +261,7 @@ def test_an_eval_of_an_earlier_run_is_not_used(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["ppo-seed_42/ppo/metrics.jsonl", "eval/eval.json", "judge/ppo-vs-rloo.json"])
-def test_what_a_finished_run_lacks_is_a_sentence(tmp_path, file):
+def test_a_damaged_or_missing_file_is_an_error(tmp_path, file):
     paths = duel(tmp_path, [0.5, 0.6], [0.4, 0.5])
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text('{"torn')
@@ -282,7 +282,7 @@ def test_what_a_finished_run_lacks_is_a_sentence(tmp_path, file):
         ({42: ["a"], 43: ["b"]}, {"temperature": 0.5}, False),
     ],
 )
-def test_evals_of_single_runs_are_compared_where_they_asked_the_same(tmp_path, prompts, settings, usable):
+def test_evals_of_single_runs_are_compared_if_they_asked_the_same(tmp_path, prompts, settings, usable):
     paths = []
     for seed in (42, 43):
         for stage in ("ppo", "rloo"):
@@ -308,7 +308,7 @@ def test_prompts_may_hold_line_separators(tmp_path):
     assert len(Measured(folder, "ppo", {}, {}).prompts_sha256) == 64
 
 
-def test_views_are_taken_at_the_largest_budget_that_all_reached(tmp_path):
+def test_views_use_the_largest_budget_that_all_runs_reached(tmp_path):
     ppo, rloo = trained(tmp_path / "a", "ppo"), trained(tmp_path / "b", "rloo")
     lines = [
         {"step": i, "episodes": 10 * i, "tokens": 1000 * i, "seconds": i, "score_mean": i / 100} for i in range(1, 101)
@@ -323,7 +323,7 @@ def test_views_are_taken_at_the_largest_budget_that_all_reached(tmp_path):
     assert views["tokens"]["means"]["rloo"] == pytest.approx(0.10)  # of its lines at 1, 2, ... 10 x 10,000: the last
 
 
-def test_runs_of_other_machines_have_no_winner_by_seconds(tmp_path):
+def test_runs_on_different_machines_have_no_winner_by_seconds(tmp_path):
     runs = []
     for i, noise in enumerate((0.0, 0.01, 0.03)):
         runs.append(trained(tmp_path / f"{i}", "ppo", 42 + i, 0.9 + noise, setup={"num_processes": 2}))
@@ -338,6 +338,7 @@ def test_runs_of_other_machines_have_no_winner_by_seconds(tmp_path):
 LINES = st.lists(st.tuples(st.floats(0.1, 5), st.floats(-5, 5)), min_size=1, max_size=30)
 
 
+@settings(deadline=None)  # scipy loads in the first example
 @given(LINES, LINES)
 def test_bands_stay_within_the_runs_and_end_where_the_first_does(first, second):
     runs = []
@@ -370,7 +371,7 @@ def run_of(curves, seed=None, label="x"):
 
 
 def test_runs_that_share_one_budget_only_have_a_band_of_one_point(tmp_path):
-    """The first logged more often and stopped where the second begins."""
+    """The first run logged more often, and stopped where the second begins."""
     one = run_of({"episodes": [8, 16], "score_mean": [0.0, 1.0]}, label="a")
     other = run_of({"episodes": [16, 32], "score_mean": [3.0, 5.0]}, label="b")
     found = bands([one, other], ["a", "b"])["episodes"]["score_mean"]
@@ -384,7 +385,7 @@ def test_a_long_run_has_a_short_band_of_means(tmp_path):
     assert all(0.3 < value < 0.7 for value in band["mean"][1:-1])  # of about ten lines each, not single ones
 
 
-def test_missing_and_broken_numbers_are_no_numbers():
+def test_values_that_are_no_finite_numbers_become_none():
     rows = [
         {"step": 1, "a": math.nan, "b": True, "c": "x"},
         {"step": 2, "a": 1.5, "d": None, "score_mean": math.inf, "e": 10**400},
@@ -482,7 +483,7 @@ def test_a_comparison_is_written_as_a_whole(tmp_path):
     assert "<script>alert" not in page and list(out.glob("*.png"))
 
 
-def test_files_of_judge_and_audit_come_along(tmp_path):
+def test_a_comparison_contains_the_files_of_judge_and_audit(tmp_path):
     runs = duel(tmp_path, [0.5, 0.6], [0.4, 0.55])
     (tmp_path / "judge").mkdir()
     judged = {"eval": json.loads((tmp_path / "eval/manifest.json").read_text())["id"], "a": "ppo", "win_rate": 0.5}
@@ -501,7 +502,7 @@ def test_versions_are_listed_and_identical_runs_have_no_difference(tmp_path):
 
 
 def test_manifests_say_which_run_made_a_model_and_which_file_a_function(tmp_path):
-    """By which comparisons know them."""
+    """Comparisons identify them by this."""
     folder = trained(tmp_path, "rloo")
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text("{}")
@@ -551,7 +552,7 @@ def with_results(folder, results):
     (folder / "manifest.json").write_text(json.dumps({"status": "finished", "results": results}))
 
 
-def test_notes_say_what_was_measured(tmp_path):
+def test_notes_tell_the_quality_of_the_start_models(tmp_path):
     sft, reward = tmp_path / "sft", tmp_path / "reward"
     assert notes_on(sft, reward) == []
     of_reward = {"eval_accuracy": 0.75, "eval_pairs": 40, "train_pairs": 400}

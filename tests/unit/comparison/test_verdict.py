@@ -1,11 +1,11 @@
-"""Verdicts: intervals by hand, few errors among equals, symmetry, and no winner where there is none to name."""
+"""Verdicts: intervals by hand, few errors among equals, symmetry, and cases without a winner."""
 
 import math
 import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_recipes.comparison.verdict import decide, view_of, void
@@ -32,7 +32,7 @@ def test_paired_interval_by_hand():
     reach = 4.302652729911275 / math.sqrt(3)
     assert found["paired"] and found["seeds"] == {"ppo": 3, "rloo": 3} and found["means"] == {"ppo": 4.0, "rloo": 2.0}
     assert found["interval"] == pytest.approx((2 - reach, 2 + reach)) and found["winner"] is None
-    assert found["bootstrap"] == pytest.approx((1.0, 3.0))  # which would have called it a win
+    assert found["bootstrap"] == pytest.approx((1.0, 3.0))  # the bootstrap interval alone would name a winner
     assert found["label"] == "inconclusive" and "either may be the better one" in found["sentence"]
 
 
@@ -60,6 +60,7 @@ def test_unpaired_interval_by_hand():
 NUMBERS = st.lists(st.floats(-5, 5), min_size=1, max_size=5)
 
 
+@settings(deadline=None)  # scipy loads in the first example
 @given(NUMBERS, NUMBERS, st.booleans())
 def test_the_order_of_the_algorithms_does_not_matter(x, y, pair):
     forth, back = (view(x, y), view(y, x)) if pair else (unpaired(x, y), unpaired(y, x))
@@ -69,6 +70,7 @@ def test_the_order_of_the_algorithms_does_not_matter(x, y, pair):
         assert back["interval"] == pytest.approx((-forth["interval"][1], -forth["interval"][0]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=5), st.floats(-3, 3))
 def test_a_shift_of_all_scores_changes_nothing(pairs, shift):
     (x, y), moved = zip(*pairs, strict=True), [(a + shift, b + shift) for a, b in pairs]
@@ -77,8 +79,8 @@ def test_a_shift_of_all_scores_changes_nothing(pairs, shift):
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4])
-def test_among_equals_the_verdict_errs_in_one_of_twenty_duels(seeds):
-    """And the bootstrap interval, by which it is not made, in far more."""
+def test_the_verdict_names_a_winner_among_equals_in_one_of_twenty_duels(seeds):
+    """The bootstrap interval, which does not decide, would in far more."""
     draw = random.Random(seeds)
     wins, by_bootstrap, duels = 0, 0, 1000
     for i in range(duels):
@@ -95,7 +97,7 @@ def test_among_equals_the_verdict_errs_in_one_of_twenty_duels(seeds):
     assert by_bootstrap / 200 > {2: 0.4, 3: 0.17, 4: 0.08}[seeds]
 
 
-def test_unpaired_duels_among_equals_err_as_seldom():
+def test_unpaired_duels_among_equals_rarely_have_a_winner():
     draw = random.Random(0)
     intervals = [
         welch_interval([draw.gauss(0, 1) for _ in range(3)], [draw.gauss(0, 3) for _ in range(3)]) for _ in range(1000)
@@ -142,12 +144,12 @@ def test_all_numbers_of_a_sentence_have_as_many_decimals(ppo, rloo, shown):
     ("where", "at", "said"),
     [("episodes", 4096, "4,096 episodes"), ("tokens", 1e6, "1,000,000 tokens"), ("seconds", 5.76, "5.76 seconds")],
 )
-def test_a_budget_is_said(where, at, said):
+def test_the_sentence_names_the_budget(where, at, said):
     found = view_of(where, "score_mean", {"ppo": [(1, 0.5)], "rloo": [(1, 0.25)]}, at)
     assert found["sentence"].startswith(f"In training, after {said} each, the mean score is 0.500 with PPO")
 
 
-def test_seeds_that_only_one_has_are_left_out_where_two_match():
+def test_unmatched_seeds_are_left_out_if_two_match():
     found = view_of(
         "held_out", "score_mean", {"ppo": [(42, 1.0), (43, 2.0), (44, 99.0)], "rloo": [(43, 1.5), (42, 0.6)]}
     )
@@ -164,7 +166,7 @@ def test_a_seed_that_ran_twice_is_one_seed():
 WIN = view([1.1, 1.2, 1.31], [0.1, 0.2, 0.3])
 
 
-def test_a_win_that_the_held_out_score_does_not_share_says_so():
+def test_the_verdict_says_that_the_held_out_score_disagrees():
     against = view([0.1, 0.2, 0.3], [1.1, 1.2, 1.31], metric="held_out_mean")
     weak = view([0.1, 0.2, 0.3], [0.2, 0.1, 0.9], metric="held_out_mean")
     with_it = view([1.1, 1.2, 1.3], [0.1, 0.2, 0.3], metric="held_out_mean")
@@ -176,7 +178,7 @@ def test_a_win_that_the_held_out_score_does_not_share_says_so():
     assert "does not confirm it: 0.200 with PPO and 0.400 with RLOO." in said[1] and "held-out score" not in said[2]
 
 
-def test_a_win_by_much_more_kl_says_so():
+def test_the_verdict_says_that_the_winner_has_much_more_kl():
     near, far = {"ppo": 6.0, "rloo": 5.0}, {"ppo": 12.0, "rloo": 5.0}
     assert "KL" not in decide([WIN], ["ppo", "rloo"], [], kl=near)["sentence"]
     assert "farther" not in decide([WIN], ["ppo", "rloo"], [], kl={"ppo": 0.2, "rloo": 0.1})["sentence"]
@@ -185,7 +187,7 @@ def test_a_win_by_much_more_kl_says_so():
     assert "farther" not in decide([WIN], ["ppo", "rloo"], [], kl=loser_far)["sentence"]
 
 
-def test_what_is_no_fair_fight_has_no_winner():
+def test_runs_that_are_not_comparable_have_no_winner():
     refused = decide([WIN], ["ppo", "rloo"], ["trainer.beta", "policy"])
     assert refused["winner"] is None and refused["label"] == "not comparable"
     assert "trainer.beta, policy" in refused["sentence"]
@@ -203,6 +205,7 @@ def test_a_void_view_keeps_its_numbers_and_loses_its_winner():
     assert found["means"] == WIN["means"] and found["winner"] is None and found["label"] == "not comparable"
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=2, max_size=4))
 def test_bands_lie_around_the_mean_and_within_the_curves(rows):
     low, high = bootstrap_band(rows)

@@ -1,4 +1,4 @@
-"""Reward functions that misbehave, hang or take long: what is said, who runs beside whom, and what nobody can spoil."""
+"""Reward functions that fail, hang or are slow: the errors, which functions run side by side, and copies of arguments."""
 
 import asyncio
 import functools
@@ -19,7 +19,7 @@ from support.processes import run_python
 
 TEXTS = [" was good .", " was bad"]
 SOON = 0.05
-"""Seconds: the timeout of what never answers."""
+"""Seconds: the timeout of functions that never answer."""
 
 
 def call(**columns) -> dict:
@@ -32,7 +32,7 @@ def call(**columns) -> dict:
 
 
 def said(function, may_skip: bool = False, timeout: float | None = None, **columns) -> list:
-    """What one function says."""
+    """The values of one function."""
     return call_all([checked(function, "f", may_skip, timeout)], **call(**columns))[0]
 
 
@@ -45,7 +45,7 @@ async def on_the_loop(function) -> list:
 
 
 class Wait:
-    """Waits until it is let go; nothing in the tests depends on how long anything takes."""
+    """Waits until a test sets `go`, so that no test depends on time."""
 
     def __init__(self):
         self.go = threading.Event()
@@ -79,7 +79,7 @@ async def forever(completions):
         [np.bool_(True), 0.5],
     ],
 )
-def test_numbers_of_any_type_are_taken(answer):
+def test_numbers_of_any_type_are_accepted(answer):
     values = said(lambda completions: answer)
     assert values == [1.0, 0.5] and {type(value) for value in values} == {float}
 
@@ -108,7 +108,7 @@ def test_numbers_of_any_type_are_taken(answer):
     ],
 )
 @pytest.mark.parametrize("kind", ["sync", "async", "in a thread"])
-def test_whatever_else_is_returned_is_said(answer, expected, kind):
+def test_any_other_return_value_is_an_error(answer, expected, kind):
     async def later(completions):
         return answer
 
@@ -117,7 +117,7 @@ def test_whatever_else_is_returned_is_said(answer, expected, kind):
     assert str(raised.value).startswith("reward function 'f' ") and expected in str(raised.value)
 
 
-def test_none_is_taken_where_another_function_makes_the_score():
+def test_none_is_accepted_if_another_function_makes_the_score():
     assert said(lambda completions: [None, 1], may_skip=True) == [None, 1.0]
     with pytest.raises(RewardError, match="returned nan"):
         said(lambda completions: [float("nan"), 1], may_skip=True)
@@ -140,7 +140,7 @@ def test_exceptions_of_any_kind_name_the_function_and_the_sample(error, kind):
     assert said(lambda completions: [1, 2]) == [1, 2]  # and the next call works
 
 
-def test_a_coroutine_from_a_function_that_is_not_async_is_said():
+def test_a_coroutine_from_a_sync_function_is_an_error():
     async def later(completions):
         return [1.0, 2.0]
 
@@ -148,7 +148,7 @@ def test_a_coroutine_from_a_function_that_is_not_async_is_said():
         said(lambda completions: later(completions))  # noqa: PLW0108 - a plain function that returns a coroutine
 
 
-def test_async_is_seen_through_partials_and_callable_objects():
+def test_partials_and_callable_objects_may_be_async():
     class Later:
         async def __call__(self, completions, scale=1.0, **columns):
             return [scale] * len(completions)
@@ -193,7 +193,7 @@ def test_a_bound_argument_is_not_replaced_by_a_column_of_that_name():
     assert said(functools.partial(scaled, scale=2.0), scale=[7.0, 7.0]) == [2.0, 2.0]
 
 
-def test_what_a_function_does_to_its_arguments_nobody_else_sees():
+def test_a_function_cannot_change_the_arguments_of_others():
     def spoil(prompts, completions, completion_ids, finished, label):
         completions[0][0]["content"] = "spoilt"
         completion_ids[0].clear()
@@ -212,8 +212,8 @@ def test_what_a_function_does_to_its_arguments_nobody_else_sees():
     assert arguments == call(completions=chats, label=[1, 0]) and chats[0][0]["content"] == "good"
 
 
-def test_slow_functions_run_side_by_side_and_while_the_others_run():
-    """Each waits for all the others: run one after another, none could ever answer."""
+def test_slow_functions_run_beside_each_other_and_beside_the_others():
+    """Each waits for the others. If they ran one after another, none could ever answer."""
     met = threading.Barrier(2)
     there = [threading.Event() for _ in range(3)]
 
@@ -243,7 +243,7 @@ def test_slow_functions_run_side_by_side_and_while_the_others_run():
 
 
 def test_functions_of_this_thread_run_in_order():
-    """So two that draw from the global random stream are reproducible, and signals work in them."""
+    """So functions that draw random numbers are reproducible, and signals work in them."""
     order = []
 
     def draw(name):
@@ -263,7 +263,7 @@ def test_functions_of_this_thread_run_in_order():
 
 
 def test_all_async_calls_share_one_loop():
-    """A client that a function keeps between calls belongs to the loop that it was made in."""
+    """A client that a function keeps between calls belongs to the loop in which it was made."""
     loops = []
 
     async def remember(completions):
@@ -275,7 +275,7 @@ def test_all_async_calls_share_one_loop():
     assert len(set(map(id, loops))) == 1 and len(loops) == 4
 
 
-def test_of_several_errors_the_first_functions_is_raised(wait):
+def test_the_error_of_the_first_function_is_raised(wait):
     async def late_error(completions):
         await asyncio.sleep(SOON)
         raise ValueError("the first")
@@ -290,7 +290,7 @@ def test_of_several_errors_the_first_functions_is_raised(wait):
     with pytest.raises(RewardError, match="'late_error' raised ValueError: the first"):
         all_values([late_error, error, lambda completions: called.append(1)], **call())
     assert not called
-    with pytest.raises(RewardError, match="the second"):  # and what hangs behind it is not waited for
+    with pytest.raises(RewardError, match="the second"):  # nobody waits for the function that hangs
         all_values([error, never, late_error], **call())
 
 
@@ -300,7 +300,7 @@ def test_a_call_that_hangs_is_an_error_with_its_name(kind, wait):
     expected = "'remote' did not answer within 0.05 s .on 2 completions, the first: ' was good .'"
     with pytest.raises(RewardError, match=expected):
         all_values([function], **call())
-    with pytest.raises(RewardError, match=expected):  # called as TRL's trainers call it, too
+    with pytest.raises(RewardError, match=expected):  # also if called as TRL's trainers call it
         asyncio.run(on_the_loop(function)) if kind == "async" else function(**call())
 
 
@@ -318,7 +318,7 @@ def test_an_async_function_that_hangs_is_cancelled():
     assert ended.wait(10)
 
 
-def test_an_async_function_that_blocks_the_loop_is_said_and_the_next_call_works(wait):
+def test_an_async_function_that_blocks_the_loop_is_an_error_and_the_next_call_works(wait):
     async def block(completions):
         return wait(completions)
 
@@ -330,7 +330,7 @@ def test_an_async_function_that_blocks_the_loop_is_said_and_the_next_call_works(
     async def fine(completions):
         return [1.0, 2.0]
 
-    assert said(fine, timeout=20) == [1.0, 2.0]  # sooner than the other one stops waiting
+    assert said(fine, timeout=20) == [1.0, 2.0]  # before the other one stops waiting
 
 
 def test_a_function_in_time_is_not_disturbed_by_its_timeout(wait):

@@ -1,4 +1,4 @@
-"""Every reward function by hand, the reading contract of reward models, and what users can get wrong."""
+"""Every reward function by hand, the reading of reward models, and users' mistakes."""
 
 import re
 
@@ -125,7 +125,7 @@ def test_a_reward_model_is_read_where_it_was_trained_to_be_read(reward_model_fol
         assert abs(found[1] - as_trained[1]) > 1e-3  # it is not scored as if it were finished
 
 
-def test_a_stored_center_is_taken_away(reward_model_folder):
+def test_a_stored_center_is_subtracted(reward_model_folder):
     spec = {"name": "reward_model", "args": {"model": str(reward_model_folder)}}
     before = values(spec)
     model = AutoModelForSequenceClassification.from_pretrained(reward_model_folder)
@@ -153,7 +153,7 @@ def test_a_classifier_with_two_labels_is_no_reward_model(classifier_folder):
 
 
 @pytest.mark.parametrize("key", ["reward_funcs", "eval.held_out_funcs"])
-def test_what_is_wrong_with_a_model_names_its_key(key, classifier_folder):
+def test_an_error_about_a_model_names_its_key(key, classifier_folder):
     model = {"model": str(classifier_folder)}
     for spec, expected in (
         ({"name": "sentiment", "args": model | {"label": 2}}, "1.args.label: .* has no label 2; it has: NEGATIVE, POS"),
@@ -238,7 +238,7 @@ def test_an_argument_of_the_recipe_counts_more_than_a_column_of_that_name(own):
     assert values({"name": own + "with_argument", "args": {"scale": 0.5}}, **call(), scale=[7, 7]) == [0.5, 0.5]
 
 
-def test_names_stay_apart(own):
+def test_equal_functions_get_different_names(own):
     made = recipe({"name": "length"}, {"name": "length", "args": {"unit": "tokens"}})
     assert [f.__name__ for f in build_reward_funcs(made, made.reward_funcs)] == ["length", "length_2"]
 
@@ -253,7 +253,7 @@ def test_names_stay_apart(own):
         ("raises", "'raises' raised KeyError: 'oops'"),
     ],
 )
-def test_misbehaving_functions_are_named_with_the_sample(own, function, expected):
+def test_errors_of_functions_name_the_function_and_the_sample(own, function, expected):
     with pytest.raises(RewardError, match=re.escape(expected)):
         values({"name": own + function})
 
@@ -267,7 +267,7 @@ def test_none_means_does_not_apply_as_long_as_another_function_does(own):
 
 
 def test_scores_by_hand():
-    """A weighted sum without what does not apply, then missing_eos, normalization and clipping, in this order."""
+    """A weighted sum of the functions that apply, then missing_eos, normalization and clipping, in this order."""
     nan = float("nan")
     values = torch.tensor([[1.0, 4.0], [2.0, nan], [nan, nan], [3.0, 2.0]])
     weights, finished = torch.tensor([1.0, 0.5]), torch.tensor([True, False, True, False])
@@ -334,7 +334,7 @@ def test_rewards_command_lists_every_function_and_argument():
 
 
 def test_a_reward_function_with_a_model_is_one_file_of_the_users(classifier_folder, tmp_path, monkeypatch):
-    """The file stands beside the recipe, which finds it from any folder; a child recipe in another folder does, too."""
+    """The file is beside the recipe, which finds it from any folder. So does a child recipe in another folder."""
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "mine.py").write_text(
         "from transformers import AutoModelForSequenceClassification\n"

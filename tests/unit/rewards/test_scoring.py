@@ -1,4 +1,4 @@
-"""A reward model is read at the token where it was trained to be read: every layout, against TRL's RewardTrainer."""
+"""A reward model reads texts in the format of its training: every layout, compared with TRL's RewardTrainer."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ def reward_trainer(model, tokenizer, rows: dict, folder, **more) -> RewardTraine
 
 
 def as_trained(trainer: RewardTrainer) -> list[float]:
-    """What the trainer's own batches give: first the chosen texts, then the rejected ones."""
+    """The model's outputs for the trainer's own batches: first the chosen texts, then the rejected ones."""
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():
         return trainer.model.eval()(**batch).logits[:, 0].tolist()
@@ -117,7 +117,7 @@ def test_the_score_is_the_one_at_the_last_token_that_does_not_pad(architecture, 
     assert cut_off == pytest.approx(every_token[-2].item(), abs=1e-5)
 
 
-def test_neither_order_nor_company_changes_a_score(architecture, special, tmp_path):
+def test_a_score_does_not_depend_on_order_or_batch(architecture, special, tmp_path):
     model, tokenizer = sequence_classifier(tmp_path, architecture, **special)
     dice = random.Random(0)
     texts = ["".join(f" {dice.choice(WORDS)}" for _ in range(dice.randint(1, 30))) for _ in range(24)]
@@ -137,7 +137,7 @@ def test_neither_order_nor_company_changes_a_score(architecture, special, tmp_pa
         assert together == pytest.approx([alone[i] for i in order], abs=1e-5)
 
 
-def test_chats_are_closed_where_they_are_finished(architecture, special, tmp_path):
+def test_finished_chats_are_closed(architecture, special, tmp_path):
     model, tokenizer = sequence_classifier(tmp_path, architecture, **special)
     tokenizer.chat_template = CHAT
     prompts = chats(PROMPTS, "user")
@@ -202,7 +202,7 @@ def test_an_eos_that_the_tokenizer_adds_by_itself_does_not_end_a_cut_off_text(tm
 
 
 def test_an_encoder_reads_what_it_was_trained_on(classifier_folder, tmp_path):
-    """DistilBERT has no EOS: stage reward lets the separator end a text, so a finished one has two."""
+    """DistilBERT has no EOS. Stage reward uses the separator as EOS, so a finished text has two separators."""
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.recipe.load import load_recipe
 
@@ -220,7 +220,7 @@ def test_an_encoder_reads_what_it_was_trained_on(classifier_folder, tmp_path):
     with torch.no_grad():
         one_separator = trainer.model(**tokenizer("the film was good .", return_tensors="pt")).logits.item()
     assert scores(function, ["the film"], [" was good ."], [False])[0] == pytest.approx(one_separator, abs=1e-5)
-    # A classifier from elsewhere, without a file and without an EOS, gets its own [CLS] and [SEP] and no more.
+    # A classifier from elsewhere, without a file and without an EOS, gets its own [CLS] and [SEP] only.
     plain = save_pair(tmp_path / "plain", trainer.model, AutoTokenizer.from_pretrained(classifier_folder))
     assert scores(reward_model(str(plain)), ["the film"], [" was good ."])[0] == pytest.approx(one_separator, abs=1e-5)
 
@@ -233,7 +233,7 @@ def trained(tmp_path):
     return stored(trainer, tmp_path / "rm", center=0.25), trainer
 
 
-def test_the_file_is_readable_and_says_what_counts(trained):
+def test_the_file_holds_the_format(trained):
     folder, _ = trained
     assert json.loads((folder / SCORING).read_text()) == {
         "format": "text",
@@ -249,7 +249,7 @@ def test_the_file_is_readable_and_says_what_counts(trained):
     }
 
 
-def test_the_log_says_which_contract_is_followed(trained, caplog):
+def test_the_log_says_which_format_is_used(trained, caplog):
     folder, _ = trained
     with caplog.at_level(logging.INFO, "rlhf_recipes.rewards.reader"):
         reward_model(str(folder))
@@ -262,18 +262,18 @@ def test_the_log_says_which_contract_is_followed(trained, caplog):
     assert "no scoring.json, so read as TRL's RewardTrainer trains" in without and "64 tokens at most." in without
 
 
-def test_the_stored_center_counts_and_the_configurations_where_there_is_none(trained):
+def test_the_center_comes_from_the_file_or_else_from_the_configuration(trained):
     folder, trainer = trained
     raw = as_trained(trainer)[: len(CHOSEN)]
     found = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     assert found == pytest.approx([value - 0.25 for value in raw], abs=1e-5)
     (folder / SCORING).unlink()
-    change(folder / "config.json", score_center=0.5)  # as models were written before there was a file
+    change(folder / "config.json", score_center=0.5)  # earlier versions wrote this instead of the file
     found = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     assert found == pytest.approx([value - 0.5 for value in raw], abs=1e-5)
 
 
-def test_the_trained_pad_token_counts_whatever_the_tokenizers_files_say(trained):
+def test_the_pad_token_of_the_training_replaces_that_of_the_tokenizer(trained):
     folder, _ = trained
     before = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -284,7 +284,7 @@ def test_the_trained_pad_token_counts_whatever_the_tokenizers_files_say(trained)
     assert scores(reward_model(str(folder)), [""] * 4, CHOSEN) == pytest.approx(before, abs=1e-6)
 
 
-def test_without_a_file_the_models_own_pad_token_counts(trained):
+def test_without_a_file_the_pad_token_of_the_model_is_used(trained):
     folder, _ = trained
     (folder / SCORING).unlink()
     before = scores(reward_model(str(folder)), [""] * 4, CHOSEN)
@@ -318,7 +318,7 @@ def test_longer_texts_lose_their_beginning_and_keep_their_end(trained, caplog):
         ({"surprise": 1}, "damaged (surprise: "),
     ],
 )
-def test_what_cannot_be_followed_is_refused(trained, values, expected):
+def test_a_format_that_does_not_fit_the_tokenizer_is_refused(trained, values, expected):
     folder, _ = trained
     change(folder / SCORING, **values)
     with pytest.raises(RecipeError) as refused:
@@ -347,7 +347,7 @@ def test_max_length_may_not_cut_what_training_read_whole(trained):
         reward_model(str(folder), max_length=100)
 
 
-def test_prompts_of_another_kind_than_the_trainings_are_refused(trained):
+def test_prompts_of_another_kind_than_in_training_are_refused(trained):
     function = reward_model(str(trained[0]))
     with pytest.raises(RewardError, match=r"was trained on plain texts \(scoring.json\), and is given chat messages"):
         scores(function, chats(["it"], "user"), chats(["bad"], "assistant"))
@@ -361,7 +361,7 @@ def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path):
         reward_model(str(tmp_path / "lm"))
 
 
-def test_trls_call_style(trained, caplog):
+def test_everything_that_trl_takes_becomes_a_reward_function(trained, caplog):
     """A folder, an instance, and callables of every kind; each has TRL's name for it."""
     import functools
 
@@ -398,7 +398,7 @@ def test_trls_call_style(trained, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "pad == eos", "chat"])
-def test_from_the_real_stage_to_the_score(kind, tmp_path, policy_folder):
+def test_stage_reward_and_reward_model_agree(kind, tmp_path, policy_folder):
     """Stage reward trains, writes its file, and `reward_model` reads the same numbers as TRL's trainer."""
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)] * 6
