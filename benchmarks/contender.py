@@ -1,9 +1,9 @@
-"""One contender of `ppo_vs_trl.py`, alone in its process, so that its peak memory is its own.
+"""Runs one contender of `ppo_vs_trl.py` alone in its process, so that the process's peak memory belongs to it.
 
     python benchmarks/contender.py TASK
 
-TASK is `ppo_vs_trl.py`'s JSON. The last line on standard output is JSON: seconds of every update after the first,
-peak memory and how much of it the imports took (bytes), optimizer steps, completion tokens.
+TASK is JSON that `ppo_vs_trl.py` makes. The last line on standard output is JSON: seconds of every update after the first,
+peak memory and memory of the imports (bytes), optimizer steps, completion tokens.
 """
 
 import json
@@ -33,10 +33,10 @@ RAGGED_EOS = 0.04
 
 
 class Meter(TrainerCallback):
-    """When every update ended, and the peak of memory.
+    """Records the end of every update and the peak of memory.
 
     Args:
-        steps_per_update: How often the trainer says `on_step_end` in one update.
+        steps_per_update: Number of `on_step_end` calls in one update.
     """
 
     def __init__(self, steps_per_update: int):
@@ -65,7 +65,7 @@ class Meter(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes: what the GPU's tensors took at most if there is a GPU, else the peak of resident memory."""
+    """Bytes: the peak of the GPU's tensors if there is a GPU, else the peak of resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -99,9 +99,9 @@ def weights_type(task: SimpleNamespace) -> torch.dtype:
 
 @torch.no_grad()
 def make_eos_likely(policy: PreTrainedModel, eos: int) -> None:
-    """Shift every last hidden state along one direction, which only EOS's row of the LM head reads.
+    """Shift every last hidden state along one direction that only EOS's row of the LM head reads.
 
-    In the weights, not in sampling: so sampling, log-probabilities and KL agree, in every trainer.
+    This changes the weights and not sampling, so that sampling, log-probabilities and KL agree in every trainer.
     """
     head = policy.get_output_embeddings().weight
     norm = policy.base_model.ln_f if hasattr(policy.base_model, "ln_f") else policy.base_model.final_layer_norm
@@ -114,10 +114,10 @@ def make_eos_likely(policy: PreTrainedModel, eos: int) -> None:
 
 
 def make_prompts(task: SimpleNamespace, tokenizer: PreTrainedTokenizerFast, different: int) -> list[list[int]]:
-    """Random prompts for all updates, `different` ones per update, and for one update more.
+    """Random prompts, `different` ones for each update, for one update more than needed.
 
-    That one is never reached: on the last batch of a dataset, TRL 1.12's PPO makes an optimizer step per micro-batch
-    (accelerate ends gradient accumulation with the dataset, and TRL accumulates inside one batch of it).
+    No trainer reaches the last update: on the last batch of a dataset, TRL 1.12's PPO makes an optimizer step for each
+    micro-batch (accelerate ends gradient accumulation with the dataset, and TRL accumulates inside one batch).
     """
     generator = torch.Generator().manual_seed(0)
     shape = ((task.updates + 1) * different, task.prompt_tokens)
@@ -125,7 +125,7 @@ def make_prompts(task: SimpleNamespace, tokenizer: PreTrainedTokenizerFast, diff
 
 
 class Parity(nn.Module):
-    """A score that costs nothing, whether the last token's number is odd, as the reward model that TRL 1.12 wants."""
+    """A reward model for TRL 1.12 that costs nothing: it scores 1 if the last token's id is odd, else 0."""
 
     base_model_prefix = "backbone"
 
@@ -137,7 +137,7 @@ class Parity(nn.Module):
 
 
 def common_arguments(task: SimpleNamespace, folder: str) -> dict:
-    """Equal for all; the optimizer is everyone's default, which is PyTorch's fused AdamW."""
+    """Arguments of all contenders. The optimizer is the default of all: PyTorch's fused AdamW."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": task.micro_batch,
@@ -190,7 +190,7 @@ def trl_ppo(task: SimpleNamespace, folder: str) -> dict:
         tokens.append((found[0][:, queries.shape[1] :] != tokenizer.pad_token_id).sum().item() / task.prompts)
         return found
 
-    def timed_whitening(*args, **kwargs):  # of the advantages: a rollout's last act
+    def timed_whitening(*args, **kwargs):  # whitening the advantages is the last part of a rollout
         found = masked_whiten(*args, **kwargs)
         rollouts.append(time.perf_counter())
         return found
@@ -231,11 +231,11 @@ def ours_ppo_separate(task: SimpleNamespace, folder: str) -> dict:
 def on_policy(
     task: SimpleNamespace, folder: str, trainer_class: type, config_class: type, more: dict | None = None, **arguments
 ) -> dict:
-    """Train with TRL 1.16's call style, which all but TRL 1.12 have."""
+    """Train with the interface of TRL 1.16, which all contenders but TRL 1.12's have."""
     meter = Meter(steps_per_update=task.epochs)
     tokenizer = make_tokenizer(task.model["vocab_size"])
     prompts = make_prompts(task, tokenizer, task.prompts // arguments["num_generations"])
-    path = f"{folder}/policy"  # from a folder, because TRL loads the reference from where the policy came from
+    path = f"{folder}/policy"  # a folder, because TRL loads the reference from the policy's path
     make_policy(task, tokenizer).save_pretrained(path)
     lengths: list[int] = []
 

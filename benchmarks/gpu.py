@@ -1,19 +1,19 @@
-"""What only a GPU can show, in one short session: exactness on CUDA, speed against TRL, memory beside `plan`.
+"""Measures on one GPU in a few minutes: exactness on CUDA, speed against TRL, memory against `plan`.
 
     python benchmarks/gpu.py --minutes 12 --trl-1-12 site-trl-1.12     # see gpu_wheels.txt; one GPU
-    python benchmarks/gpu.py --sizes tiny                              # does it run? on a CPU, too
+    python benchmarks/gpu.py --sizes tiny                              # checks that it runs, on a CPU too
 
-Parts, the most important first. Each prints one line of JSON as soon as it ends, and is skipped where too little of
-`--minutes` is left. A part that fails says so and stops no other.
+The most important parts come first. Each prints one line of JSON when it ends; a part is skipped if too little of
+`--minutes` is left. If a part fails, its line says so, and the others still run.
 
-- `identities`: deviations of the first step from ratio 1, KL 0 and clip fraction 0, beside their bounds.
-- `resume`: the largest difference of weights between a run that was resumed in the middle of a rollout and one that never
-  stopped; the same for two runs that never stopped; and, where one is not 0, again with deterministic kernels.
-- `speed`: contenders of `ppo_vs_trl.py`: episodes a second (median of the updates after the first) and peak memory.
-- `memory`: peak memory of a stage, and what `plan` predicts for it.
+- `identities`: deviations of the first step from ratio 1, KL 0 and clip fraction 0, with their bounds.
+- `resume`: the largest difference of weights between a run that resumed in the middle of a rollout and a run without
+  interruption; the same for two runs without interruption; if one is not 0, the same with deterministic kernels.
+- `speed`: contenders of `ppo_vs_trl.py`: episodes per second (median of the updates after the first) and peak memory.
+- `memory`: peak memory of a stage, and the forecast of `plan`.
 
-Weights are random. Those of `speed` are bfloat16 on a GPU; those of the other parts are float32, under bfloat16 autocast on
-a GPU, as recipes train them. All but TRL 1.12.0 runs in this process, because to import the libraries takes 10 s and more.
+Weights are random. `speed` has bfloat16 weights on a GPU; the other parts have float32 weights, under bfloat16 autocast on
+a GPU, as in recipes. Only TRL 1.12.0 runs in another process, because importing the libraries takes 10 s and more.
 GB are 2^30 bytes. The last line is JSON with the results of all parts.
 """
 
@@ -36,7 +36,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, where they are asked for
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic kernels
 sys.path.insert(1, str(Path(__file__).parents[1]))
 
 import contender
@@ -47,9 +47,6 @@ from transformers import set_seed
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
 
-SIZES = {"tiny": "tiny", "gpt2": "gpt2", "410m": "pythia-410m", "1b": "pythia-1b"}
-"""Our name of a size and `ppo_vs_trl.py`'s."""
-
 LORA = "peft={r: 16, lora_alpha: 32, target_modules: all-linear}"
 MODES = {
     "full": [],
@@ -59,13 +56,13 @@ MODES = {
 TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 CONTENDERS = ("ours_rloo", "trl_rloo", "ours_ppo_separate", "trl_ppo", "ours_ppo_shared")
 SECONDS = {"identities": 40, "resume": 90, "speed": 40, "memory": 50}
-"""About how long one line of a part takes at 410m; a guess until it is measured."""
+"""Guess of the time of one line of a part at 410M parameters."""
 
 BOUNDS = {
     "bfloat16": {"ratio": 0.05, "approx_kl": 1e-3, "kl_per_token": 1e-3, "kl_k3_per_token": 1e-3, "clip_fraction": 0.0},
     "float32": {"ratio": 1e-3, "approx_kl": 1e-5, "kl_per_token": 1e-5, "kl_k3_per_token": 1e-5, "clip_fraction": 0.0},
 }
-"""Largest deviation from 1 (ratio) and from 0 (the others) at the first step, by the type of the products."""
+"""Type of the matrix products -> largest deviation from 1 (ratio) and from 0 (the others) at the first step."""
 
 CUDA = torch.cuda.is_available()
 BATCH, PROMPT, COMPLETION = (64, 64, 48) if CUDA else (8, 16, 8)
@@ -73,11 +70,11 @@ GIB = 2**30
 
 
 class Session:
-    """Runs the parts, one after the other, and keeps what they found.
+    """Runs the parts one after the other and keeps their results.
 
     Args:
-        minutes: For all of them.
-        parts: Those that were asked for.
+        minutes: Time for all parts.
+        parts: The parts to run.
     """
 
     def __init__(self, minutes: float, parts: list[str]):
@@ -86,7 +83,7 @@ class Session:
         self.found: dict[str, Any] = {}
 
     def run(self, part: str, what: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-        """Run `function` if its part was asked for and its time is left, and print what it found."""
+        """Run `function` and print its result, if its part is selected and enough time is left."""
         if part not in self.parts:
             return
         name, seconds, left = f"{part} {what}", SECONDS[part], self.ends - time.monotonic()
@@ -97,7 +94,7 @@ class Session:
         try:
             with redirect_stdout(sys.stderr):  # standard output has one line for each part
                 found = function(*arguments)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # the other parts still have something to say
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the other parts still run
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
         self._tell(name, found | {"seconds": round(time.monotonic() - started, 1)})
@@ -109,7 +106,7 @@ class Session:
 
 
 def forget() -> None:
-    """Give back the GPU memory of what has ended, so that the next peak is its own."""
+    """Free the GPU memory of finished parts and reset the peak."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -117,12 +114,12 @@ def forget() -> None:
 
 
 def task_of(size: str) -> SimpleNamespace:
-    """What `contender.py` needs to make a model: float32, with completions of full length."""
-    return SimpleNamespace(model=ppo_vs_trl.MODELS[SIZES[size]], device="cpu", ragged=False)
+    """The part of a task that `contender.py` needs to make a model: float32, completions of full length."""
+    return SimpleNamespace(model=ppo_vs_trl.MODELS[size], device="cpu", ragged=False)
 
 
 def policy_of(folder: Path, size: str) -> Path:
-    """Folder of a policy with random weights and its tokenizer, made on first use."""
+    """Folder of a policy with random weights and its tokenizer; the first call makes it."""
     policy = folder / size
     if not policy.exists():
         set_seed(0)
@@ -144,10 +141,10 @@ def parity(completion_ids, **columns) -> list[float]:
 
 
 def trained(algorithm: str, folder: Path, size: str, resume: Path | None = None, **settings) -> Any:
-    """A trainer that has trained."""
+    """A trainer after its training."""
     trainer_class, config_class = TRAINERS[algorithm]
     set_seed(0)
-    vocabulary = ppo_vs_trl.MODELS[SIZES[size]]["vocab_size"]
+    vocabulary = ppo_vs_trl.MODELS[size]["vocab_size"]
     common = {
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": BATCH // 4,
@@ -175,7 +172,7 @@ def trained(algorithm: str, folder: Path, size: str, resume: Path | None = None,
 
 
 def identities(algorithm: str, folder: Path, size: str, half: bool) -> dict[str, Any]:
-    """Deviations of the first step from what it must be by definition."""
+    """Deviations of the first step from its values by definition."""
     trainer = trained(algorithm, folder, size, bf16=half, max_steps=1)
     first = trainer.state.log_history[0]
     bounds = BOUNDS["bfloat16" if half else "float32"]
@@ -223,8 +220,8 @@ def resume(algorithm: str, folder: Path, size: str) -> dict[str, Any]:
 
 
 def speed(name: str, folder: Path, size: str, trl_1_12: Path | None) -> dict[str, Any]:
-    """One contender of `ppo_vs_trl.py`; TRL 1.12.0's in a process of its own."""
-    given = ["--model", SIZES[size], "--device", "cuda" if CUDA else "cpu", "--prompts", str(BATCH), "--updates", "4"]
+    """Run one contender of `ppo_vs_trl.py`; TRL 1.12.0's runs in another process."""
+    given = ["--model", size, "--device", "cuda" if CUDA else "cpu", "--prompts", str(BATCH), "--updates", "4"]
     asked = ppo_vs_trl.parse([*given, "--new-tokens", str(COMPLETION)])
     asked.trl_1_12 = trl_1_12
     if name == "trl_ppo":
@@ -247,7 +244,7 @@ def speed(name: str, folder: Path, size: str, trl_1_12: Path | None) -> dict[str
 
 
 def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
-    """One stage of a recipe that is made here: two rollouts of one pass."""
+    """Run one stage of a small recipe: two rollouts with one pass each."""
     from rlhf_recipes.planning.machine import launch_of, machine_of
     from rlhf_recipes.planning.stage import plan_stage
     from rlhf_recipes.recipe.load import load_recipe
@@ -255,7 +252,7 @@ def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
 
     if mode == "4bit" and find_spec("bitsandbytes") is None:
         return {"skipped": "no bitsandbytes"}
-    rows = prompts(4 * BATCH, PROMPT, ppo_vs_trl.MODELS[SIZES[size]]["vocab_size"])
+    rows = prompts(4 * BATCH, PROMPT, ppo_vs_trl.MODELS[size]["vocab_size"])
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": row, "completion": " w1"}) + "\n" for row in rows))
     trainer = {
         "per_device_train_batch_size": BATCH // 4,
@@ -283,7 +280,7 @@ def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
     main = importlib.import_module(f"rlhf_recipes.{stage}").main
     code = run_stage(stage, main, str(recipe), overrides, overwrite=True)
     if code:
-        raise RuntimeError(f"stage {stage} ended with exit code {code}; its message stands above.")
+        raise RuntimeError(f"stage {stage} ended with exit code {code}; its message is above.")
     shutil.rmtree(folder / "runs")
     peak = torch.cuda.max_memory_allocated() - before if CUDA else None
     return {
@@ -295,12 +292,14 @@ def memory(stage: str, folder: Path, size: str, mode: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=12, help="after which no part begins that would take longer")
-    parser.add_argument("--sizes", nargs="+", default=["410m", "1b"], choices=list(SIZES),
-                        help="the first is for all parts, the others are for memory alone")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=12, help="skips parts that would take longer")
+    parser.add_argument("--sizes", nargs="+", default=["pythia-410m", "pythia-1b"], choices=list(ppo_vs_trl.MODELS),
+                        help="the first runs all parts, the others only memory")  # fmt: skip
     parser.add_argument("--parts", nargs="+", default=list(SECONDS), choices=list(SECONDS))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="of memory")
-    parser.add_argument("--stages", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), help="not of speed")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="modes of the part memory")
+    parser.add_argument(
+        "--stages", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), help="stages of all parts but speed"
+    )
     parser.add_argument("--trl-1-12", type=Path, help="folder of `pip install --target` with TRL 1.12.0")
     options = parser.parse_args()
     session, size = Session(options.minutes, options.parts), options.sizes[0]

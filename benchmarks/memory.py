@@ -1,18 +1,19 @@
-"""What `rlhf-recipes plan` predicts against what a stage really takes: the peak above what there was before the model.
+"""Compares the forecast of `rlhf-recipes plan` with a stage's peak memory, minus the memory before its first model.
 
     python benchmarks/memory.py                          # all cases, on the CPU
     python benchmarks/memory.py --cases sft ppo_ddp     # some
-    python benchmarks/memory.py --device cuda --cases sft ppo_shared   # written, not measured: torch's own peak
+    python benchmarks/memory.py --device cuda --cases sft ppo_shared   # takes torch's own peak; never run
 
-Every case runs a real stage of a recipe made here, in a process of its own (two, where it says so), on a Llama of 38M
-parameters (or as it says) with random weights and a vocabulary of 20,000, for three optimizer steps, or two rollouts.
+Every case runs a real stage of a small recipe in its own process (DDP and ZeRO: in two), with random weights, for three
+optimizer steps or two rollouts. The model is a Llama of 38M parameters with a vocabulary of 20,000, unless the case names
+another one.
 
-On a CPU the peak is the resident memory's (VmHWM), which the kernel is told to count anew when training starts, above what
-was resident when the first model was about to be made. glibc is told to give back every block from 64 KiB on at once
-(MALLOC_MMAP_THRESHOLD_): by default it keeps freed memory, and the peak would depend on what was freed before. A hook in
-torch's dispatcher would count no buffer of its libraries, and slow the stage down.
+On a CPU the peak is that of resident memory (VmHWM), which the script resets when training starts, minus the resident
+memory right before the first model is made. MALLOC_MMAP_THRESHOLD_ makes glibc return every block of 64 KiB and more at
+once: by default it keeps freed memory, and the peak would depend on earlier blocks. A hook in torch's dispatcher would not
+count the buffers of its libraries, and would slow the stage down.
 
-The last line is JSON: for every case `predicted` and `measured` (bytes, of the rank that takes most) and their `ratio`.
+The last line is JSON: for every case `predicted` and `measured` (bytes of the rank with the most) and their `ratio`.
 """
 
 import argparse
@@ -82,11 +83,11 @@ CASES = {
     "small_rloo": ("rloo", "small", None, ()),
     "small_ppo": ("ppo", "small", None, ("value_model=policy",)),
 }
-"""Those named small_* are the quick ones that a test runs."""
+"""A test runs the quick cases, which are named small_*."""
 
 
 def make(folder: Path, kind: str) -> None:
-    """A model with random weights, a tokenizer of words, and rows whose texts are as long as a recipe allows."""
+    """Make a model with random weights, a tokenizer of words, and rows with texts of the longest allowed length."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -129,7 +130,7 @@ def make(folder: Path, kind: str) -> None:
 
 
 def recipe(folder: Path, case: str) -> tuple[str, list[str]]:
-    """File and overrides of a case's recipe."""
+    """Write the recipe of a case; returns its file and overrides."""
     stage, _, _, more = CASES[case]
     rewards = "[{name: length}]"
     if "reward" in more:
@@ -172,7 +173,7 @@ def predicted(file: str, overrides: list[str], stage: str, config: str | None, d
 
 
 def status(name: str) -> int:
-    """Bytes of a line of this process's /proc/self/status."""
+    """Bytes in the line `name` of /proc/self/status."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -180,7 +181,7 @@ def status(name: str) -> int:
 
 
 def work(file: str, overrides: list[str], stage: str, device: str, result: Path) -> None:
-    """Run a stage in this process, one of a launch's, and write down its peak."""
+    """Run a stage in this process of a launch, and write its peak to a file."""
     import importlib
 
     import torch
@@ -228,7 +229,7 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
     def from_pretrained(cls, *args, **kwargs):
         baseline()
         loaded = made(cls, *args, **kwargs)
-        # Out of the mapped file: while a tensor is in it, pages count that others were read from and left, to be quantized.
+        # Copies tensors out of the mapped file: otherwise pages of it count that held tensors before their quantization.
         for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
             if parameter.dtype == torch.float32 and device == "cpu":
                 parameter.data = parameter.data.clone()
@@ -238,7 +239,7 @@ def work(file: str, overrides: list[str], stage: str, device: str, result: Path)
     trained = transformers.Trainer.train
 
     def train(self, *args, **kwargs):
-        if device == "cpu":  # of training: a model that is loaded stands in its file's pages, too
+        if device == "cpu":  # counts training only: a loading model is also in its file's pages
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         output = trained(self, *args, **kwargs)
         seen["peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
@@ -296,7 +297,7 @@ def measured(file: str, overrides: list[str], stage: str, config: str | None, de
 
 
 def compare(case: str, device: str = "cpu") -> dict[str, float]:
-    """Prediction and measurement of one case."""
+    """Forecast and measurement of one case."""
     stage, kind, config, more = CASES[case]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

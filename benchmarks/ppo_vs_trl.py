@@ -6,11 +6,11 @@
     python benchmarks/ppo_vs_trl.py --ragged            # EOS likely: lengths spread over 1..48
     python benchmarks/ppo_vs_trl.py --device cuda --model gpt2      # or pythia-410m; bf16
 
-Every contender runs in a process of its own, in turn (A B C, A B C, ...), on the same random weights, prompts, number
-of tokens, epochs and optimizer steps, with the same optimizer and threads. An update's time counts from the second one
-on. Memory is the peak above what the imports took. TRL runs with the micro-batch that is fastest for it.
+Every contender runs in its own process, in turn (A B C, A B C, ...), on the same random weights, prompts, number of
+tokens, epochs and optimizer steps, with the same optimizer and threads. The first update is not counted. Memory is the
+peak minus the memory of the imports. TRL's trainers run with their fastest micro-batch.
 
-The last line is JSON; each key has a `<key>_spread` beside it, the smallest and the largest ratio of one round:
+The last line is JSON. Each key has a `<key>_spread`, the smallest and the largest ratio of one round:
 
 - `episodes_ratio_separate`, `episodes_ratio_shared`: our PPO's episodes a second over TRL 1.12.0's
 - `memory_ratio_separate`: our PPO's memory over TRL 1.12.0's, both with a separate value network
@@ -52,10 +52,14 @@ MODELS = {
         "max_position_embeddings": 2048,
     },
 }
+PROMPT_TOKENS = 12
+TRL_MICRO_BATCHES = (32, 8)
+"""The warm-up tries these; the fastest one is measured."""
+
 OURS = ("ours_ppo_separate", "ours_ppo_shared", "ours_rloo")
 TRLS = ("trl_ppo", "trl_rloo")
 RATIOS = {
-    # name: (what is compared, above the line, below it)
+    # name: (measure, numerator, denominator)
     "episodes_ratio_separate": ("episodes", "ours_ppo_separate", "trl_ppo"),
     "memory_ratio_separate": ("memory", "ours_ppo_separate", "trl_ppo"),
     "episodes_ratio_shared": ("episodes", "ours_ppo_shared", "trl_ppo"),
@@ -65,13 +69,13 @@ RATIOS = {
 
 
 def task_of(options: argparse.Namespace, contender: str, micro_batch: int) -> dict:
-    """What `contender.py` is told."""
+    """The task for `contender.py`."""
     return {
         "contender": contender,
         "model": MODELS[options.model],
         "device": options.device,
         "prompts": options.prompts,
-        "prompt_tokens": options.prompt_tokens,
+        "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": options.new_tokens,
         "epochs": options.epochs,
         "updates": options.updates,
@@ -84,21 +88,17 @@ def with_rates(options: argparse.Namespace, contender: str, result: dict) -> dic
     """A contender's report, with `episodes` (a second), `time` (seconds of an update), `memory` (bytes above the imports).
 
     Raises:
-        SystemExit: The contender did not make the optimizer steps that were asked for.
+        SystemExit: The contender made another number of optimizer steps.
     """
     steps = options.updates * options.epochs
     if result["optimizer_steps"] != steps:
-        raise SystemExit(f"{contender} made {result['optimizer_steps']} optimizer steps, {steps} were asked for.")
+        raise SystemExit(f"{contender} made {result['optimizer_steps']} optimizer steps instead of {steps}.")
     time = median(result["seconds"])
     return result | {"time": time, "episodes": options.prompts / time, "memory": result["peak"] - result["imports"]}
 
 
 def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> dict:
-    """One process of one contender.
-
-    Returns:
-        Its report, see `with_rates`.
-    """
+    """Run one contender in its own process; returns its report, see `with_rates`."""
     # No torch in this process: a child's peak of resident memory starts at its parent's.
     environment = os.environ | {
         "OMP_NUM_THREADS": str(options.threads),
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, contender: str, micro_batch: int = 0) -> di
 
 
 def operations_per_update(options: argparse.Namespace, contender: str, tokens: float) -> float:
-    """Floating-point operations that one update cannot do without.
+    """Floating-point operations that every update needs.
 
     Args:
         contender: RLOO has no value network, a shared value head costs nothing.
@@ -138,15 +138,15 @@ def operations_per_update(options: argparse.Namespace, contender: str, tokens: f
     """
     model = MODELS[options.model]
     d, layers, vocabulary = model["hidden_size"], model["num_hidden_layers"], model["vocab_size"]
-    length = options.prompt_tokens + tokens
+    length = PROMPT_TOKENS + tokens
     # A block has 12 d^2 weights, two operations each; attention's two products see half of the sequence on average.
     backbone = options.prompts * (length - 1) * layers * (24 * d * d + 2 * d * length)
     head = options.prompts * tokens * 2 * d * vocabulary  # on completion positions only
     values = backbone if contender in ("trl_ppo", "ours_ppo_separate") else 0.0
-    # Sampling runs every token through the model once, with a cache, and knows the old log-probabilities by then.
+    # Sampling runs every token through the model once, with a cache, and gives the old log-probabilities.
     sampling = backbone + head
     reference = backbone + head
-    # Backward costs twice what forward does.
+    # A backward pass costs twice as much as a forward pass.
     training = options.epochs * 3 * (backbone + head + values)
     return sampling + reference + values + training
 
@@ -170,7 +170,7 @@ def print_table(options: argparse.Namespace, runs: dict[str, list[dict]], sizes:
 
 
 def ratios(runs: dict[str, list[dict]]) -> dict[str, float | list[float] | None]:
-    """Median and extremes of the ratios, each within one round; None where a contender was left out."""
+    """Median and extremes of the ratios, each within one round; None if a contender did not run."""
     found = {}
     for name, (what, above, below) in RATIOS.items():
         pairs = zip(runs.get(above, []), runs.get(below, []), strict=False)
@@ -184,16 +184,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--prompt-tokens", type=int, default=12)
+
     parser.add_argument("--prompts", type=int, default=32, help="episodes of one update")
     parser.add_argument("--ragged", action="store_true", help="make EOS likely, so that lengths differ")
     parser.add_argument("--model", choices=MODELS, default="small", help="sizes; the weights are random")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--updates", type=int, default=4, help="of one process; the first is not counted")
-    parser.add_argument("--rounds", type=int, default=3, help="how often every contender runs")
+    parser.add_argument("--updates", type=int, default=4, help="updates of one process; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every contender")
     parser.add_argument("--micro-batch", type=int, default=8, help="of our trainers")
-    parser.add_argument("--trl-micro-batches", type=int, nargs="+", default=[32, 8], help="the fastest one is taken")
+
     parser.add_argument("--contenders", nargs="+", choices=(*TRLS, *OURS), default=["trl_ppo", *OURS, "trl_rloo"])
     parser.add_argument("--quick", action="store_true", help="smoke test: a tiny model, one round, without TRL's")
     trl_venv.add_venv_option(parser)
@@ -211,7 +211,7 @@ def main() -> None:
     if not options.quick:
         print("Warm-up, and the micro-batch for TRL:")
         for contender in options.contenders:
-            tried = options.trl_micro_batches if contender in TRLS else [options.micro_batch]
+            tried = TRL_MICRO_BATCHES if contender in TRLS else [options.micro_batch]
             speeds = {size: run(options, contender, size)["episodes"] for size in tried}
             sizes[contender] = max(speeds, key=speeds.get)
     runs = {contender: [] for contender in options.contenders}

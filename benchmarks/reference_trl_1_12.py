@@ -1,14 +1,14 @@
-"""Reference numbers for PPO: what TRL 1.12.0's `trl.experimental.ppo` makes of fixed completions and scores.
+"""Makes reference numbers for PPO with TRL 1.12.0's `trl.experimental.ppo`, from fixed completions and scores.
 
     python benchmarks/reference_trl_1_12.py
 
 Writes `tests/data/trl_1_12_ppo.npz` (arrays) and `tests/data/trl_1_12_ppo.json` (settings, scalars, versions);
 `benchmarks/README.md` describes each and lists where TRL 1.12.0 differs from the textbook.
 
-Every number is a local variable of TRL's own `PPOTrainer.train()`, or a gradient that it made. Only this is fixed from
-outside: the tokens that sampling draws (`torch.multinomial`), the reward model's scores, and what the optimizer step
-does: it writes down the gradients and puts prepared weights in. So the first epoch sees the weights that sampled
-(ratios are 1), and the second sees others (ratios and values move far enough to be clipped).
+Every number is a local variable of TRL's own `PPOTrainer.train()`, or one of its gradients. The script fixes three things
+from outside: the sampled tokens (`torch.multinomial`), the reward model's scores, and the effect of the optimizer step,
+which records the gradients and sets prepared weights. So the first epoch has the weights that sampled (ratios are 1), and
+the second has other weights (ratios and values move far enough to be clipped).
 """
 
 import trl_venv
@@ -80,7 +80,7 @@ CASES = {
     "ragged_monte_carlo": {"batch": "ragged", "lam": 1.0},
 }
 WITH_GRADIENTS = ("full", "ragged_monte_carlo")
-"""Cases whose gradients are kept, those that mean the same as the textbook; all would make the file large."""
+"""Cases whose gradients are stored: those that agree with the textbook. All cases would make the file large."""
 
 PER_ROW = ("scores", "sequence_lengths")
 PER_TOKEN = ("logprobs", "ref_logprobs", "kl", "values", "rewards", "advantages", "returns")
@@ -89,7 +89,7 @@ PER_PASS_STATS = ("approxkl", "pg_clipfrac", "entropy", "ratio")
 
 
 class PreparedSteps(torch.optim.SGD):
-    """Keeps the gradients of every step and, instead of following them, puts the prepared weights in."""
+    """Records the gradients of every step, and sets the prepared weights instead of a gradient step."""
 
     def __init__(self, models: dict[str, nn.Module], weights: dict[str, Tensor]):
         super().__init__([p for model in models.values() for p in model.parameters()], lr=0.0)
@@ -114,7 +114,7 @@ def make_value_model() -> GPT2ForSequenceClassification:
 
 
 def make_weights() -> dict[str, Tensor]:
-    """Policy and value network before and after the step, and a reference that is near the policy: one vector each."""
+    """Vectors of weights: policy and value network before and after the step, and a reference near the policy."""
     torch.manual_seed(0)
     policy = parameters_to_vector(make_policy().parameters()).detach()
     value = parameters_to_vector(make_value_model().parameters()).detach()
@@ -203,7 +203,7 @@ def run_case(weights: dict[str, Tensor], batch: dict[str, np.ndarray], settings:
             optimizers=(optimizer, None),
         )
 
-    order: list[int] = []  # the dataloader shuffles: order[i] is the row of the batch that TRL has in place i
+    order: list[int] = []  # the dataloader shuffles: TRL has row order[i] of the batch in place i
     passes: list[dict] = []
     whitened: list[Tensor] = []
     stats: dict[str, Tensor] = {}

@@ -1,19 +1,20 @@
-"""What more processes change: weights and losses (nothing), bytes on the wire, memory, time, and waiting for the longest.
+"""Measures the effect of more processes: weights and losses (none), bytes sent, memory, time, and waiting.
 
     python benchmarks/scaling.py                 # 1, 2 and 4 processes on a CPU: DDP, ZeRO-1, ZeRO-2
     python benchmarks/scaling.py --quick         # a small model, 1 and 2 processes
     python benchmarks/scaling.py --accumulation 4
     python benchmarks/scaling.py --imbalance     # only the last table, simulated
 
-Every launch trains the same random GPT-2 with our RLOO trainer: 16 completions an update, two passes over each rollout,
-however many processes share them. The completions are given, not sampled: sampled ones differ from rank to rank. Columns of the first table:
+Every launch trains the same random GPT-2 with our RLOO trainer: 16 completions for each update, two passes over each
+rollout, for any number of processes. The completions are given, not sampled, because samples differ between ranks.
+Columns of the first table:
 
-- difference: largest one between its final weights and those of one process, and between their losses
-- bytes an update: what a rank sends, as a ring sends it, over bytes of all weights: an all-reduce of S bytes is
-  2 (N-1)/N S, reduce, broadcast, reduce-scatter and all-gather are (N-1)/N S each. In brackets: the formula
-- memory: of a process, over bytes of all weights: tensors between updates, when of gradients only DDP's buckets are
-  left, and the peak of all above what imports took
-- seconds an update, from the second one on, without sampling
+- difference: largest difference of final weights, and of losses, from those of one process
+- bytes: bytes that a rank sends for an update in a ring, in units of the bytes of all weights. An all-reduce of S bytes
+  sends 2 (N-1)/N S; reduce, broadcast, reduce-scatter and all-gather send (N-1)/N S each. In brackets: the formula
+- memory of a process, in units of the bytes of all weights: its tensors between updates, when only DDP's buckets hold
+  gradients, and the peak of all its memory minus the memory of imports
+- seconds: time of an update without sampling; the first is not counted
 
 The last line is JSON.
 """
@@ -57,7 +58,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def launch(kind: str, processes: int, size: str, accumulation: int, folder: Path) -> dict:
-    """Train in `processes` processes; what rank 0 has written, with the memory of the rank that takes most."""
+    """Train in `processes` processes; returns the result of rank 0, with the largest memory of all ranks."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"{KINDS[kind]}num_processes: {processes}\n{COMMON}")
     command = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml")]
@@ -87,10 +88,10 @@ def launch(kind: str, processes: int, size: str, accumulation: int, folder: Path
 
 
 def expected_bytes(kind: str, processes: int, accumulation: int) -> float:
-    """Bytes that a rank sends an update over bytes of all weights.
+    """Bytes that a rank sends for an update, in units of the bytes of all weights.
 
-    DDP reduces the gradients of the last micro-batch's sum, and so does ZeRO-1; ZeRO-2, which keeps no whole gradients,
-    those of each. DeepSpeed's reduction is an all-reduce in either; it then gathers the new weights.
+    DDP and ZeRO-1 reduce the summed gradients after the last micro-batch. ZeRO-2 keeps no whole gradients, so that it
+    reduces those of every micro-batch. DeepSpeed reduces by an all-reduce in both, and then gathers the new weights.
     """
     reductions = {"one": 0, "ddp": 2, "zero1": 2, "zero2": 2 * accumulation}[kind]
     return (reductions + kind.startswith("zero")) * (processes - 1) / processes
@@ -103,11 +104,11 @@ def difference(folder: Path, other: Path) -> float:
     return max((tensor - two[name]).abs().max().item() for name, tensor in one.items())
 
 
-# What a launched process does
+# The code of a launched process
 
 
 def count_bytes(sent: dict[str, float]) -> None:
-    """From now on every collective of torch.distributed adds to `sent` what a ring sends for it."""
+    """Make every collective of torch.distributed add the bytes that a ring sends for it to `sent`."""
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
@@ -133,13 +134,13 @@ def count_bytes(sent: dict[str, float]) -> None:
 
     def make(self, *args, **kwargs):
         made(self, *args, **kwargs)
-        self.register_comm_hook(None, allreduce_hook)  # DDP calls no function of Python by itself
+        self.register_comm_hook(None, allreduce_hook)  # without a hook, DDP calls no Python function
 
     DistributedDataParallel.__init__ = make
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors that Python knows of."""
+    """Bytes of all tensors that Python holds."""
     import torch
 
     gc.collect()
@@ -163,7 +164,7 @@ def work(folder: Path, size: str, accumulation: int) -> None:
     from rlhf_recipes import RLOOConfig, RLOOTrainer
 
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        import deepspeed  # noqa: F401  it takes memory that is not the model's
+        import deepspeed  # noqa: F401  # its memory must not count as the model's
 
     tokenizer = AutoTokenizer.from_pretrained(Path(rlhf_recipes.__file__).parent / "base")
     before = psutil.Process().memory_info().rss
@@ -235,7 +236,7 @@ def work(folder: Path, size: str, accumulation: int) -> None:
     if rank == 0:
         save_file(weights, folder / "weights.safetensors")
     if processes > 1:
-        broadcast_object_list([None])  # none leaves before all have written
+        broadcast_object_list([None])  # waits until all have written
         PartialState().destroy_process_group()
 
 
@@ -250,21 +251,21 @@ def draw_lengths(kind: str, shape: tuple[int, ...], generator: np.random.Generat
 
 
 def steps_and_tokens(lengths: np.ndarray) -> tuple[float, float]:
-    """How much longer the slowest rank samples than ranks do on average.
+    """Sampling time of the slowest rank, divided by the mean time of a rank.
 
     Args:
-        lengths: Of completions, (rollouts, ranks, completions of a rank).
+        lengths: Lengths of completions, (rollouts, ranks, completions of a rank).
 
     Returns:
-        Where a step takes the same time for many rows as for few, so that a rank's longest completion counts; and where
-        it takes time by its rows, so that the sum of its tokens counts.
+        The ratio if a step takes the same time for any number of rows, so that a rank's longest completion decides; and
+        if its time grows with the rows, so that the sum of tokens decides.
     """
     longest, tokens = lengths.max(2), lengths.sum(2)
     return longest.max(1).mean() / longest.mean(), tokens.max(1).mean() / tokens.mean()
 
 
 def rows_left(lengths: np.ndarray) -> float:
-    """Share of rows x steps that a rank goes through, for completions that have ended leave as in `sampling.py`."""
+    """Share of rows x steps that a rank computes if finished completions leave the batch as in `sampling.py`."""
     work = whole = 0
     for row in lengths.reshape(-1, lengths.shape[-1]):
         ordered, rows, step = np.sort(row), lengths.shape[-1], 0
@@ -278,7 +279,7 @@ def rows_left(lengths: np.ndarray) -> float:
 
 
 def imbalance(rollouts: int, rows: int = 32) -> dict:
-    """For each distribution of lengths and number of ranks, with 32 completions a rank: `steps_and_tokens`."""
+    """`steps_and_tokens` for each distribution of lengths and number of ranks, with `rows` completions on each rank."""
     generator, table = np.random.default_rng(0), {}
     for kind in LENGTHS:
         found = {n: steps_and_tokens(draw_lengths(kind, (rollouts, n, rows), generator)) for n in RANKS}
@@ -295,7 +296,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, 1 and 2 processes, few rollouts")
     parser.add_argument("--imbalance", action="store_true", help="only the table of waiting")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=list(KINDS)[1:])
-    parser.add_argument("--accumulation", type=int, choices=(1, 2, 4), default=1, help="micro-batches an update")
+    parser.add_argument("--accumulation", type=int, choices=(1, 2, 4), default=1, help="micro-batches for each update")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -330,7 +331,7 @@ def main(arguments: list[str]) -> None:
             )
     table = imbalance(20 if given.quick else 1000)
     for kind, found in table.items():
-        print(f"{kind}; {found['rows_left']:.0%} of rows x steps are gone through")
+        print(f"{kind}; {found['rows_left']:.0%} of rows x steps are computed")
         for what in ("steps", "tokens"):
             print(f"  {what:<7}" + "".join(f"{n:>4}: {value:.2f}" for n, value in found[what].items()))
     print(json.dumps({"launches": rows, "imbalance": table}))

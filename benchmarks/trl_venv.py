@@ -1,4 +1,4 @@
-"""A virtual environment with TRL 1.12.0, the last release that has PPO, beside the one of this project."""
+"""A second virtual environment with TRL 1.12.0, the last release that has PPO."""
 
 import argparse
 import os
@@ -14,11 +14,11 @@ TRL = "1.12.0"
 
 def add_venv_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help=f"folder of the environment with TRL {TRL}")
-    parser.add_argument("--trl-1-12", type=Path, help="folder of `pip install --target` with TRL 1.12.0, in its place")
+    parser.add_argument("--trl-1-12", type=Path, help="use a folder of `pip install --target` with TRL 1.12.0 instead")
 
 
 def python_and_path(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """The Python that runs TRL 1.12.0, and the environment variables it needs for that."""
+    """The Python that runs TRL 1.12.0, and its environment variables."""
     if options.trl_1_12 is None:
         return str(venv_python(options.venv)), {}
     path = [str(options.trl_1_12.absolute()), os.environ.get("PYTHONPATH", "")]
@@ -26,14 +26,14 @@ def python_and_path(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
 
 
 def venv_python(folder: Path) -> Path:
-    """The Python of the environment in `folder`, which is made first if it is not there."""
+    """The Python of the environment in `folder`; makes the environment if it does not exist."""
     python = folder.absolute() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     done = folder / f".installed-trl-{TRL}"
     if done.exists():
         return python
     print(f"Installing TRL {TRL} into {folder}: a few minutes, once ...", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    # Everything but TRL itself as this project has it, so that a comparison compares trainers.
+    # All other packages have this project's versions, so that only the trainers differ.
     pins = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("trl==")]
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(pins) + "\n", "utf-8")
@@ -45,7 +45,7 @@ def venv_python(folder: Path) -> Path:
 
 
 def rerun_under_trl_1_12(script: str) -> None:
-    """Run `script` again where TRL is 1.12.0 and exit with its status, unless it is already."""
+    """Run `script` again under TRL 1.12.0 and exit with its status; do nothing if this is TRL 1.12.0."""
     if version("trl") == TRL:
         return
     parser = argparse.ArgumentParser(add_help=False)
