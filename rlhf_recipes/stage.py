@@ -1,4 +1,4 @@
-"""What happens around every stage, whether started by the CLI or as `python -m rlhf_recipes.<stage>`."""
+"""Runs one stage as a process: arguments, signals, exit codes, and the error message of whatever goes wrong."""
 
 import argparse
 import json
@@ -25,18 +25,18 @@ from rlhf_recipes.system.files import DISK_ERRNOS, checkpoints, step_of, write_e
 from rlhf_recipes.system.terminal import complain, hush_libraries, log_to, say
 
 LOST = (
-    "another process of this run has ended: with an error of its own, which stands above, or killed without a word (by the "
-    "system, when memory is full). The same command goes on from the last checkpoint."
+    "another process of this run has ended: with its own error, shown above, or because the system killed it (out of "
+    "memory). The same command resumes from the last checkpoint."
 )
-"""What a process says that can do nothing without the others."""
+"""Message of a process that cannot continue without the others."""
 
 
 def stage_command(stage: str, main: Callable[[Run], str]) -> None:
-    """Command line of one stage: `python -m rlhf_recipes.<stage> --recipe NAME [key=value ...]`; exits.
+    """Runs `python -m rlhf_recipes.<stage> --recipe NAME [key=value ...]`, and exits.
 
     Args:
         stage: One of `STAGES`.
-        main: Does the work in a started run, and returns what the finished stage has to say, in one line.
+        main: Does the work in a started run, and returns the results in one line.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m rlhf_recipes.{stage}", description=f"Run stage {stage} of a recipe."
@@ -49,25 +49,25 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     if code in (0, STOPPED) and _has_joined():
         from accelerate import PartialState
 
-        PartialState().destroy_process_group()  # or its threads abort the interpreter's exit
+        PartialState().destroy_process_group()  # otherwise its threads abort the interpreter's exit
     sys.exit(code)
 
 
 def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list[str], overwrite: bool) -> int:
-    """Run one stage of a recipe in this process; returns its exit code."""
+    """Runs one stage of a recipe in this process; returns its exit code."""
     is_main = os.environ.get("RANK", "0") == "0"
     run = log = None
     given: dict[str, Any] = {}
     try:
         signal.signal(signal.SIGTERM, _leave)
         _end_with_launcher()
-        logging.raiseExceptions = False  # a full disk is said once, not for every line of log.txt
+        logging.raiseExceptions = False  # report a full disk once, not for every line of log.txt
         recipe = load_checked(name, overrides)
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
         given = getattr(getattr(recipe, stage, None), "trainer", {})
         if hub_references(recipe, stage):
-            go_offline()  # the next line may import libraries of Hugging Face
+            go_offline()  # before the first import of a Hugging Face library, perhaps in the next line
         check_launch(given)
         _join(given)
         run = Run(recipe, stage, is_main)
@@ -79,13 +79,13 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         check_packages(recipe, stage)
         check_references(recipe, stage)
         log = run.path / "log.txt" if is_main else None
-        log_to(log if log and log.is_file() else None)  # what an earlier attempt left may deserve a warning
+        log_to(log if log and log.is_file() else None)  # `run.start` may warn about an earlier attempt
         run.checkpoint = _of_main(lambda: run.start(launched()))
         log_to(log)
         hush_libraries()
         _of_main(lambda: run.record_sources(sources(recipe, stage)))
         if is_main and run.checkpoint is not None:
-            say(f"{stage:<8} goes on from {_progress(run.checkpoint)}   {run.path}")
+            say(f"{stage:<8} resumes from {_progress(run.checkpoint)}   {run.path}")
         line = main(run)
         run.finish()
         if is_main:
@@ -103,21 +103,21 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         complain("interrupted.")
         return INTERRUPTED
     except SystemExit as leaving:
-        if leaving.code not in (STOPPED, USER_ERROR):  # a library's
+        if leaving.code not in (STOPPED, USER_ERROR):  # a library exits
             _fail(run, leaving)
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever stops a whole job sends it more than once
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it more than once
         if leaving.code == STOPPED and is_main and run is not None:
             run.stop()
-            say(f"{stage:<8} stopped, {_what_is_kept(run)}   {run.path}")
+            say(f"{stage:<8} stopped, {_how_to_resume(run)}   {run.path}")
         return leaving.code
-    except BaseException as error:  # noqa: BLE001 - a stage that dies says of what
-        lost = _is_distributed() and _lost_company(error)
+    except BaseException as error:  # noqa: BLE001 - every error becomes a message
+        lost = _is_distributed() and _is_lost_connection(error)
         message = LOST if lost else _explained(error, stage, given, run)
         _fail(run, RecipeError(message))
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
         if lost or not is_main:
-            _wait_for_failing_rank(to_be_ended=not is_main)
+            _wait_for_failing_rank(is_ended_by_launcher=not is_main)
         if log is not None and log.is_file():
             message += "" if lost else f" (traceback in {log})"
         elif not lost:
@@ -127,18 +127,18 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
 
 
 def _explained(error: BaseException, stage: str, given: dict[str, Any], run: Run | None) -> str:
-    """What a stage says about an error that a library raised, or a bug; the caller adds where the traceback is."""
+    """The message for an error of a library, or a bug; the caller adds the file of the traceback."""
     if run is not None and isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-        what = "a file" if error.filename else "a library's file (a temporary one, perhaps)"
+        what = "a file" if error.filename else "a file of a library (perhaps a temporary one)"
         return write_error(what, Path(error.filename or run.path), error)
     return explain(error, stage, given)
 
 
-def _what_is_kept(run: Run) -> str:
+def _how_to_resume(run: Run) -> str:
     if saved := checkpoints(run.path):
-        return f"the same command goes on from step {step_of(saved[-1])}"
-    if run.stage == "eval":  # it saves none: every model that has been measured is kept
-        return "the same command goes on with the model that it was at"
+        return f"the same command resumes from step {step_of(saved[-1])}"
+    if run.stage == "eval":  # it has no checkpoints, but keeps the results of every measured model
+        return "the same command resumes with the model that was being measured"
     return "it has no checkpoint yet"
 
 
@@ -147,33 +147,34 @@ def _leave(number, frame) -> None:
 
 
 def _fail(run: Run | None, error: BaseException) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all ranks as soon as one of them has ended
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all ranks when one ends
     if run is not None:
         run.fail(error)
 
 
 def _end_with_launcher() -> None:
-    """Take the death of `accelerate launch`, `run` or `sweep` for a SIGTERM (Linux): killed, they leave the stage alone.
+    """Sends this process a SIGTERM when `accelerate launch`, `run` or `sweep` dies (Linux).
 
-    `accelerate launch` passes no SIGTERM on either when it has started one process.
+    A killed launcher does not stop its stage. `accelerate launch` does not even pass on a SIGTERM to a single process.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ or os.environ.get(PARENT) == str(os.getppid()):
         end_with_parent()
 
 
-def _wait_for_failing_rank(to_be_ended: bool = True) -> None:
-    """Wait for the process whose error this is: when it ends, the launcher ends this one, and the error is said once.
+def _wait_for_failing_rank(is_ended_by_launcher: bool = True) -> None:
+    """Waits for the process that has the error, so that only this process reports it.
 
     Args:
-        to_be_ended: False where that process may have been killed without a word, so that this one has to say it.
+        is_ended_by_launcher: True: the launcher ends this process when the other one ends. False: this process reports
+            that the other one has ended, because the system may have killed it.
     """
-    if to_be_ended:
+    if is_ended_by_launcher:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(10 if to_be_ended else 3)  # an interpreter full of torch takes seconds to end, more on a busy machine
+    time.sleep(10 if is_ended_by_launcher else 3)  # an interpreter with torch takes seconds to end
 
 
-def _lost_company(error: BaseException) -> bool:
-    """Whether a collective operation failed because another process is not there any more."""
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process has ended."""
     from torch.distributed import DistError
 
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "gloo/transport")
@@ -183,7 +184,7 @@ def _lost_company(error: BaseException) -> bool:
 
 
 def _join(given: dict[str, Any]) -> None:
-    """Meet the other processes of this launch, on the device on which the stage will train."""
+    """Connects to the other processes of this launch, on the device that the stage trains on."""
     if _is_distributed():
         prepare()
         import torch
@@ -193,7 +194,7 @@ def _join(given: dict[str, Any]) -> None:
 
 
 def _has_joined() -> bool:
-    """Whether this process has met others; one that was stopped before may have imported half of torch, for ever."""
+    """Whether `_join` has run. It imports nothing: a stop during the import of torch leaves a broken module."""
     state = sys.modules.get("accelerate.state")
     return bool(getattr(getattr(state, "PartialState", None), "_shared_state", None))
 
@@ -208,9 +209,9 @@ def _is_distributed() -> bool:
 
 
 def _of_main(question: Callable[[], Any]) -> Any:
-    """The main process's answer, on every rank: the others must not look into a folder that it is changing.
+    """The main process's answer, on every rank: other processes must not read a folder while it changes.
 
-    When the answer is an error, the main process raises it, and the others end without a word.
+    If the answer is an error, the main process raises it, and the others exit without a message.
     """
     if not _is_distributed():
         return question()
@@ -232,10 +233,10 @@ def _of_main(question: Callable[[], Any]) -> Any:
 
 
 def load_checked(name: str, overrides: list[str]) -> Recipe:
-    """A recipe whose keys and reward functions have been checked.
+    """A recipe with checked keys and reward functions.
 
     Raises:
-        RecipeError: Every finding, one a line.
+        RecipeError: Every finding, one per line.
     """
     recipe = load_recipe(name, overrides)
     findings = check_reward_funcs(recipe)

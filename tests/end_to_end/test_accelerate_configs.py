@@ -290,11 +290,11 @@ def test_stopped_it_saves_and_goes_on(config, sent, tmp_path):
     process.send_signal(sent)
     assert process.wait(60) == 143
     output = (tmp_path / "output.txt").read_text()
-    stopped = re.search(r"rloo     stopped, the same command goes on from step (\d+)   runs/imdb_tiny/rloo\n", output)
+    stopped = re.search(r"rloo     stopped, the same command resumes from step (\d+)   runs/imdb_tiny/rloo\n", output)
     assert stopped and "Traceback" not in output and "elastic" not in output, output
     assert read_manifest(path)["status"] == "stopped"
     process = start(tmp_path, config, "episodes=6400")
-    going_on = f"rloo     goes on from step {stopped[1]} of "
+    going_on = f"rloo     resumes from step {stopped[1]} of "
     wait_until(lambda: going_on in (tmp_path / "output.txt").read_text(), tmp_path, process)
     process.send_signal(sent)
     assert process.wait(60) == 143

@@ -341,5 +341,5 @@ def test_a_sweep_stops_when_asked_or_killed_and_goes_on(number, tmp_path):
     assert (process.returncode, read_manifest(path)["status"]) == ends[number]
     assert number == signal.SIGKILL or "sweep stopped" in said
     done = cli(*arguments, cwd=tmp_path)
-    assert done.returncode == 0 and (number == signal.SIGINT or "goes on from step" in done.stdout), done.stdout
+    assert done.returncode == 0 and (number == signal.SIGINT or "resumes from step" in done.stdout), done.stdout
     assert [json.loads(line)["episodes"] for line in (path / "metrics.jsonl").read_text().splitlines()][-1] == 256

@@ -252,7 +252,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
     assert manifest["status"] == "finished" and manifest["id"] == before["id"]
     resumed = [entry["step"] for entry in manifest["resumed"]]
     assert resumed == sorted(resumed) and resumed[0] >= kills[0][0], (kills, resumed)
-    assert f"{stage:<8} goes on from step {resumed[-1]} of " in launcher.output(name)
+    assert f"{stage:<8} resumes from step {resumed[-1]} of " in launcher.output(name)
     torn = "saving it was interrupted"  # killed while it was written: true, and no harm
     said = {line for line in launcher.output(name).splitlines() if torn not in line and line.split()[0] != stage}
     assert said <= set(launcher.output(f"{stage}-whole").splitlines())
@@ -276,7 +276,7 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(stage, launcher, unint
     assert launcher.manifest(stage, name)["status"] == "stopped" and not (path / "model.safetensors").exists()
     state = json.loads((last_complete(path) / "trainer_state.json").read_text())
     assert state["global_step"] < state["max_steps"]
-    assert f"{stage:<8} stopped, the same command goes on from step {state['global_step']}" in launcher.output(name)
+    assert f"{stage:<8} stopped, the same command resumes from step {state['global_step']}" in launcher.output(name)
     assert launcher.finish(stage, name, WANDB_MODE="offline") == 0, launcher.output(name)
     assert launcher.manifest(stage, name)["resumed"][0]["step"] == state["global_step"]
     assert_same_run(whole, path)
@@ -332,7 +332,7 @@ def test_without_a_whole_checkpoint_it_starts_anew(launcher, uninterrupted):
     process.join()
     shutil.rmtree(launcher.path("sft", name) / "checkpoint-3", ignore_errors=True)
     assert launcher.finish("sft", name) == 0, launcher.output(name)
-    assert "resumed" not in launcher.manifest("sft", name) and "goes on" not in launcher.output(name)
+    assert "resumed" not in launcher.manifest("sft", name) and "resumes" not in launcher.output(name)
     assert sorted(p.name[:4] for p in launcher.path("sft", name).parent.iterdir()) == ["sft", "sft."]
 
 
