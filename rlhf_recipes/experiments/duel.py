@@ -2,14 +2,14 @@
 
     rlhf-recipes duel imdb_tiny --seeds 4 --episodes 4096
 
-Every seed starts from the same SFT model, which is trained once, as is the reward model, with the recipe's own seed:
+All seeds start from one SFT model and one reward model, trained with the recipe's own seed:
 
     <runs_dir>/<recipe>/duel/ppo-seed_42/{recipe.yaml,ppo/}, <runs_dir>/<recipe>/duel/rloo-seed_42/{recipe.yaml,rloo/}
-    <runs_dir>/<recipe>/duel/eval/                                      all of them, on the same held-out prompts
+    <runs_dir>/<recipe>/duel/eval/                                      all models, on the same held-out prompts
     <runs_dir>/<recipe>/duel/{comparison.json,report.html,report.md}    and pictures
     <runs_dir>/<recipe>/sweep-shared/{sft,reward}-seed_42-<hash of its settings>/
 
-With `--episodes` or overrides that change a setting, the folder is `duel-<hash of the settings>`.
+If `--episodes` or an override changes a setting, the folder is `duel-<hash of the settings>`.
 """
 
 import json
@@ -24,7 +24,7 @@ from rlhf_recipes.comparison.runs import TrainedRun, read_runs
 from rlhf_recipes.comparison.write import notes_on, write_comparison
 from rlhf_recipes.evaluation.audit.audit import audit_runs
 from rlhf_recipes.experiments.grid import parse_seeds, short_hash
-from rlhf_recipes.experiments.jobs import Job, Planner, only_stage, refuse_other_settings, run_jobs
+from rlhf_recipes.experiments.jobs import Job, Planner, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.tables import print_comparison
 from rlhf_recipes.recipe.batch import rows_of_rollout, trainer_settings
 from rlhf_recipes.recipe.graph import eval_models
@@ -40,17 +40,17 @@ from rlhf_recipes.system.terminal import complain, say
 STAGES = ("ppo", "rloo")
 
 AUDIT_PROMPTS = 128
-"""Held-out prompts that the audit asks of every checkpoint."""
+"""Held-out prompts that the audit gives to every checkpoint."""
 
 
 @dataclass
 class Duel:
-    """What a duel is going to run.
+    """The jobs of a duel.
 
     Attributes:
-        folder: Where its runs and the comparison go.
-        jobs: Every stage that is trained, each behind what it needs.
-        trained: Name of a model in eval -> the one of `jobs` that trains it.
+        folder: Folder of its runs and of the comparison.
+        planner: Has the jobs.
+        trained: Name of a model in eval -> the job that trains it.
     """
 
     recipe: Recipe
@@ -58,14 +58,10 @@ class Duel:
     planner: Planner
     trained: dict[str, Job]
 
-    @property
-    def jobs(self) -> list[Job]:
-        return self.planner.jobs
-
     def evaluation(self, failed: dict[Job, str]) -> Job:
-        """One eval of everything that has been trained, and of what the recipe measures beside ppo and rloo."""
+        """One eval of all trained models, and of the recipe's other models."""
         models = {name: ref for name, ref in eval_models(self.recipe).items() if ref not in ("stage:ppo", "stage:rloo")}
-        models = models or {"sft": self.recipe.ppo.policy}  # or a run of the duel would be the reference
+        models = models or {"sft": self.recipe.ppo.policy}  # otherwise the first run would be the reference
         models |= {name: str(job.path) for name, job in self.trained.items() if job not in failed}
         place = {"runs_dir": str(self.folder.parent), "name": self.folder.name}
         target = self.recipe.model_copy(update=place | {"eval": self.recipe.eval.model_copy(update={"models": models})})
@@ -81,39 +77,35 @@ def plan_duel(
     overwrite: bool = False,
     processes: int = 1,
 ) -> Duel:
-    """Check every run of a duel before any of them starts.
+    """Checks every run of a duel before the first one starts.
 
     Args:
         name: Name of a recipe, or path of a YAML file.
         overrides: `dotted.key=value` each.
         seeds: See `parse_seeds`.
-        episodes: Of each run; None: the recipe's.
-        overwrite: Whether runs with other settings are moved aside.
-        processes: That train each run.
+        episodes: Completions that each run samples. None: the recipe's.
+        overwrite: True: runs with other settings are moved aside.
+        processes: Number of processes that train each run.
 
     Raises:
-        RecipeError: Anything wrong with any of the runs, or the two algorithms would not be comparable.
+        RecipeError: A run has an error, or the two algorithms would not be comparable.
     """
-    budget = [] if episodes is None else [f"episodes={episodes}"]
-    recipe = load_checked(name, [*overrides, *budget])
+    recipe = load_checked(name, overrides if episodes is None else [*overrides, f"episodes={episodes}"])
     _check(recipe, processes)
     numbers = parse_seeds(seeds, recipe.seed)
     root = Path(recipe.runs_dir) / recipe.name
     settings = _settings(recipe)
-    as_it_stands = settings == _settings(load_recipe(name))
-    folder = root / ("duel" if as_it_stands else f"duel-{short_hash(settings)}")
+    is_unchanged = settings == _settings(load_recipe(name))
+    folder = root / ("duel" if is_unchanged else f"duel-{short_hash(settings)}")
     duel = Duel(recipe, folder, Planner(root / "sweep-shared"), {})
     for seed in numbers:
         for stage in STAGES:
             place = {"runs_dir": str(folder), "name": f"{stage}-seed_{seed}", "seed": seed}
-            own = only_stage(recipe, stage).model_copy(update=place)
-            linked, needs = duel.planner.linked(recipe, own, stage, (stage,))  # built on the recipe's own seed
-            linked, _ = duel.planner.linked(recipe, linked, "eval", ("eval",), own=stage)  # for the audit
-            duel.trained[f"{stage}-seed_{seed}"] = duel.planner.add(Job(stage, linked, f"{stage} seed={seed}", needs))
-    duel.evaluation({})  # whose prerequisites become jobs too
+            duel.trained[place["name"]], _ = duel.planner.train(recipe, stage, place, f"{stage} seed={seed}")
+    duel.evaluation({})  # adds the jobs that the eval needs
     _refuse_unequal(duel)
     _refuse_other_batches(duel, processes)
-    refuse_other_settings(recipe.name, duel.jobs, overwrite)
+    refuse_other_settings(recipe.name, duel.planner.jobs, overwrite)
     return duel
 
 
@@ -126,7 +118,7 @@ def _check(recipe: Recipe, processes: int) -> None:
     for stage in STAGES:
         given = getattr(recipe, stage).trainer if getattr(recipe, stage) else {}
         findings += [
-            f"{stage}.trainer.{key}: it would count, and not the duel's episodes; add {stage}.trainer.{key}=null."
+            f"{stage}.trainer.{key}: it would replace the duel's episodes; add {stage}.trainer.{key}=null."
             for key in DURATION
             if given.get(key) is not None
         ]
@@ -136,8 +128,8 @@ def _check(recipe: Recipe, processes: int) -> None:
     sampled = [math.ceil(recipe.episodes / rollout) * rollout for rollout in rollouts]
     if max(sampled) - min(sampled) > SAME_BUDGET * max(sampled):
         raise RecipeError(
-            f"episodes: in whole rollouts, {recipe.episodes} are {sampled[0]} of ppo (rollouts of {rollouts[0]}) and "
-            f"{sampled[1]} of rloo (of {rollouts[1]}); take a multiple of {math.lcm(*rollouts)}, such as --episodes "
+            f"episodes: in whole rollouts, {recipe.episodes} are {sampled[0]} for ppo (rollouts of {rollouts[0]}) and "
+            f"{sampled[1]} for rloo (of {rollouts[1]}); take a multiple of {math.lcm(*rollouts)}, such as --episodes "
             f"{math.ceil(recipe.episodes / math.lcm(*rollouts)) * math.lcm(*rollouts)}."
         )
 
@@ -153,7 +145,7 @@ def _settings(recipe: Recipe) -> str:
 
 
 def _refuse_unequal(duel: Duel) -> None:
-    """Refuse what could not be compared when it is done."""
+    """Refuses runs that a comparison would refuse."""
     planned = []
     for name, job in list(duel.trained.items())[: len(STAGES)]:
         settings = json.loads(json.dumps(Run(job.recipe, job.stage).settings))
@@ -174,7 +166,7 @@ def _refuse_unequal(duel: Duel) -> None:
 
 
 def _refuse_other_batches(duel: Duel, processes: int) -> None:
-    """Refuse to add seeds whose batch would be another one than that of the seeds that are there."""
+    """Refuses new seeds with another batch size than the finished seeds."""
     for job in duel.trained.values():
         manifest = read_manifest(job.path)
         if manifest is None or manifest["status"] != "finished" or getattr(job.recipe, job.stage).global_batch_size:
@@ -182,27 +174,27 @@ def _refuse_other_batches(duel: Duel, processes: int) -> None:
         before = manifest.get("setup", {}).get("num_processes", processes)
         if before != processes:
             raise RecipeError(
-                f"{job.path}: {before} {'process' if before == 1 else 'processes'} trained it, and this duel has "
-                f"{processes}, whose batch would be another; launch it as before, or make a new one: add name="
+                f"{job.path}: {before} {'process' if before == 1 else 'processes'} trained it, but this duel has "
+                f"{processes}, which changes the batch; launch it as before, or start a new duel: add name="
                 f"{duel.recipe.name}-2."
             )
 
 
 def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) -> int:
-    """Train what has not been trained yet, measure it, compare it, and print the verdict.
+    """Trains the unfinished runs, measures and compares all of them, and prints the verdict.
 
     Args:
-        duel: What `plan_duel` made.
-        overwrite: Whether runs with other settings are moved aside.
+        duel: From `plan_duel`.
+        overwrite: True: runs with other settings are moved aside.
         config: See `launch_stage`.
 
     Returns:
-        Exit code: 0, 1 when a run failed or runs cannot be compared, or that of a stage that was asked to stop.
+        Exit code: 0; 1 if a run failed or the runs cannot be compared; or the exit code of a stopped stage.
     """
     group = duel.recipe.name if duel.folder.name == "duel" else f"{duel.recipe.name} {duel.folder.name}"
     os.environ.setdefault("WANDB_RUN_GROUP", group)
     failed: dict[Job, str] = {}
-    code = run_jobs("duel", duel.jobs, failed, duel.folder, overwrite, config)
+    code = run_jobs("duel", duel.planner.jobs, failed, duel.folder, overwrite, config)
     if code != 0:
         return code
     there = {name: job for name, job in duel.trained.items() if job not in failed}
@@ -211,7 +203,7 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
     if not there:
         complain(f"no run has finished, so there is nothing to compare   {duel.folder}")
         return 1
-    # An eval of fewer seeds, or of runs that were made anew since, is moved aside: it can be made again.
+    # An eval of fewer seeds, or of older runs, is moved aside.
     evaluation = duel.evaluation(failed)
     code = run_jobs("duel", [evaluation], failed, duel.folder, overwrite=True)
     if code != 0:
@@ -229,7 +221,7 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
 
 
 def _audited(paths: list[Path]) -> list[str]:
-    """Audit the runs that have not been yet; what keeps an audit from being made stops no comparison."""
+    """Audits the runs that have no audit; an error becomes a note, and the comparison goes on."""
     new = [path for path in paths if read_audit(path) is None]
     try:
         if new:
@@ -242,7 +234,7 @@ def _audited(paths: list[Path]) -> list[str]:
 
 
 def _notes(duel: Duel, failed: dict[Job, str]) -> list[str]:
-    paths = {job.stage: job.path for job in duel.jobs}
+    paths = {job.stage: job.path for job in duel.planner.jobs}
     nowhere = duel.folder / "none"
     notes = notes_on(paths.get("sft", nowhere), paths.get("reward", nowhere))
     return [*notes, *(f"Failed: {job.label}: {why}." for job, why in failed.items())]

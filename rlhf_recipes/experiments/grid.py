@@ -1,4 +1,4 @@
-"""The grid of a sweep: which keys take which values, and how that is written in tables and paths. Nothing runs here."""
+"""The grid of a sweep: its keys and their values, as arguments, as labels of a table, and as parts of paths."""
 
 import hashlib
 import re
@@ -8,21 +8,21 @@ from rlhf_recipes.recipe.schema import RecipeError
 
 ONE_VALUE = {
     "seed": "use --seeds 42,43,44",
-    "name": "every run gets a folder of its own anyway",
-    "runs_dir": "every run gets a folder of its own anyway",
+    "name": "every run has its own folder anyway",
+    "runs_dir": "every run has its own folder anyway",
 }
-"""Keys that cannot be swept -> what to do instead."""
+"""Key that cannot be swept -> the reason, or what to do instead."""
 
 QUOTED = re.compile(r""""(\\.|[^"\\])*"|'(''|[^'])*'""", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Keys that take the same values together, one after another."""
+    """Keys that change together: all of them take the same value."""
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
-    """As they were written."""
+    """Values as text, as the user wrote them."""
 
     def is_in(self, sections: set[str]) -> bool:
         """Whether one of the keys belongs to one of these parts of a recipe."""
@@ -30,9 +30,9 @@ class Axis:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at commas outside of brackets, braces and quotes; blanks around a value do not belong to it."""
+    """Splits at commas outside brackets, braces and quotes, and strips blanks around values."""
     values, start, depth, i = [], 0, 0, 0
-    before = ","  # the last character that is no blank: YAML lets quotes open only behind some
+    before = ","  # the last character that is not a blank: in YAML, only some characters may precede a quote
     while i < len(text):
         quoted = QUOTED.match(text, i) if before in ",:[{" else None
         if quoted:
@@ -51,43 +51,43 @@ def split_values(text: str) -> list[str]:
 
 
 def parse_grid(overrides: list[str]) -> tuple[list[Axis], list[str]]:
-    """Separate keys with several values from plain overrides.
+    """Separates keys with several values from plain overrides.
 
     Args:
         overrides: `key=value`, `key=value,value` or `key,key=value,value` each.
 
     Returns:
-        The axes of the grid in the order given, and overrides that hold for all runs.
+        The axes of the grid in the given order, and the overrides of all runs.
 
     Raises:
-        RecipeError: A key cannot be swept, is there twice, or a value is empty or there twice; every finding.
+        RecipeError: Every finding: a key that cannot be swept, an empty value, a repeated key or value.
     """
     axes, plain, findings = [], [], []
     for override in overrides:
         left, equals, right = override.partition("=")
         keys, values = [key.strip() for key in left.split(",")], split_values(right)
         if not equals:
-            plain.append(override)  # which load_recipe refuses
+            plain.append(override)  # load_recipe refuses it
             continue
         if len(values) == 1:
             plain += [f"{key}={right}" for key in keys]
             continue
         findings += [f"{left}: several values, but {ONE_VALUE[key]}." for key in keys if key in ONE_VALUE]
         if "" in values:
-            findings.append(f"{left}: there is nothing between two commas of {right!r}; null takes a key away.")
-        findings += [f"{left}: the value {v} is there twice." for v in sorted(set(values)) if v and values.count(v) > 1]
+            findings.append(f"{left}: a value of {right!r} is empty; null removes a key.")
+        findings += [f"{left}: the value {v} is given twice." for v in sorted(set(values)) if v and values.count(v) > 1]
         axes.append(Axis(tuple(keys), tuple(values)))
     keys = [key for axis in axes for key in axis.keys] + [override.partition("=")[0] for override in plain]
     swept = {key for axis in axes for key in axis.keys}
     twice = sorted(key for key in swept if keys.count(key) > 1)
-    findings += [f"{key}: is set twice; give all of its values at once, as {key}=1,2." for key in twice]
+    findings += [f"{key}: is set twice; give all its values at once: {key}=1,2." for key in twice]
     if findings:
         raise RecipeError("\n".join(findings))
     return axes, plain
 
 
 def parse_seeds(text: str, first: int) -> list[int]:
-    """`3`: three seeds from the recipe's on; `42,43,44`: these."""
+    """`3`: three seeds, from the recipe's seed on; `42,43,44`: these seeds."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]+", part) for part in parts) or len(set(map(int, parts))) < len(parts):
         raise RecipeError(f"--seeds {text}: write how many (3), or which (42,43,44), each once.")
@@ -98,7 +98,7 @@ def parse_seeds(text: str, first: int) -> list[int]:
 
 
 def labels(axes: list[Axis], sections: set[str]) -> dict[Axis, str]:
-    """How a row names an axis: by the last part of those keys that matter, by more where that is not unique."""
+    """Name of each axis in a row: the last parts of its keys in these sections; the whole keys if those are not unique."""
     keys = {axis: [key for key in axis.keys if key.split(".")[0] in sections] for axis in axes}
     short = {axis: "+".join(dict.fromkeys(key.split(".")[-1] for key in keys[axis])) for axis in axes}
     if len(set(short.values())) == len(axes):
@@ -111,12 +111,12 @@ def without_trainer(key: str) -> str:
 
 
 def path_parts(settings: dict[str, str]) -> list[str]:
-    """How a path names the settings of a row, in an order that is not the command's."""
+    """Parts of a path for the settings of a row; sorted, so that the command's order does not matter."""
     return sorted(f"{in_path(label.replace('+', '_'))}_{in_path(value)}" for label, value in settings.items())
 
 
 def in_path(text: str) -> str:
-    """A text as a part of a file's name: as it is, where it can stand there; otherwise shortened, with a hash."""
+    """A text as a part of a file name: unchanged if it is short and plain, otherwise shortened with a hash."""
     if re.fullmatch(r"[A-Za-z0-9._]{1,40}|-?[0-9.]+(e-?[0-9]+)?", text):
         return text
     short = re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")[:24]

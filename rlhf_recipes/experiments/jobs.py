@@ -1,4 +1,4 @@
-"""Jobs of a sweep or a duel: one stage of one run each, made once for all that build on it, run one after another."""
+"""Jobs of a sweep or a duel: a job is one stage of one run. They run one after another; several runs may share a job."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from rlhf_recipes.system.terminal import complain, say
 
 @dataclass(eq=False)
 class Job:
-    """One stage of one run."""
+    """One stage of one run, and the jobs that must finish before it."""
 
     stage: str
     recipe: Recipe
@@ -40,24 +40,38 @@ class Cell:
 
 
 class Planner:
-    """Collects jobs; a stage that others build on is one job for each of its settings."""
+    """Collects jobs. Runs share the stages that they start from: the same settings are one job in the folder `shared`."""
 
     def __init__(self, shared: Path):
         self.shared, self.jobs = shared, []
         self._by_settings: dict[tuple[str, str], Job] = {}
 
-    def cell(self, recipe: Recipe, stage: str, folder: Path, name: str, label: str, with_eval: bool) -> Cell:
-        own = only_stage(recipe, stage).model_copy(update={"runs_dir": str(folder), "name": name})
-        label = f"{label} seed={recipe.seed}"
-        linked, needs = self.linked(recipe, own, stage, (stage,))
-        training = self.add(Job(stage, linked, label, needs))
-        if not with_eval or stage not in ON_POLICY:
+    def train(
+        self, recipe: Recipe, stage: str, place: dict[str, Any], label: str, with_eval: bool = True
+    ) -> tuple[Job, list[Job]]:
+        """Adds the training of a stage; also returns the jobs that its eval needs.
+
+        Args:
+            recipe: Its other stages are trained with its own seed.
+            stage: The stage.
+            place: `runs_dir` and `name` of the run, and perhaps another `seed`.
+            label: Name of the job in messages.
+            with_eval: True: the run's recipe also serves its eval and its audit.
+        """
+        linked, needs = self.linked(recipe, only_stage(recipe, stage).model_copy(update=place), stage, (stage,))
+        job, for_eval = self.add(Job(stage, linked, label, needs)), []
+        if with_eval:
+            job.recipe, for_eval = self.linked(recipe, linked, "eval", ("eval",), own=stage)
+        return job, for_eval
+
+    def cell(self, recipe: Recipe, stage: str, place: dict[str, Any], label: str, with_eval: bool) -> Cell:
+        """Adds a stage's training and, for an on-policy stage, its eval."""
+        with_eval, label = with_eval and stage in ON_POLICY, f"{label} seed={recipe.seed}"
+        training, for_eval = self.train(recipe, stage, place, label, with_eval)
+        if not with_eval:
             return Cell(recipe.seed, training, None)
-        linked, needs = self.linked(recipe, linked, "eval", ("eval",), own=stage)
-        training.recipe = linked  # one file serves both
-        evaluation = Job("eval", linked, f"{label}: eval", [training, *needs])
-        self.jobs.append(evaluation)
-        return Cell(recipe.seed, training, evaluation)
+        self.jobs.append(Job("eval", training.recipe, f"{label}: eval", [training, *for_eval]))
+        return Cell(recipe.seed, training, self.jobs[-1])
 
     def add(self, job: Job) -> Job:
         self.jobs.append(job)
@@ -67,7 +81,7 @@ class Planner:
     def linked(
         self, recipe: Recipe, target: Recipe, stage: str, above: tuple[str, ...], own: str = ""
     ) -> tuple[Recipe, list[Job]]:
-        """`target` with the folder of a job in place of every `stage:` reference of a stage but those to `own`."""
+        """`target`, in which every `stage:` reference of a stage, except to `own`, is the folder of a job; and the jobs."""
         jobs = {name: self._prerequisite(recipe, name, above) for name in input_stages(target, stage) if name != own}
         folders = {f"stage:{name}": str(job.path) for name, job in jobs.items()}
         values = target.model_dump()
@@ -77,9 +91,11 @@ class Planner:
 
     def _prerequisite(self, recipe: Recipe, stage: str, above: tuple[str, ...]) -> Job:
         if stage not in TRAINED or getattr(recipe, stage) is None:
-            raise RecipeError(f"{recipe.name}: stage {above[-1]} builds on stage:{stage}, but it has no stage {stage}.")
+            raise RecipeError(
+                f"{recipe.name}: stage {above[-1]} needs stage:{stage}, but the recipe has no stage {stage}."
+            )
         if stage in above:
-            raise RecipeError(f"{recipe.name}: stages build on one another: {' -> '.join([*above, stage])}.")
+            raise RecipeError(f"{recipe.name}: stages need each other in a circle: {' -> '.join([*above, stage])}.")
         linked, needs = self.linked(recipe, only_stage(recipe, stage), stage, (*above, stage))
         job = Job(stage, linked, f"{stage} seed={recipe.seed}", needs)
         settings = _settings_hash(job)
@@ -91,22 +107,22 @@ class Planner:
 
 
 def refuse_other_settings(name: str, jobs: list[Job], overwrite: bool) -> None:
-    """Refuse to start where folders hold runs with other settings.
+    """Refuses to start if a job's folder holds a run with other settings.
 
     Args:
-        name: Of the recipe, for the message.
-        jobs: Whose folders.
-        overwrite: Whether such runs are moved aside; then they are none to refuse.
+        name: Name of the recipe, for the message.
+        jobs: The jobs.
+        overwrite: True: such runs are moved aside instead.
 
     Raises:
-        RecipeError: Names each of them.
+        RecipeError: Names every such folder.
     """
     findings = []
     for job in jobs:
         try:
             Run(job.recipe, job.stage).is_done(overwrite)
         except RecipeError as error:
-            findings.append(str(error).partition("\nKeep both")[0])  # that names the run, not the recipe
+            findings.append(str(error).partition("\nKeep both")[0])  # that hint is about a single run
     if findings:
         hint = f"Keep both: add name={name}-2 (or runs_dir=...). Move the old ones aside: add --overwrite."
         raise RecipeError("\n".join([*findings, hint]))
@@ -120,24 +136,24 @@ def run_jobs(
     overwrite: bool = False,
     config: Path | None = None,
 ) -> int:
-    """Run what has not finished yet, one after another; what fails stops only what needs it.
+    """Runs the unfinished jobs one after another. After a failure, only the jobs that need the failed one are left out.
 
     Args:
-        what: What the jobs are parts of, for messages.
-        jobs: Each behind what it needs.
-        failed: Jobs that failed, with the reason; those that do now are added.
-        folder: Of the whole, for messages.
-        overwrite: Whether runs with other settings are moved aside.
+        what: `sweep` or `duel`, for messages.
+        jobs: The jobs, in an order in which they can run.
+        failed: Failed job -> the reason; new failures are added.
+        folder: Folder of the sweep or duel, for messages.
+        overwrite: True: runs with other settings are moved aside.
         config: See `launch_stage`.
 
     Returns:
-        0, or the exit code of a stage that was asked to stop, with which all ends.
+        0, or the exit code of a stopped stage, after which no job starts.
     """
     for i, job in enumerate(jobs, 1):
         head = f"[{i}/{len(jobs)}] {job.label}"
         missing = [needed.label for needed in job.needs if needed in failed]
         if missing:
-            failed[job] = f"not run, for want of {missing[0]}"
+            failed[job] = f"not run, because {missing[0]} failed"
             continue
         try:
             if Run(job.recipe, job.stage).is_done(overwrite):
@@ -149,7 +165,7 @@ def run_jobs(
             code, why = 1, first_line(str(error))
             complain(str(error))
         if code in (STOPPED, INTERRUPTED):
-            say(f"{what} stopped after {i - 1} of {len(jobs)}; the same command goes on with it   {folder}")
+            say(f"{what} stopped after {i - 1} of {len(jobs)} jobs; the same command resumes it   {folder}")
             return code
         if code != 0:
             failed[job] = why
@@ -157,7 +173,7 @@ def run_jobs(
 
 
 def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
-    """Exit code of a job, and why it failed."""
+    """Runs a job; returns its exit code, and the reason if it failed."""
     before = read_manifest(job.path)
     file = job.path.parent / "recipe.yaml"
     with writing("the run's recipe", file):
@@ -166,13 +182,13 @@ def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
     code = launch_stage(job.stage, str(file), [], overwrite, config)
     manifest = read_manifest(job.path)
     if manifest in (None, before):
-        return code, f"exit code {code}, before it began; its message stands above"
+        return code, f"exit code {code} before the run began; see its message above"
     said = first_line(manifest["error"]) if "error" in manifest else f"exit code {code}"
     return code, f"{said}   {job.path / 'log.txt'}"
 
 
 def only_stage(recipe: Recipe, stage: str) -> Recipe:
-    """The recipe without its other stages; eval then measures this one, against what it refers to."""
+    """The recipe without its other stages; its eval measures this stage and the reference model."""
     changes: dict[str, Any] = {other: None for other in TRAINED if other != stage}
     if recipe.eval.models is not None or recipe.eval.reference is not None:
         reference = eval_reference(recipe)
@@ -186,7 +202,7 @@ def _settings_hash(job: Job) -> str:
 
 
 def _replaced(values: Any, by: dict[str, str]) -> Any:
-    """A nested structure in which some strings are replaced by others."""
+    """A copy of nested lists and dictionaries with replaced strings."""
     if isinstance(values, dict):
         return {key: _replaced(value, by) for key, value in values.items()}
     if isinstance(values, list):

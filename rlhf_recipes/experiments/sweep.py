@@ -1,9 +1,9 @@
-"""Many runs of one recipe: every combination of some keys' values, each with several seeds, one after another.
+"""Many runs of one recipe, one after another: every combination of some keys' values, with several seeds.
 
     rlhf-recipes sweep imdb_tiny --stage rloo rloo.trainer.num_generations=2,4 --seeds 3
 
-A run is the stage and its eval in a folder of their own, beside the recipe that they ran; what they build on
-(`stage:sft` in a recipe) is made once for all of the recipe's sweeps in which it is the same; its folder stands for it:
+A run has its own folder with its recipe, its stage and its eval. All sweeps of a recipe share the stages that runs start
+from (`stage:sft` in a recipe): the same settings are trained once.
 
     <runs_dir>/<recipe>/sweep-rloo.num_generations/rloo-num_generations_2-seed_42/{recipe.yaml,rloo/,eval/}
     <runs_dir>/<recipe>/sweep-rloo.num_generations/{sweep.csv,sweep.json,sweep.png}
@@ -20,14 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlhf_recipes.experiments.grid import (
-    in_path,
-    labels,
-    parse_grid,
-    parse_seeds,
-    path_parts,
-    without_trainer,
-)
+from rlhf_recipes.experiments.grid import in_path, labels, parse_grid, parse_seeds, path_parts, without_trainer
 from rlhf_recipes.experiments.jobs import Cell, Job, Planner, only_stage, refuse_other_settings, run_jobs
 from rlhf_recipes.pages.plots import draw_sweep
 from rlhf_recipes.pages.tables import print_sweep
@@ -54,12 +47,11 @@ class Row:
 
 @dataclass
 class Sweep:
-    """What a sweep is going to run.
+    """The jobs of a sweep, and the rows of its table.
 
     Attributes:
-        folder: Where its runs, table and plot go.
-        jobs: Every stage that it takes, each behind what it needs.
-        rows: The table's.
+        folder: Folder of its runs, table and plot.
+        jobs: Its jobs, in an order in which they can run.
     """
 
     recipe: str
@@ -72,18 +64,18 @@ class Sweep:
 def plan_sweep(
     name: str, overrides: list[str], stages: list[str], seeds: str, with_eval: bool = True, overwrite: bool = False
 ) -> Sweep:
-    """Check every run of a sweep before any of them starts.
+    """Checks every run of a sweep before the first one starts.
 
     Args:
         name: Name of a recipe, or path of a YAML file.
         overrides: See `parse_grid`.
-        stages: Stages to sweep; none: ppo and rloo, where the recipe has them.
+        stages: Stages to sweep; empty: the recipe's algorithms.
         seeds: See `parse_seeds`.
-        with_eval: Whether each trained policy is measured.
-        overwrite: Whether runs with other settings are moved aside.
+        with_eval: True: an eval measures each trained policy.
+        overwrite: True: runs with other settings are moved aside.
 
     Raises:
-        RecipeError: Anything wrong with any of the runs, every finding.
+        RecipeError: Every finding about every run.
     """
     axes, plain = parse_grid(overrides)
     recipes: dict[tuple[str, ...], Recipe] = {}
@@ -120,27 +112,27 @@ def plan_sweep(
                 of_axis = dict(zip(axes, values, strict=True))
                 settings = {label: of_axis[axis] for axis, label in shown.items()}
                 row = Row(stage, settings)
-                if row.label in done:  # it differs in what this stage does not use
+                if row.label in done:  # a run with the same values of all keys that this stage uses
                     continue
                 done.add(row.label)
-                cell_name = "-".join([stage, *path_parts(settings), f"seed_{seed}"])
+                place = {"runs_dir": str(folder), "name": "-".join([stage, *path_parts(settings), f"seed_{seed}"])}
                 seeded = recipe.model_copy(update={"seed": seed})
-                cell = planner.cell(seeded, stage, folder, cell_name, row.label, with_eval)
+                cell = planner.cell(seeded, stage, place, row.label, with_eval)
                 rows.setdefault(row.label, row).cells.append(cell)
     refuse_other_settings(first.name, planner.jobs, overwrite)
     return Sweep(first.name, folder, numbers, planner.jobs, list(rows.values()))
 
 
 def run_sweep(sweep: Sweep, overwrite: bool = False, config: Path | None = None) -> int:
-    """Run what has not finished yet, then write and print table and plot.
+    """Runs the unfinished jobs, then writes and prints table and plot.
 
     Args:
-        sweep: What `plan_sweep` made.
-        overwrite: Whether runs with other settings are moved aside.
+        sweep: From `plan_sweep`.
+        overwrite: True: runs with other settings are moved aside.
         config: See `launch_stage`.
 
     Returns:
-        Exit code: 0, 1 when a run failed, or that of a stage that was asked to stop, with which the sweep ends.
+        Exit code: 0; 1 if a run failed; or the exit code of a stopped stage.
     """
     os.environ.setdefault("WANDB_RUN_GROUP", f"{sweep.recipe} {sweep.folder.name}")
     failed: dict[Job, str] = {}
@@ -173,7 +165,7 @@ def _report(sweep: Sweep, failed: dict[Job, str]) -> None:
 
 
 def _measured(row: Row, failed: dict[Job, str]) -> dict[str, Any]:
-    """What the table knows of a row: numbers of every run, and each number's mean and deviation over the seeds."""
+    """The results of a row: the numbers of every run, and each number's mean and standard deviation over the seeds."""
     runs = []
     for cell in row.cells:
         run: dict[str, Any] = {"seed": cell.seed, "path": str(cell.training.path), "numbers": _numbers(cell, failed)}
@@ -184,7 +176,7 @@ def _measured(row: Row, failed: dict[Job, str]) -> dict[str, Any]:
         for metric, value in run["numbers"].items():
             values.setdefault(metric, []).append(value)
     statistics = {
-        # Of a sample: n - 1. One seed has no deviation.
+        # The deviation of a sample divides by n - 1; one seed has none.
         metric: {"mean": fmean(found), "std": stdev(found) if len(found) > 1 else None, "n": len(found)}
         for metric, found in values.items()
     }
@@ -192,7 +184,7 @@ def _measured(row: Row, failed: dict[Job, str]) -> dict[str, Any]:
 
 
 def _numbers(cell: Cell, failed: dict[Job, str]) -> dict[str, float]:
-    """The results of a run's stage, and as `eval/NAME` what eval measured; none of what failed."""
+    """The results of a run's stage, and those of its eval as `eval/NAME`; a failed job has no results."""
     found: dict[str, Any] = {}
     if cell.training not in failed:
         manifest = read_manifest(cell.training.path)
@@ -204,37 +196,34 @@ def _numbers(cell: Cell, failed: dict[Job, str]) -> dict[str, float]:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    """A line per row: its settings, how many runs finished, mean and deviation of every number."""
-    settings = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row["numbers"]))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    statistics = [f"{metric}_{what}" for metric in metrics for what in ("mean", "std", "n")]
-    writer.writerow(["stage", *settings, "seeds", "failed", *statistics])
+    """One line per row: its settings, number of runs and of failed runs, mean and deviation of every result."""
+    settings = dict.fromkeys(key for row in rows for key in row["settings"])
+    metrics = dict.fromkeys(metric for row in rows for metric in row["numbers"])
+    statistics = [(metric, what) for metric in metrics for what in ("mean", "std", "n")]
+    lines = [["stage", *settings, "seeds", "failed", *(f"{metric}_{what}" for metric, what in statistics)]]
     for row in rows:
-        line = [row["stage"], *(row["settings"].get(key, "") for key in settings)]
+        line = [row["stage"], *(row["settings"].get(key) for key in settings)]
         line += [len(row["runs"]), sum("error" in run for run in row["runs"])]
-        for metric in metrics:
-            found = row["numbers"].get(metric, {"mean": None, "std": None, "n": 0})
-            line += ["" if found[what] is None else found[what] for what in ("mean", "std", "n")]
-        writer.writerow(line)
+        lines.append(line + [row["numbers"].get(metric, {"n": 0}).get(what) for metric, what in statistics])
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()
 
 
 def _chosen_stages(recipe: Recipe, stages: list[str]) -> list[str]:
     names = [name.strip() for given in stages for name in given.split(",")]
-    there = [stage for stage in TRAINED if getattr(recipe, stage) is not None]
-    findings = [f"--stage {name}: recipe {recipe.name} has: {', '.join(there)}." for name in names if name not in there]
-    if findings:
-        raise RecipeError("\n".join(findings))
+    there = [stage for stage in recipe.stages() if stage in TRAINED]
+    if unknown := [name for name in names if name not in there]:
+        raise RecipeError(f"--stage {', '.join(unknown)}: recipe {recipe.name} has: {', '.join(there)}.")
     chosen = [stage for stage in there if stage in (names or ON_POLICY)]
     if not chosen:
-        raise RecipeError(f"recipe {recipe.name} has neither ppo nor rloo; name a stage: --stage {there[0]}.")
+        missing = " or ".join(ON_POLICY)
+        raise RecipeError(f"recipe {recipe.name} has no stage {missing}; name a stage: --stage {there[0]}.")
     return chosen
 
 
 def _sections(recipe: Recipe, stage: str, with_eval: bool) -> set[str]:
-    """The parts of a recipe that the result of a stage, its eval included, depends on."""
+    """The parts of a recipe that the results of a stage and of its eval depend on."""
     own = only_stage(recipe, stage)
     waiting, seen, sections = [stage, *(["eval"] if with_eval and stage in ON_POLICY else [])], set(), set()
     while waiting:

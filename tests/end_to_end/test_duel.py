@@ -25,10 +25,10 @@ def plan(tmp_path, *overrides, seeds="3", **more):
 
 def test_sft_and_reward_are_trained_once_and_all_seeds_build_on_them(tmp_path):
     duel = plan(tmp_path)
-    stages = [job.stage for job in duel.jobs]
+    stages = [job.stage for job in duel.planner.jobs]
     assert sorted(stages) == ["ppo"] * 3 + ["reward", "rloo", "rloo", "rloo", "sft"] and stages[0] == "sft"
     assert duel.folder == tmp_path / "imdb_tiny" / "duel"
-    sft, reward = (next(job for job in duel.jobs if job.stage == stage) for stage in ("sft", "reward"))
+    sft, reward = (next(job for job in duel.planner.jobs if job.stage == stage) for stage in ("sft", "reward"))
     assert sft.path.parent.parent == reward.path.parent.parent == tmp_path / "imdb_tiny" / "sweep-shared"
     assert sft.recipe.seed == reward.recipe.seed == 42
     seen = []
@@ -51,10 +51,10 @@ def test_one_eval_measures_all_on_the_recipes_own_seed(tmp_path):
     models = eval_models(evaluation.recipe)
     wanted = {name: str(duel.folder / name / name.split("-")[0]) for name in duel.trained}
     assert wanted.items() <= models.items() and "stage:ppo" not in models.values()
-    assert models["sft"] == str(duel.jobs[0].path) and evaluation.recipe.seed == 42
+    assert models["sft"] == str(duel.planner.jobs[0].path) and evaluation.recipe.seed == 42
     assert evaluation.path == duel.folder / "eval"
     of_runs_only = eval_models(plan(tmp_path, "eval.models={p: stage:ppo}", seeds="1").evaluation({}).recipe)
-    assert next(iter(of_runs_only.items())) == ("sft", str(duel.jobs[0].path))  # what KL refers to
+    assert next(iter(of_runs_only.items())) == ("sft", str(duel.planner.jobs[0].path))  # what KL refers to
     failed = {duel.trained["ppo-seed_43"]: "x"}
     assert set(models) - set(eval_models(duel.evaluation(failed).recipe)) == {"ppo-seed_43"}
     assert "stage:" not in json.dumps(Run(evaluation.recipe, "eval").settings)
@@ -79,7 +79,7 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
             ["max_completion_length", "temperature (budget)"],
         ),
         (["rloo.policy=package:rlhf_recipes/base"], ["policy (model)"]),
-        (["rloo.trainer.max_steps=5"], ["rloo.trainer.max_steps: it would count", "rloo.trainer.max_steps=null"]),
+        (["rloo.trainer.max_steps=5"], ["rloo.trainer.max_steps: it would replace", "rloo.trainer.max_steps=null"]),
         (["episodes=null"], ["add --episodes N"]),
         (["rloo=null"], ["no stage rloo"]),
         (["rloo.trainer.bata=0.1"], ["bata"]),
@@ -230,7 +230,7 @@ def test_a_duel_that_is_stopped_starts_nothing_more(tmp_path, launched, code, st
     outcomes[stage, 42] = code
     duel = plan(tmp_path)
     assert run_duel(duel) == code and ran[-1] == (stage, 42) and not (duel.folder / "comparison.json").exists()
-    assert "the same command goes on with it" in capsys.readouterr().out
+    assert "the same command resumes it" in capsys.readouterr().out
     del outcomes[stage, 42]
     assert run_duel(plan(tmp_path)) == 0
 

@@ -52,9 +52,9 @@ def test_grid():
     ("overrides", "expected"),
     [
         (["seed=1,2"], ["seed", "--seeds"]),
-        (["name=a,b"], ["name", "a folder of its own"]),
-        (["a=1,,2"], ["a: there is nothing between two commas"]),
-        (["a=1,2,1"], ["value 1 is there twice"]),
+        (["name=a,b"], ["name", "its own folder"]),
+        (["a=1,,2"], ["a: a value of '1,,2' is empty"]),
+        (["a=1,2,1"], ["value 1 is given twice"]),
         (["a=1,2", "a=3"], ["a: is set twice"]),
         (["a,b=1,2", "b=3,4", "runs_dir=x,y"], ["b: is set twice", "runs_dir"]),
     ],
@@ -158,9 +158,9 @@ def test_eval_compares_with_what_the_recipe_refers_to(tmp_path):
         (["rloo.trainer.bata=1,2", "sed=3", "rloo.baseline=none,nothing"], ["rloo"], ["bata", "sed", "'nothing'"]),
         (["rloo.trainer.beta=0.1,high"], ["rloo"], ["rloo.trainer.beta", "'high'"]),
         (["reward_funcs.0.name=length,lenght"], ["rloo"], ["unknown reward function 'lenght'"]),
-        ([], ["rlo", "compare"], ["--stage rlo", "--stage compare", "ppo, rloo"]),
+        ([], ["rlo", "compare"], ["--stage rlo, compare", "ppo, rloo"]),
         (["ppo.trainer.beta=0.1,0.2"], ["rloo"], ["ppo.trainer.beta", "do not depend on it"]),
-        (["ppo=null", "rloo=null"], [], ["neither ppo nor rloo"]),
+        (["ppo=null", "rloo=null"], [], ["no stage ppo or rloo"]),
         (["sft=null"], ["rloo"], ["stage:sft", "no stage sft"]),
         (["sft.model=stage:reward"], ["reward"], ["reward -> sft -> reward"]),
     ],
@@ -230,7 +230,7 @@ def test_what_fails_is_named_and_stops_nothing_else(tmp_path, launched, capsys):
     shown = capsys.readouterr()
     assert "rloo num_generations=2 seed=42: RuntimeError: no luck   " in shown.err and "at all" not in shown.err
     assert str(sweep.rows[0].cells[0].training.path / "log.txt") in shown.err
-    assert "eval: not run, for want of rloo num_generations=2 seed=42" in shown.err
+    assert "eval: not run, because rloo num_generations=2 seed=42 failed" in shown.err
     assert "2, 1 failed" in shown.out
     row = json.loads((sweep.folder / "sweep.json").read_text())["rows"][0]
     assert row["numbers"]["score_last"] == {"mean": 0.75, "std": None, "n": 1}

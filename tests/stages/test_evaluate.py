@@ -495,7 +495,9 @@ def test_stopped_it_says_that_it_goes_on(tmp_path, policy_folder, other_folder):
     while process.poll() is None and not (parts.is_dir() and list(parts.glob("[!.]*"))):
         time.sleep(0.05)
     process.terminate()
-    assert "eval     stopped, the same command resumes with the model that was being measured" in process.communicate()[0]
+    assert (
+        "eval     stopped, the same command resumes with the model that was being measured" in process.communicate()[0]
+    )
 
 
 @pytest.mark.slow
