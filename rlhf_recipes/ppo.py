@@ -2,8 +2,8 @@
 
     accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive
 
-Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `ppo`; writes the trained policy and its tokenizer to
-`<runs_dir>/<recipe>/ppo/`, and the value network to `value_model/` in it.
+Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `ppo`. Writes the trained policy and its tokenizer to
+`<runs_dir>/<recipe>/ppo/`, and the value network to its subfolder `value_model/`.
 """
 
 from rlhf_recipes.runs.folder import Run

@@ -2,9 +2,9 @@
 
     accelerate launch -m rlhf_recipes.reward --recipe imdb_tiny
 
-Reads `data` (or `reward.data`) and `reward`; writes a sequence classifier with one label, its tokenizer, `scoring.json`
-(how it was trained to read, which the reward function `reward_model` follows) and `reward_report.json` (how good it is)
-to `<runs_dir>/<recipe>/reward/`.
+Reads `data` (or `reward.data`) and `reward`. Writes to `<runs_dir>/<recipe>/reward/`: a sequence classifier with one
+label, its tokenizer, `scoring.json` (how it reads a text, for the reward function `reward_model`) and
+`reward_report.json` (its quality).
 """
 
 import json
@@ -51,9 +51,9 @@ def main(run: Run) -> str:
     warn_of_copies(train, held_out, key)
     chat = is_conversational(train[0])
     gold = gold_texts(recipe, reward.center, tokenizer, chat)
-    if args.max_steps > 0:  # tokenize no more than training will see
+    if args.max_steps > 0:  # tokenize only the pairs of the training
         train = train.select(range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size))))
-    # TRL leaves pairs out that are too long; the numbers of rows tell which ones it has kept.
+    # TRL leaves out pairs that are too long; the row numbers show which ones it keeps.
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with expected("LOAD REPORT"):  # the scalar head is new
         trainer = start.trainer(resumable(RewardTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
@@ -67,7 +67,7 @@ def main(run: Run) -> str:
     as_many = random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))
     report = measure(scorer(run, trainer, scoring), train.select(as_many), held_out, gold, reward.center)
     report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
-    if run.is_main:  # the center stands here and in no bias: the scalar head of a causal backbone has none
+    if run.is_main:  # not in a bias: the scalar head of a causal backbone has none
         scoring.model_copy(update={"center": report["score_center"]}).write(run.path)
         (run.path / REWARD_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     run.results = {name: value for name, value in report.items() if not isinstance(value, list)}

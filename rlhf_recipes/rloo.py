@@ -2,7 +2,7 @@
 
     accelerate launch -m rlhf_recipes.rloo --recipe imdb_positive
 
-Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `rloo`; writes the trained policy and its tokenizer to
+Reads `data`, `reward_funcs`, `missing_eos`, `episodes` and `rloo`. Writes the trained policy and its tokenizer to
 `<runs_dir>/<recipe>/rloo/`.
 """
 

@@ -2,9 +2,9 @@
 
     accelerate launch -m rlhf_recipes.sft --recipe imdb_tiny
 
-Reads `data` and `sft`; writes a causal language model and its tokenizer to `<runs_dir>/<recipe>/sft/`, and with
-`sft.rouge_prompts` some of its completions, `samples.jsonl`. Where rows have a prompt and a completion, the loss (and
-so the perplexity) is that of the completion's tokens.
+Reads `data` and `sft`. Writes a causal language model and its tokenizer to `<runs_dir>/<recipe>/sft/` and, with
+`sft.rouge_prompts`, some of its completions to `samples.jsonl`. If rows have a prompt and a completion, loss and
+perplexity are those of the completion's tokens.
 """
 
 import math
@@ -15,7 +15,7 @@ from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import stage_command
 
 LARGEST_LOSS = 700.0
-"""Nats a token; a vocabulary's logarithm is about 10, and the perplexity would be no number any more."""
+"""In nats per token. The logarithm of a vocabulary's size is about 10; above 700 the perplexity overflows."""
 
 
 def main(run: Run) -> str:
@@ -50,9 +50,9 @@ def main(run: Run) -> str:
     fit_length(recipe, "sft", config, tokenizer, args)
     asked = rouge_rows(recipe, held_out, tokenizer, sft.rouge_prompts) if sft.rouge_prompts else None
     train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
-    if "prompt" in train.column_names:  # short texts come twice in any language
+    if "prompt" in train.column_names:  # short texts repeat in any language
         warn_of_copies(train, held_out, "data")
-    if args.max_steps > 0:  # tokenize no more than training will see
+    if args.max_steps > 0:  # tokenize only the rows of the training
         train = train.shuffle(seed=recipe.seed).select(
             range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size)))
         )

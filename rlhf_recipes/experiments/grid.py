@@ -98,7 +98,7 @@ def parse_seeds(text: str, first: int) -> list[int]:
 
 
 def labels(axes: list[Axis], sections: set[str]) -> dict[Axis, str]:
-    """Name of each axis in a row: the last parts of its keys in these sections; the whole keys if those are not unique."""
+    """Name of each axis in a row: the last parts of its keys in these sections, or the whole keys if not unique."""
     keys = {axis: [key for key in axis.keys if key.split(".")[0] in sections] for axis in axes}
     short = {axis: "+".join(dict.fromkeys(key.split(".")[-1] for key in keys[axis])) for axis in axes}
     if len(set(short.values())) == len(axes):

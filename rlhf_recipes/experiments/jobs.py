@@ -1,4 +1,4 @@
-"""Jobs of a sweep or a duel: a job is one stage of one run. They run one after another; several runs may share a job."""
+"""Jobs of a sweep or a duel: a job is a stage of a run, or of several runs. Jobs run one after another."""
 
 import json
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Cell:
 
 
 class Planner:
-    """Collects jobs. Runs share the stages that they start from: the same settings are one job in the folder `shared`."""
+    """Collects jobs. Runs that start from a stage with the same settings share its job, in the folder `shared`."""
 
     def __init__(self, shared: Path):
         self.shared, self.jobs = shared, []
@@ -81,7 +81,7 @@ class Planner:
     def linked(
         self, recipe: Recipe, target: Recipe, stage: str, above: tuple[str, ...], own: str = ""
     ) -> tuple[Recipe, list[Job]]:
-        """`target`, in which every `stage:` reference of a stage, except to `own`, is the folder of a job; and the jobs."""
+        """`target` with a job's folder in place of each `stage:` reference of a stage, except to `own`; and the jobs."""
         jobs = {name: self._prerequisite(recipe, name, above) for name in input_stages(target, stage) if name != own}
         folders = {f"stage:{name}": str(job.path) for name, job in jobs.items()}
         values = target.model_dump()

@@ -2,8 +2,8 @@
 
     rlhf-recipes sweep imdb_tiny --stage rloo rloo.trainer.num_generations=2,4 --seeds 3
 
-A run has its own folder with its recipe, its stage and its eval. All sweeps of a recipe share the stages that runs start
-from (`stage:sft` in a recipe): the same settings are trained once.
+A run has its own folder with its recipe, its stage and its eval. All sweeps of a recipe share the stages that runs
+start from (`stage:sft` in a recipe): the same settings are trained once.
 
     <runs_dir>/<recipe>/sweep-rloo.num_generations/rloo-num_generations_2-seed_42/{recipe.yaml,rloo/,eval/}
     <runs_dir>/<recipe>/sweep-rloo.num_generations/{sweep.csv,sweep.json,sweep.png}

@@ -1,38 +1,38 @@
-"""The layer on TRL: everything of TRL's and transformers' trainers that this project changes.
+"""The layer on TRL: the changes to the trainers of TRL and transformers.
 
-Each row is a method that a class overrides, or a private attribute of a library's object that is replaced (`patch`).
+A row is a method that a class overrides, or a private attribute of a library's object that is replaced (`patch`).
 A test compares this table with the code.
 
 | name | where | reason |
 |---|---|---|
-| `__init__` | Resumable | adds the callback that stops at a step's end |
-| `train` | Resumable | refuses a checkpoint of another setup; trains no step after the last one |
-| `_run_epoch` | Resumable | a run resumed at its last step has no epoch to run |
-| `_save_checkpoint` | Resumable | a checkpoint is whole on all ranks, or removed; older ones go only after that |
-| `_save` | Resumable | DeepSpeed's copy of the weights holds tied weights twice |
+| `__init__` | Resumable | adds the callback that stops after a step |
+| `train` | Resumable | refuses a checkpoint of another setup; trains no step after the last |
+| `_run_epoch` | Resumable | a run resumed at its last step runs no epoch |
+| `_save_checkpoint` | Resumable | a checkpoint is complete on all ranks, or removed; only then are older ones removed |
+| `_save` | Resumable | DeepSpeed's copy of the weights has tied weights twice |
 | `_save_rng_state` | Resumable | adds the sums since the last log line, on every rank |
-| `_load_rng_state` | Resumable | loads them; it runs when the resumed loop reaches the checkpoint's step |
-| `__init__` | OnPolicyTrainer | reward functions are checked; the reference of a model instance is its copy |
-| `_generate_and_score_completions` | OnPolicyTrainer | KL, scores and advantages are ours; the batch keeps log-probabilities per token |
-| `_generate` | OnPolicyTrainer | decodes completions together with their prompt |
+| `_load_rng_state` | Resumable | loads these sums when the resumed loop reaches the checkpoint's step |
+| `__init__` | OnPolicyTrainer | checks reward functions; the reference of a model instance is a copy of it |
+| `_generate_and_score_completions` | OnPolicyTrainer | computes KL, scores and advantages; log-probabilities are per token |
+| `_generate` | OnPolicyTrainer | decodes a completion together with its prompt |
 | `_generate_single_turn` | OnPolicyTrainer | samples without left padding, and in parts |
-| `_calculate_rewards` | OnPolicyTrainer | says which completions are finished; an error on one rank stops all |
-| `_get_per_token_logps_and_entropies` | OnPolicyTrainer | positions are those of sampling; keeps entropies and values |
-| `compute_loss` | OnPolicyTrainer | TRL's logs a row for each micro-batch |
+| `_calculate_rewards` | OnPolicyTrainer | says which completions are finished; an error on one rank stops all ranks |
+| `_get_per_token_logps_and_entropies` | OnPolicyTrainer | has the positions of sampling; keeps entropies and values |
+| `compute_loss` | OnPolicyTrainer | TRL logs a row for each micro-batch |
 | `_get_train_sampler` | OnPolicyTrainer | an epoch's order depends on seed and epoch only, so that resume is exact |
-| `_prepare_inputs` | OnPolicyTrainer | batches of one length; PPO draws them again in each pass; resume within a rollout |
-| `evaluate` | OnPolicyTrainer | has random numbers of its own |
+| `_prepare_inputs` | OnPolicyTrainer | rows of similar length; PPO shuffles before each pass; resume within a rollout |
+| `evaluate` | OnPolicyTrainer | has its own random numbers |
 | `log` | OnPolicyTrainer | one set of metric names; means over tokens, not over micro-batches |
-| `_save_checkpoint` | OnPolicyTrainer | time spent saving counts for no phase |
+| `_save_checkpoint` | OnPolicyTrainer | the time counts for no phase |
 | `_save_rng_state` | OnPolicyTrainer | adds rollout, KL control, beta, metrics and logs, on every rank |
-| `_load_rng_state` | OnPolicyTrainer | loads them |
+| `_load_rng_state` | OnPolicyTrainer | loads these |
 | `__init__` | PPOTrainer | takes `value_model` |
 | `_compute_loss` | PPOTrainer | PPO's loss |
-| `_save` | PPOTrainer | the value network has a folder of its own |
-| `_load_from_checkpoint` | PPOTrainer | loads it from there |
-| `_load_best_model` | PPOTrainer | loads it from there |
+| `_save` | PPOTrainer | the value network has its own folder |
+| `_load_from_checkpoint` | PPOTrainer | loads the value network |
+| `_load_best_model` | PPOTrainer | loads the value network |
 | `_compute_loss` | RLOOTrainer | RLOO's loss |
-| `_iter_named_params` | patch | vLLM gets the policy without value network and with exact adapters; TRL has no hook |
-| `_last_lr` | patch | torch's scheduler has no way to scale its learning rate |
-| `_n_gpu` | patch | transformers would spread one process over all GPUs |
+| `_iter_named_params` | patch | vLLM gets the policy without value network, with exact adapters; TRL has no hook |
+| `_last_lr` | patch | torch's scheduler cannot scale its learning rate |
+| `_n_gpu` | patch | transformers would use all GPUs in one process |
 """

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, per_token_kl: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Reward of every token: minus `beta` times its KL, and on the last token of each completion also the score.
+    """Reward of every token: -beta * KL of the token; the last token of a completion also gets the score.
 
-    Summed over a row, that is score - beta * KL of the completion, wherever its EOS stands.
+    The sum over a row is score - beta * KL of the completion.
 
     Args:
-        scores: What the reward functions say, (B,).
+        scores: Scores of the completions, (B,).
         per_token_kl: log pi - log pi_ref of every sampled token, (B, T).
         mask: Completion tokens, the first EOS included, (B, T).
         beta: Weight of the KL.
@@ -21,21 +21,21 @@ def token_rewards(scores: Tensor, per_token_kl: Tensor, mask: Tensor, beta: floa
     """
     rewards = -beta * per_token_kl * mask
     last = mask.sum(1).long() - 1
-    rows = torch.nonzero(last >= 0).squeeze(1)  # a completion that is masked out whole has no last token
+    rows = torch.nonzero(last >= 0).squeeze(1)  # a fully masked completion has no last token
     rewards[rows, last[rows]] += scores[rows]
     return rewards
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation over ragged completions that all end in a terminal state.
+    """Generalized advantage estimation for completions of different lengths; every completion ends in a terminal state.
 
     delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   return_t = A_t + V_t,
-    where V and A behind a completion's last token are 0: neither EOS nor the length limit bootstraps.
+    with V = A = 0 after a completion's last token, also if the length limit ended it.
 
     Args:
         rewards: (B, T).
         values: Value of the state in which token t was sampled, (B, T).
-        mask: Completion tokens, (B, T); nothing outside of it has any influence.
+        mask: Completion tokens, (B, T); other tokens have no influence.
         gamma: Discount factor, 0..1.
         lam: 0 gives the one-step error, 1 the discounted return minus the value.
 
@@ -58,20 +58,20 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def masked_whiten(
     x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums, center: bool = True
 ) -> Tensor:
-    """Scale the entries where `mask` is 1 to variance 1 (biased), and to mean 0 with `center`.
+    """Scales the entries where `mask` is 1 to variance 1 (biased) and, with `center`, to mean 0.
 
     Args:
         x: (B, T).
         mask: (B, T).
-        total: Adds a tensor of sums up over all processes, so that every rank whitens with the same moments.
-        center: Whether to take the mean away.
+        total: Adds a tensor of sums up over all processes, so that all ranks have the same moments.
+        center: True: subtracts the mean.
 
     Returns:
-        (B, T), 0 outside the mask. A constant stays constant (0 with `center`) instead of being blown up.
+        (B, T), 0 outside the mask. A constant stays constant (0 with `center`).
     """
     count, sum_x = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
     mean = sum_x / count.clamp(min=1)
-    # Squares of differences, not differences of squares, which would lose all digits for a large mean.
+    # Squares of differences: a difference of squares loses all digits if the mean is large.
     variance = total(((x - mean).square() * mask).sum()) / count.clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if center else whitened + mean) * mask
@@ -81,10 +81,10 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """For every completion, the mean reward of its prompt's other completions.
 
     Args:
-        rewards: (P, G); NaN where a completion has no score: it is nobody's baseline.
+        rewards: (P, G); NaN for a completion without a score, which is left out of the means.
 
     Returns:
-        (P, G); NaN where a completion has no score, or no sibling with one.
+        (P, G); NaN for a completion without a score, or without other completions that have one.
 
     Source: Kool et al. 2019 (Buy 4 REINFORCE samples), equation 6; Ahmadian et al. 2024 (2402.14740), equation 8.
     """
@@ -103,18 +103,18 @@ def batch_mean(rewards: Tensor) -> Tensor:
 
 
 BASELINES = {"leave_one_out": leave_one_out, "group_mean": group_mean, "batch_mean": batch_mean}
-"""Baselines that are made of one rollout's rewards alone."""
+"""Name -> baseline that needs the rewards of one rollout only."""
 
 
 class RunningMoments:
-    """Mean and variance of all numbers seen so far, kept by Welford's update; NaN is not counted."""
+    """Mean and variance of all numbers added so far, except NaN, by Welford's update."""
 
     def __init__(self):
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 1 as long as there is no spread."""
+        """Population standard deviation; 1 if all numbers are equal."""
         return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
 
     def add(self, values: Tensor) -> None:
@@ -129,7 +129,7 @@ class RunningMoments:
         self.count = total
 
     def normalized(self, values: Tensor, add: bool) -> Tensor:
-        """Values minus the mean, over the standard deviation; with `add` they count in both."""
+        """(values - mean) / std; with `add`, after adding the values."""
         if add:
             self.add(values)
         return (values - self.mean) / self.std

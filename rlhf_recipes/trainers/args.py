@@ -1,4 +1,4 @@
-"""From a recipe's `trainer:` to the trainer's own arguments: the recipe's word first, then what suits this machine."""
+"""The arguments of a stage's trainer: the keys of the recipe's `trainer:`, then defaults that fit this machine."""
 
 import logging
 import math
@@ -19,16 +19,16 @@ from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 
 logger = logging.getLogger(__name__)
 
-# Ten checkpoints a run: a run that is killed loses a tenth of its work at most.
+# Ten checkpoints per run: a killed run loses at most a tenth of its work.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
-"""Defaults that replace TRL's, unless the recipe says otherwise."""
+"""Defaults that replace TRL's; a recipe may set other values."""
 
 
 def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArguments:
     """The trainer's arguments for one stage.
 
     Raises:
-        RecipeError: TRL or transformers refuses a value; the message is theirs, with the key in front.
+        RecipeError: TRL or transformers refuses a value; the message is the key and theirs.
     """
     section, wanted = getattr(run.recipe, run.stage), asked()
     given = section.trainer | batch_settings(run.recipe, run.stage, launched().num_processes)
@@ -56,30 +56,27 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
     check_setup(args)
     run.check_precision(args.mixed_precision)
-    if args.n_gpu > 1:  # of one process; transformers would spread it over all GPUs by DataParallel
-        logger.warning(
-            "one process trains on one GPU, and %d are here: --accelerate-config ddp_8gpu uses more.", args.n_gpu
-        )
+    if args.n_gpu > 1:  # transformers would use all GPUs in one process, by DataParallel
+        logger.warning("one process trains on one GPU of %d: --accelerate-config ddp_8gpu uses more GPUs.", args.n_gpu)
         args._n_gpu = 1
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
     if isinstance(section, OnPolicy):
         if "logging_steps" not in given:
-            args.logging_steps = args.steps_per_rollout  # a line for every rollout: in between there is no new score
+            args.logging_steps = args.steps_per_rollout  # one line per rollout, the only steps with a new score
         if run.recipe.episodes is not None:
             _set_budget(run, args, given)
     return args
 
 
 def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
-    """Train for the recipe's `episodes`, in whole rollouts, unless the stage's own `trainer` says for how long."""
+    """Sets `max_steps` to the recipe's `episodes`, in whole rollouts, unless `trainer` sets the duration."""
     episodes, of_rollout = run.recipe.episodes, args.generation_batch_size
     if own := sorted({"max_steps", "num_train_epochs"} & given.keys()):
         if run.is_main:
             logger.warning(
-                "%s.trainer.%s: it counts, and not episodes (%d), so that ppo and rloo may have unequal budgets; take "
-                "one of them out.",
+                "%s.trainer.%s: it replaces episodes (%d), so ppo and rloo may have unequal budgets; remove one.",
                 run.stage,
                 own[0],
                 episodes,
@@ -95,15 +92,15 @@ def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
 
 
 def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
-    """Refuse data with fewer prompts than one rollout takes: TRL would train for no step at all.
+    """Refuses data with fewer prompts than one rollout takes: TRL would train for no step.
 
     Raises:
-        RecipeError: Says how many there are and how many are needed.
+        RecipeError: With the number of prompts, and the number that a rollout needs.
     """
     needed = args.generation_batch_size // args.num_generations
     if len(prompts) < needed:
         raise RecipeError(
             f"data: {run.recipe.data.path} gives {len(prompts)} training prompts, but one rollout takes {needed} "
-            f"({args.generation_batch_size} completions, {args.num_generations} a prompt); lower "
+            f"({args.generation_batch_size} completions, {args.num_generations} per prompt); lower "
             f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
         )

@@ -13,9 +13,9 @@ from rlhf_recipes.models.forward import longest
 def micro_batches(
     batch: dict[str, Tensor], steps: list[Tensor], size: int, total: Callable[[Tensor], Tensor]
 ) -> list[dict[str, Tensor]]:
-    """Divides a rollout into micro-batches: rows of similar length together, without their common padding.
+    """Divides a rollout into micro-batches of rows with similar length, without their common padding.
 
-    Which of a step's micro-batches holds a row makes no difference to the step, so rows are sorted by length.
+    The result of an optimizer step does not depend on how its rows are divided, so they are sorted by length.
 
     Args:
         batch: A rollout of this process, tensors with B rows; prompts are left-padded, completions right-padded.
@@ -24,8 +24,8 @@ def micro_batches(
         total: Adds a tensor of sums up over all processes.
 
     Returns:
-        The micro-batches in the order of the steps. Each also has `tokens_of_step`: the tokens that count in its whole
-        step, over all processes.
+        The micro-batches in the order of the steps. Each also has `tokens_of_step`: the number of tokens that count in
+        its step, over all processes.
     """
     lengths = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).cpu()
     counted = batch.get("loss_mask", batch["completion_mask"])

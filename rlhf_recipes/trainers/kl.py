@@ -1,4 +1,4 @@
-"""The KL to the reference: estimators per token, its weight beta, and the two ways to keep a KL near its target."""
+"""The KL to the reference: estimators, and the control of beta and of the learning rate."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """log pi - log pi_ref: unbiased, of high variance, negative for single tokens."""
+    """log pi - log pi_ref: unbiased, high variance, may be negative for a token."""
     return log_ratio
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """Half the squared log ratio: biased, of low variance, never negative."""
+    """Half the squared log ratio: biased, low variance, never negative."""
     return 0.5 * log_ratio.square()
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """pi_ref / pi - 1 + log pi - log pi_ref: unbiased, of low variance, never negative."""
+    """pi_ref / pi - 1 + log pi - log pi_ref: unbiased, low variance, never negative."""
     return torch.expm1(-log_ratio) + log_ratio
 
 
@@ -31,15 +31,15 @@ Source: Schulman 2020, joschu.net/blog/kl-approx.html.
 
 
 def adapted_beta(beta: float, kl: float, target: float, horizon: float, episodes: int) -> float:
-    """The KL weight for the next rollout: a proportional controller whose error is clipped to +-0.2.
+    """The next rollout's beta, from a proportional controller with an error clipped to +-0.2.
 
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)
 
     Args:
-        beta: The weight so far.
-        kl: Measured KL of the last rollout, in nats a completion.
-        target: KL to keep, in nats a completion.
-        horizon: Episodes over which an error of 0.2 changes the weight by 20 %.
+        beta: The last rollout's beta.
+        kl: KL of the last rollout, in nats per completion.
+        target: Target of that KL.
+        horizon: Episodes in which an error of 0.2 changes beta by 20 %.
         episodes: Completions of the last rollout.
 
     Source: Ziegler et al. 2019 (1909.08593), section 2.2.
@@ -49,15 +49,15 @@ def adapted_beta(beta: float, kl: float, target: float, horizon: float, episodes
 
 
 def adapted_lr_factor(factor: float, kl: float, target: float) -> float:
-    """The factor on the learning rate with which the policy moves by about `target` in each rollout.
+    """The next rollout's factor on the learning rate, so that each rollout moves the policy by about `target`.
 
-    Divided by 1.5 when the policy moved more than twice as far, times 1.5 when less than half as far; kept within
-    0.01..10, so that no run of luck takes the learning rate out of reach.
+    It is divided by 1.5 if the policy moved more than twice as far, and multiplied by 1.5 if it moved less than half as
+    far. It stays within 0.01..10.
 
     Args:
-        factor: The factor so far.
-        kl: KL to the rollout's policy in the rollout's last optimizer step, in nats a token.
-        target: The same, as it should be.
+        factor: The last rollout's factor.
+        kl: KL to the rollout's policy in the rollout's last optimizer step, in nats per token.
+        target: Target of that KL.
 
     Source: Schulman et al. 2017 (1707.06347), section 4 (there for the penalty's weight); rsl_rl's "adaptive" schedule.
     """
@@ -94,44 +94,39 @@ class KLControl:
         self._args = args
         self.lr_factor = 1.0
         self.step_kl: Tensor | None = None
-        """The last optimizer step on this process: sum of its tokens' KL to the rollout's policy, and their number."""
+        """The last optimizer step on this process: sum of the tokens' KL to the rollout's policy, number of tokens."""
         self.kl_sums: list[list[float]] = []
-        """Of the last rollouts: completions, sum and sum of squares of their KL to the reference."""
+        """For each of the last rollouts: number of completions, sum and sum of squares of their KL to the reference."""
 
     def penalty(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """The KL estimate of every token, without beta, (B, T), from log pi - log pi_ref."""
+        """The KL estimate of every token, not weighted by beta, (B, T), from log pi - log pi_ref."""
         return ESTIMATORS[self._args.kl_estimator](log_ratio) * mask
 
     def watch(
         self, log_ratio: Tensor, mask: Tensor, at_start: bool, exact: bool, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> str | None:
-        """Notes a rollout's KL; a sentence if it is not 0 before the first step, or if its running mean is negative.
+        """Adds a rollout's KL; returns a sentence if it is wrong: not 0 before the first step, or negative on average.
 
         Args:
             log_ratio: log pi - log pi_ref, 0 outside of completions, (B, T).
             mask: Completion tokens, (B, T).
-            at_start: True before the first step, when policy and reference are equal.
+            at_start: True before the first step: policy and reference are equal.
             exact: True if the model computes in float32.
             sum_over_ranks: Adds a tensor up over all processes.
         """
         sums = log_ratio.sum(1)
-        local = [
-            torch.ones_like(sums).sum(),
-            sums.sum(),
-            sums.square().sum(),
-            log_ratio.abs().sum(),
-            mask.sum().float(),
-        ]
-        n, total, squares, distance, tokens = sum_over_ranks(torch.stack(local)).tolist()
+        moments = [torch.ones_like(sums).sum(), sums.sum(), sums.square().sum()]
+        local = torch.stack([*moments, log_ratio.abs().sum(), mask.sum().float()])
+        n, total, squares, distance, tokens = sum_over_ranks(local).tolist()
         self.kl_sums = (self.kl_sums + [[n, total, squares]])[-20:]
         seen, mean, square = (sum(column) for column in zip(*self.kl_sums, strict=True))
         mean, square = mean / seen, square / seen
         error = math.sqrt(max(square - mean**2, 0.0) / seen)
         per_token = distance / max(tokens, 1)
         if at_start and per_token > (1e-4 if exact else 0.05):
-            return f"before the first step the KL to the reference is not 0: {per_token:.2g} nats a token"
+            return f"before the first step the KL to the reference is not 0: {per_token:.2g} nats per token"
         if not at_start and mean < -0.01 and mean < -4 * error:
-            return f"the mean KL of the last {len(self.kl_sums)} rollouts is negative: {mean:.2g} nats a completion"
+            return f"the mean KL of the last {len(self.kl_sums)} rollouts is negative: {mean:.2g} nats per completion"
         return None
 
     def next_beta(self, beta: float, episodes: int) -> float:
@@ -147,14 +142,14 @@ class KLControl:
         self.step_kl = sums if self.step_kl is None else self.step_kl + sums
 
     def adapt_learning_rate(self, optimizer: Any, scheduler: Any, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Moves the learning rate so that the last step of a rollout ends near `lr_kl_target`."""
+        """Adapts the learning rate, so that the last step of a rollout ends near `lr_kl_target`."""
         if self._args.lr_kl_target is None or self.step_kl is None:
             return
         total, tokens = sum_over_ranks(self.step_kl).tolist()
         before = self.lr_factor
         self.lr_factor = adapted_lr_factor(before, total / max(tokens, 1), self._args.lr_kl_target)
         change = self.lr_factor / before
-        # In the scheduler's own base, which a checkpoint keeps, so that warm-up and decay continue unchanged.
+        # The scheduler's base learning rate is in checkpoints; scaling it leaves warm-up and decay unchanged.
         scheduler = getattr(scheduler, "scheduler", scheduler)
         scheduler.base_lrs = [lr * change for lr in scheduler.base_lrs]
         scheduler._last_lr = [lr * change for lr in scheduler.get_last_lr()]

@@ -1,4 +1,4 @@
-"""The metrics of an on-policy run: means over all that was seen since the last line, and where the time went."""
+"""The metrics of an on-policy run: means since the last log line, and the time of each phase."""
 
 import math
 import time
@@ -12,14 +12,14 @@ from torch import Tensor
 from rlhf_recipes.pages.metrics import RENAMED, our_name
 
 LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
-"""Prefixes of TRL metrics that are dropped because a metric of this project reports the same."""
+"""Prefixes of TRL's metrics that this project's own metrics replace."""
 
 PHASES = ("generate", "score", "forward", "update")
-"""Where time goes: sampling, reward functions, passes without gradient, passes with gradient and optimizer steps."""
+"""Sampling; reward functions; passes without gradient; passes with gradient and optimizer steps."""
 
 
 class MetricLog:
-    """Sums of every metric since the last line: the line's mean is over all tokens or rows, not a mean of means."""
+    """Sums of every metric since the last line: the next line has means over all tokens or rows, not means of means."""
 
     def __init__(self):
         self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
@@ -32,14 +32,14 @@ class MetricLog:
             name: Of the metric.
             values: Of any shape.
             mask: Of the same shape; None: all of them count.
-            copies: How many processes add these same values.
+            copies: Number of processes that add these same values.
         """
         mask = torch.ones_like(values) if mask is None else mask
         sums = torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
         self.sums[mode][name] = self.sums[mode].get(name, 0.0) + (sums if copies == 1 else sums / copies)
 
     def take_means(self, mode: str, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
-        """Every metric's mean over all processes, in a list as TRL keeps them; the sums start again from 0."""
+        """Every metric's mean over all processes, as a list of one value, as in TRL; resets the sums."""
         sums, self.sums[mode] = self.sums[mode], {}
         if not sums:
             return {}
@@ -65,11 +65,11 @@ def _with_explained_variance(means: dict[str, float]) -> dict[str, float]:
 
 
 def rename(metrics: dict[str, list[float]]) -> None:
-    """Gives TRL's metrics our names, in place; drops those that ours report, and those without any value."""
+    """Renames TRL's metrics in place; drops those without a value, and those that this project's metrics replace."""
     for name in list(metrics):
         values = metrics.pop(name)
         if all(math.isnan(value) for value in values):
-            continue  # undefined in every batch, such as the mean of a function that never applied
+            continue  # such as the mean of a function that never applied
         if ours := our_name(name, RENAMED):
             metrics[ours] = values
         elif name.split("/")[0] not in LEFT_OUT:
@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 class PhaseTimer:
-    """Seconds of each phase of training since the last line. It runs from the first `start` on, unless paused."""
+    """Seconds of each phase of training since the last line. It runs from the first `start`, except while paused."""
 
     def __init__(self, device_type: str):
         self._has_queue = device_type != "cpu"
@@ -156,13 +156,13 @@ class PhaseTimer:
         if self._since is None:
             return
         if self._has_queue:
-            torch.accelerator.synchronize()  # or the next phase would wait for this one's work, and be charged for it
+            torch.accelerator.synchronize()  # otherwise this phase's work would count for the next phase
         now = time.perf_counter()
         self._seconds[phase] += now - self._since
         self._since = now
 
     def take(self, episodes: int) -> dict[str, float]:
-        """Seconds of each phase, and episodes per second, since the last line, which ended after `episodes_logged`."""
+        """Seconds of each phase, and episodes per second, since the last line; resets them."""
         line = {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
         new, seconds = episodes - self.episodes_logged, sum(self._seconds.values())
         if new and seconds:

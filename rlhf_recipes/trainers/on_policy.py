@@ -91,8 +91,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if self.distortions and not args.allow_truncated_sampling:
             raise ValueError(
                 f"The model's generation_config has {', '.join(self.distortions)}: completions would not come from the "
-                "policy's own distribution, so that ratios and KL are wrong. Take it out of generation_config.json, or "
-                "set allow_truncated_sampling=True if you mean it."
+                "policy's own distribution, so ratios and KL would be wrong. Remove it from generation_config.json, or "
+                "set allow_truncated_sampling=True to accept that."
             )
 
     # Generation and scores
@@ -135,7 +135,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
         special = self.distortions or self.args.generation_kwargs or self.args.cache_implementation
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # there, all processes take the same steps
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # all processes must take the same steps
         if self.use_vllm or self.use_transformers_continuous_batching or sharded or special:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         size, sampled = self.args.sampling_batch_size or len(prompt_ids), []
@@ -164,9 +164,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         values = call_all_on_every_rank(self.reward_funcs, **columns)
         table = torch.tensor(np.array(values, dtype=np.float32).T, device=self.accelerator.device)  # None becomes NaN
         if table.isnan().all(1).any():
-            self._run_state.warn_once(
-                "no score", "No reward function applies to some completions; nothing is learned from these."
-            )
+            message = "No reward function applies to some completions; the policy does not learn from them."
+            self._run_state.warn_once("no score", message)
         self._rollout.rewards_per_func = self.accelerator.gather(table.contiguous())
         self._rollout.finished = self.accelerator.gather(torch.tensor(finished, device=table.device))
         self._timer.book("score")
@@ -179,7 +178,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         return shape_scores(rollout.rewards_per_func, self.reward_weights, rollout.finished, *more)
 
     def _measure_kl(self, output: dict[str, Tensor], rollout: Rollout) -> None:
-        """Fills in the rollout's KL and logs it; warns, with the likely cause, if it cannot be right."""
+        """Computes the rollout's KL and logs it; warns, with the likely cause, if the KL must be wrong."""
         mask = output["completion_mask"]
         rollout.kl = torch.zeros_like(rollout.policy_pass.logps)
         if self.beta != 0.0:
@@ -258,7 +257,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         return loss if now.aux_loss is None else loss + self.router_aux_loss_coef * now.aux_loss
 
     def _log_update(self, log_ratio: Tensor, mask: Tensor) -> None:
-        """Logs how far the policy is from the rollout's, in nats a token (k3), from log pi - log pi_old, (B, T)."""
+        """Logs how far the policy is from the rollout's, in nats per token (k3), from log pi - log pi_old, (B, T)."""
         with torch.no_grad():
             moved = k3(-log_ratio * mask)
         self._log_mean("approx_kl", moved, mask)

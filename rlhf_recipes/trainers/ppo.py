@@ -1,4 +1,4 @@
-"""PPO on TRL's `RLOOTrainer`: the same rollouts and scores, with a learned value baseline and credit per token."""
+"""PPO: the rollouts and scores of `OnPolicyTrainer`, a learned value baseline, and advantages per token."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,29 +22,29 @@ from rlhf_recipes.trainers.value_network import ValueNetwork, copy_of_policy, lo
 class PPOConfig(OnPolicyConfig):
     """TRL's `RLOOConfig` and PPO's own settings; `epsilon` is the policy clip, `num_iterations` the epochs per rollout.
 
-    Defaults are those of Huang et al. 2024 (2403.17031) where they are not TRL's.
+    Defaults that differ from TRL's are those of Huang et al. 2024 (2403.17031).
     """
 
-    num_generations: int = field(default=1, metadata={"help": "Completions per prompt; PPO needs no second one."})
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt; PPO needs only one."})
     gamma: float = field(default=1.0, metadata={"help": "Discount factor per token."})
     lam: float = field(default=0.95, metadata={"help": "GAE: 0 trusts the value network, 1 the sampled return."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Largest change of a value within a rollout."})
     ent_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     whiten_rewards: bool = field(
-        default=False, metadata={"help": "Rewards of all tokens scaled to variance 1, their mean kept."}
+        default=False, metadata={"help": "Scale the rewards of all tokens to variance 1; their mean stays."}
     )
-    whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0, variance 1 over the rollout's tokens."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over the rollout's tokens."})
     value_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps at the start that train the value network alone."}
+        default=0, metadata={"help": "Number of first optimizer steps that train the value network only."}
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.value_warmup_steps > 0 and self.deepspeed_plugin is not None:
             raise ValueError(
-                f"value_warmup_steps is {self.value_warmup_steps}, but DeepSpeed's optimizer steps take all weights, so that "
-                "the policy would not wait for the value network; set it to 0, or launch with DDP."
+                f"value_warmup_steps is {self.value_warmup_steps}, but an optimizer step of DeepSpeed changes all "
+                "weights, also the policy's; set it to 0, or launch with DDP."
             )
 
     @property
@@ -55,19 +55,19 @@ class PPOConfig(OnPolicyConfig):
 class PPOTrainer(OnPolicyTrainer):
     """Proximal policy optimization: clipped policy and value losses per token, advantages by GAE.
 
-    The one thing that differs from `RLOOTrainer` is where advantages come from, and that they belong to tokens: KL is
-    a reward of each token, the score one of the last token, and a value network is the baseline.
+    It differs from `RLOOTrainer` in the advantages, which belong to tokens: the KL is a reward of each token, the score
+    is a reward of the last token, and a value network is the baseline.
 
-    Checkpoints and the final model hold the policy as a plain causal language model, and the value network in the
-    folder `value_model` beside it.
+    Checkpoints and the final model have the policy as a plain causal language model, and the value network in the
+    folder `value_model`.
 
     Args:
         model: The policy: Hub id, folder or instance.
-        reward_funcs: As TRL takes them; a reward model is read where it was trained to be read.
-        args: Settings; None: the defaults.
+        reward_funcs: As in TRL; a reward model is read at the token that it was trained on.
+        args: Settings. None: the defaults.
         more: TRL's other arguments, in TRL's order: `train_dataset`, `eval_dataset`, `processing_class`, ...
         value_model: `shared` (a head on the policy), `policy` (a copy of the policy with a head), or a sequence
-            classifier with the policy's tokenizer, as Hub id, folder or instance (copied).
+            classifier with the policy's tokenizer, as Hub id, folder or instance (which is copied).
 
     Source: Schulman et al. 2017 (1707.06347), equations 7 and 9; Huang et al. 2024 (2403.17031).
     """
@@ -104,20 +104,20 @@ class PPOTrainer(OnPolicyTrainer):
 
     @property
     def warming_up(self) -> bool:
-        """Whether only the value network is trained as yet."""
+        """Whether only the value network trains."""
         return self.state.global_step < self.args.value_warmup_steps
 
     def _forward(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, entropy: bool = False
     ) -> Forward:
-        # The reference may be the policy without its adapter: then it has the hook, but no values of interest.
+        # The reference may be the policy without its adapter: then it has the hook, but needs no values.
         self.value_network.active = self._rollout is None or self._rollout.policy_pass is None
         return super()._forward(model, input_ids, attention_mask, length, entropy)
 
     def _add_advantages(self, output: dict[str, Tensor], rollout: Rollout) -> Tensor:
         mask, scores = output["completion_mask"], self._local_rows(rollout.scores)
         values = rollout.policy_pass.values * mask
-        # A completion to which no reward function applies teaches nothing: neither policy nor value may move on it.
+        # Neither policy nor value network learns from a completion without a score.
         counts = mask * ~scores.isnan()[:, None]
         rewards = token_rewards(scores.nan_to_num(), rollout.kl, mask, self.beta)
         if self.args.whiten_rewards:
@@ -148,10 +148,10 @@ class PPOTrainer(OnPolicyTrainer):
 
         policy_terms = policy_losses if now.entropies is None else policy_losses - self.args.ent_coef * now.entropies
         if self.warming_up:
-            policy_terms = 0.0 * policy_terms  # not left out: DDP waits for every parameter's gradient
+            policy_terms = 0.0 * policy_terms  # DDP waits for a gradient of every parameter
         terms = policy_terms + self.args.vf_coef * value_losses
-        # A mean over the tokens of the whole optimizer step: the trainer takes the mean over this process's
-        # micro-batches, and over processes, which is undone here.
+        # A mean over the tokens of the whole optimizer step. The trainer averages over micro-batches and processes, so
+        # the sum is multiplied by their number.
         parts = self.accelerator.num_processes * (self.args.gradient_accumulation_steps if self.model.training else 1)
         loss = (terms * mask).sum() * parts / inputs["tokens_of_step"].clamp(min=1)
 
@@ -164,7 +164,7 @@ class PPOTrainer(OnPolicyTrainer):
         folder = Path(output_dir or self.args.output_dir)
         states = self.model.state_dict() if state_dict is None else state_dict
         ours = {name: states[name] for name in states if name.startswith("value_network.")}
-        # An adapter's own save picks its tensors itself; a full model's would write the network among the policy's.
+        # An adapter's save picks its own tensors; a full model's save would also write the value network.
         rest = (
             None
             if is_peft_model(self.model) and state_dict is None
@@ -181,12 +181,12 @@ class PPOTrainer(OnPolicyTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not self.is_deepspeed_enabled:  # whose engine has loaded all it has
+        if not self.is_deepspeed_enabled:  # DeepSpeed has loaded all weights itself
             self.value_network.load(Path(self.state.best_model_checkpoint) / VALUE_MODEL)
 
 
 class _FreezePolicy(TrainerCallback):
-    """Takes the policy's gradients away while the value network warms up: 0 would still let weight decay move it."""
+    """Removes the policy's gradients while the value network warms up: with 0, weight decay would change the policy."""
 
     def __init__(self, trainer: PPOTrainer):
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""RLOO: TRL's algorithm, and the baselines that the paper compares it with, on what both algorithms share."""
+"""RLOO: TRL's algorithm with `OnPolicyTrainer`, and the baselines that the paper compares it with."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,9 +18,9 @@ class RLOOConfig(OnPolicyConfig):
     """TRL's `RLOOConfig` and the choice of the baseline."""
 
     baseline: Literal["leave_one_out", "group_mean", "batch_mean", "moving_average", "constant", "none"] = field(
-        default="leave_one_out", metadata={"help": "What is taken away from a completion's reward; none is REINFORCE."}
+        default="leave_one_out", metadata={"help": "Subtracted from a completion's reward; none is REINFORCE."}
     )
-    baseline_value: float = field(default=0.0, metadata={"help": "The baseline, if it is constant."})
+    baseline_value: float = field(default=0.0, metadata={"help": "The value of the baseline `constant`."})
 
     @property
     def needs_siblings(self) -> bool:
@@ -30,11 +30,10 @@ class RLOOConfig(OnPolicyConfig):
 class RLOOTrainer(OnPolicyTrainer):
     """REINFORCE leave-one-out: a completion's advantage is its reward minus the mean of its prompt's other completions.
 
-    The action is the whole completion: one ratio of summed log-probabilities per completion, clipped; the KL is summed
-    over tokens and part of the reward before the baseline; advantages are not normalized. This class computes
-    advantages and loss itself, with TRL's numbers where `baseline` is `leave_one_out`; TRL's own advantages are computed
-    by the parent and dropped. Other baselines: `group_mean` (siblings and itself), `batch_mean` (the rollout),
-    `moving_average` (all rollouts before), `constant`, or `none`.
+    The action is the whole completion: each completion has one clipped ratio, of summed log-probabilities. The KL is
+    summed over tokens and is a part of the reward. Advantages are not normalized. Advantages and loss equal TRL's if
+    `baseline` is `leave_one_out`. Other baselines are the mean of the prompt's completions (`group_mean`), of the
+    rollout (`batch_mean`) or of all earlier rollouts (`moving_average`), `constant`, and `none`.
 
     Source: Ahmadian et al. 2024 (2402.14740), section 3.2.
     """
@@ -48,14 +47,14 @@ class RLOOTrainer(OnPolicyTrainer):
             rewards = rewards - self.beta * self.accelerator.gather(rollout.kl.sum(-1))
         generations = self.num_generations if self.model.training else self.num_generations_eval
         grouped = rewards.view(-1, generations)
-        if generations == 1 and self.args.needs_siblings:  # in evaluation, where it may be
+        if generations == 1 and self.args.needs_siblings:  # possible in evaluation
             baselines = grouped
         else:
             baselines = self._baselines(grouped)
         advantages = rewards - baselines.reshape(-1)
         if self.args.normalize_advantages:
             advantages = (advantages - torch.nanmean(advantages)) / (nanstd(advantages) + 1e-4)
-        # Neither a completion without a score nor one without a baseline carries a signal.
+        # The policy does not learn from a completion without a score or without a baseline.
         advantages = advantages.nan_to_num(nan=0.0)
         output["advantages"] = self._local_rows(advantages)
         no_signal = torch.isclose(advantages, torch.zeros_like(advantages)).view(-1, generations).all(1)
@@ -68,7 +67,7 @@ class RLOOTrainer(OnPolicyTrainer):
         return advantages
 
     def _baselines(self, rewards: Tensor) -> Tensor:
-        """Of every completion, (P, G), like the rewards."""
+        """The baseline of every completion, (P, G), as the rewards."""
         if self.args.baseline in BASELINES:
             return BASELINES[self.args.baseline](rewards)
         if self.args.baseline == "moving_average":

@@ -1,4 +1,4 @@
-"""State of an on-policy trainer: a forward pass, a rollout, and the values that a run carries between rollouts."""
+"""Data of an on-policy trainer: a forward pass, a rollout, and the values that a run keeps between rollouts."""
 
 import logging
 import random
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Forward:
-    """Results of a forward pass for the sampled tokens, (B, T) each; entropies and values if they were computed."""
+    """Results of a forward pass for the sampled tokens, (B, T) each; None: not computed."""
 
     logps: Tensor
     entropies: Tensor | None
@@ -31,23 +31,23 @@ class Forward:
 
 @dataclass
 class Rollout:
-    """One rollout on its way from sampling to advantages; B completions of this process, N of all processes."""
+    """The values of one rollout, filled in step by step: B completions of this process, N of all processes."""
 
     policy_pass: Forward | None = None
     """The policy's pass over the rollout."""
     ref_pass: Forward | None = None
-    """The reference's; None with beta = 0."""
+    """The reference's pass over the rollout; None if beta is 0."""
     finished: Tensor | None = None
-    """True for completions that ended with EOS, (N,)."""
+    """True: the completion ended with EOS, (N,)."""
     rewards_per_func: Tensor | None = None
     """Value of each reward function, (N, functions); NaN: the function does not apply."""
     scores: Tensor | None = None
-    """Their weighted sum after missing_eos, normalization and clipping, (N,); NaN = no function applies."""
+    """Weighted sum of the values after missing_eos, normalization and clipping, (N,); NaN: no function applies."""
     kl: Tensor | None = None
-    """KL estimate of every token, (B, T), 0 outside of completions and without a reference."""
+    """KL estimate of every token, (B, T); 0 outside completions, and without a reference."""
 
     def add(self, found: Forward) -> None:
-        """Keeps a pass over the rollout: the first is the policy's, the second the reference's, as TRL asks for them."""
+        """Keeps a pass over the rollout. TRL computes the policy's pass first, then the reference's."""
         if self.policy_pass is None:
             self.policy_pass = found
         else:
@@ -57,10 +57,10 @@ class Rollout:
 def in_parts(
     forward: Callable[[Tensor, Tensor, int], Forward], input_ids: Tensor, attention_mask: Tensor, length: int, size: int
 ) -> Forward:
-    """One pass over all rows, a part at a time: rows of one length together, without their common padding.
+    """A pass over all rows in parts: each part has rows of similar length, without their common padding.
 
     Args:
-        forward: The pass over one part, from its ids, mask and number of completion tokens.
+        forward: Computes a part from its ids, its mask and its number of completion tokens.
         input_ids: Prompts and completions, (B, P + T).
         attention_mask: (B, P + T).
         length: T.
@@ -81,7 +81,7 @@ def in_parts(
 
 @dataclass
 class RunState:
-    """Values that an on-policy run carries from one rollout to the next, beside weights, KL control and metrics."""
+    """Values that an on-policy run keeps from one rollout to the next."""
 
     episodes: int = 0
     """Completions sampled so far, over all processes."""
@@ -106,7 +106,7 @@ class RunState:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
-    """Inside, random numbers come from this seed and the process's rank; after it, all streams go on as before."""
+    """Inside, random numbers come from the seed and the rank; afterwards all streams are as before."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         set_seed(seed, device_specific=True)

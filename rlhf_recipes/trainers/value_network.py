@@ -1,4 +1,4 @@
-"""The value network of PPO: a head on the policy, or a model of its own; either way a part of the policy's forward."""
+"""The value network of PPO: a head on the policy, or a model of its own. The policy's forward pass includes it."""
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +28,7 @@ HEAD_FILE = "value_head.safetensors"
 
 @dataclass
 class PolicyOutput(ModelOutput):
-    """Logits (B, T, vocabulary) and values (B, T) of the same states, and a mixture of experts' balancing loss."""
+    """Logits (B, T, vocabulary), values (B, T) of the same states, and the balancing loss of a mixture of experts."""
 
     logits: Tensor | None = None
     state_values: Tensor | None = None
@@ -36,24 +36,24 @@ class PolicyOutput(ModelOutput):
 
 
 class ValueNetwork(nn.Module):
-    """V(s_t): the value of the state in which token t is sampled, read where the policy's logits for it are read.
+    """V(s_t): the value of the state before token t, at the position of the logits for token t.
 
-    A new head starts at 0 everywhere, so that the first advantages are plain returns instead of noise.
+    A new head is 0 everywhere, so that the first advantages are plain returns and not noise.
 
     Args:
-        policy: The causal language model that it becomes a part of. Its forward pass (not its generation) then
-            returns a `PolicyOutput`.
-        model: A sequence classifier with one label, read at every position instead of the last one. None: a head on
-            the policy's own hidden states.
+        policy: The causal language model that gets the network as a submodule. Its forward pass (not its generation)
+            then returns a `PolicyOutput`.
+        model: A sequence classifier with one label, which is read at every position. None: a head on the policy's
+            hidden states.
     """
 
     def __init__(self, policy: nn.Module, model: PreTrainedModel | None = None):
         super().__init__()
         self.model = model
         self.active = True
-        """Whether forward passes give values; off for the reference, which may be the same model."""
+        """True: forward passes return values. False for the reference, which may be the same model."""
         self.detached = False
-        """Whether a head on the policy leaves the policy's layers alone, as it does while it warms up."""
+        """True while the network warms up: a head on the policy gives the policy's layers no gradient."""
         self._hidden_states: Tensor | None = None
         lm_head = policy.get_output_embeddings()
         if model is None:
@@ -61,7 +61,7 @@ class ValueNetwork(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
             lm_head.register_forward_pre_hook(self._remember)
-        # Inside the policy's own forward, and among its outputs: so DDP and DeepSpeed see a layer like any other.
+        # DDP and DeepSpeed need the values among the outputs of the policy's own forward pass.
         policy.register_forward_hook(self._add_values, with_kwargs=True)
         policy.add_module("value_network", self)
 
@@ -70,7 +70,7 @@ class ValueNetwork(nn.Module):
 
     def _add_values(self, policy: nn.Module, args: tuple, kwargs: dict, outputs: ModelOutput) -> ModelOutput:
         hidden_states, self._hidden_states = self._hidden_states, None
-        # Generation (with its cache) needs no values, but every field of the model's own output.
+        # Generation (it uses the cache) needs no values, but all fields of the model's own output.
         if kwargs.get("use_cache") is not False or not self.active:
             return outputs
         if self.model is None:
@@ -85,17 +85,17 @@ class ValueNetwork(nn.Module):
 
     @staticmethod
     def _values(head: nn.Linear, hidden_states: Tensor) -> Tensor:
-        # In float32, and not under autocast: in bf16 two neighbouring values differ by 1 %, as much as advantages do.
+        # In float32, without autocast: neighbouring numbers of bf16 differ by 1 %, as much as advantages.
         with torch.autocast(hidden_states.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
             return nn.functional.linear(hidden_states.float(), head.weight.float(), bias).squeeze(-1)
 
     def save(self, folder: Path, states: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the network to a folder: a head as one file, a model so that `from_pretrained` loads it.
+        """Writes the network to a folder: a head as one file, a model as files for `from_pretrained`.
 
         Args:
-            folder: Made if it is not there.
-            states: This module's state, as a checkpoint gathers it.
+            folder: The folder; it may not exist yet.
+            states: This module's gathered state.
             tokenizer: Saved with a model.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class ValueNetwork(nn.Module):
             tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Reads the files of `save`."""
         if self.model is None:
             self.load_state_dict(load_file(folder / HEAD_FILE))
         else:
@@ -119,7 +119,7 @@ class ValueNetwork(nn.Module):
 
 
 def copy_of_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """A sequence classifier with one label on a copy of a causal language model's layers, an adapter merged into them.
+    """A sequence classifier with one label on a copy of a causal language model's layers, with its adapter merged.
 
     Raises:
         ValueError: transformers has no sequence classifier of that architecture.
@@ -129,14 +129,14 @@ def copy_of_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
         layers = copy.deepcopy(policy.base_model)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with torch.device("meta"):  # only its shape is needed; random weights would cost time and random numbers
+    with torch.device("meta"):  # random weights would cost time and random numbers
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, layers)
     return _with_new_head(model)
 
 
 def _gathered(model: nn.Module) -> AbstractContextManager:
-    """Inside, a model that ZeRO-3 has spread over the processes has all of its weights on each."""
+    """Inside, every process has all weights of a model that ZeRO-3 shards."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
@@ -147,7 +147,7 @@ def _gathered(model: nn.Module) -> AbstractContextManager:
 def _merged_copy(policy: PeftModel) -> PreTrainedModel:
     if not getattr(policy, "is_loaded_in_4bit", False) and not getattr(policy, "is_loaded_in_8bit", False):
         return copy.deepcopy(policy).merge_and_unload().requires_grad_(True)
-    # Quantized weights cannot be trained, and a value network is: it takes them as they are on disk.
+    # A value network trains, which quantized weights cannot: it takes the unquantized weights from disk.
     base = load_model(AutoModelForCausalLM, "value_model", policy.config.name_or_path, dtype=torch.float32)
     copied = get_peft_model(base, copy.deepcopy(policy.peft_config["default"]))
     set_peft_model_state_dict(copied, get_peft_model_state_dict(policy))
@@ -155,12 +155,12 @@ def _merged_copy(policy: PeftModel) -> PreTrainedModel:
 
 
 def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A sequence classifier that can be the value network of a policy with this tokenizer; an instance is copied.
+    """A sequence classifier as the value network of a policy with this tokenizer; an instance is copied.
 
-    One with several labels gives its layers, under a new head.
+    A classifier with several labels gets a new head.
 
     Raises:
-        ValueError: Its tokenizer is another one, or it is no sequence classifier, or it looks ahead.
+        ValueError: The model has another tokenizer, is no sequence classifier, or looks ahead.
     """
     if isinstance(source, str):
         _check_tokenizer(source, tokenizer)
@@ -169,23 +169,23 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
         )
         name, stored = source, stored_scoring(source)
         if stored is not None:
-            model.config.score_center = stored.center  # values start as stage reward's model scores
+            model.config.score_center = stored.center  # so that values start as the reward model's scores
     else:
         model, name = copy.deepcopy(source), source.config.name_or_path or type(source).__name__
         if Path(name).is_dir() and (Path(name) / "tokenizer_config.json").is_file():
             _check_tokenizer(name, tokenizer)
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"value_model: the weights of {name} are stored quantized, and cannot be trained.")
+        raise ValueError(f"value_model: the weights of {name} are stored quantized, so they cannot be trained.")
     vocabulary = model.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ValueError(
             f"value_model: {name} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}: it was trained with "
-            "another tokenizer. Use 'shared' or 'policy', or a reward model that was trained from this policy."
+            "another tokenizer. Use 'shared' or 'policy', or a reward model with this policy's tokenizer."
         )
     if not isinstance(getattr(model, "score", None), nn.Linear) or _looks_ahead(model):
         raise ValueError(
-            f"value_model: {name} ({type(model).__name__}) is no causal sequence classifier: its value of a state would "
-            "depend on tokens that come later. Use 'shared' or 'policy', or a reward model with a causal backbone."
+            f"value_model: {name} ({type(model).__name__}) is no causal sequence classifier: the value of a state would "
+            "depend on later tokens. Use 'shared' or 'policy', or a reward model with a causal backbone."
         )
     return model if model.score.out_features == 1 else _with_new_head(model)
 
@@ -195,19 +195,19 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"value_model: {source} has another tokenizer ({len(other)} tokens) than the policy ({len(tokenizer)}), so it "
-            "cannot read the policy's tokens. Use 'shared' or 'policy', or a reward model that was trained from this policy."
+            "cannot read the policy's tokens. Use 'shared' or 'policy', or a reward model with this policy's tokenizer."
         )
 
 
 def _looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether a hidden state changes with a later token."""
+    """Whether a hidden state depends on a later token."""
     ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
     changed = ids.clone()
     changed[0, -1] = 1
     was_training = model.training
     model.eval()
     with torch.no_grad(), _gathered(model):
-        whole = torch.ones_like(ids)  # or transformers warns of a pad token among them
+        whole = torch.ones_like(ids)  # otherwise transformers warns of pad tokens
         first, second = (model.base_model(i, attention_mask=whole).last_hidden_state[:, :-1] for i in (ids, changed))
     model.train(was_training)
     return not torch.allclose(first, second, atol=1e-4)

@@ -11,17 +11,16 @@ logger = logging.getLogger(__name__)
 
 
 def send_policy_only(trainer: Any) -> None:
-    """Sends vLLM the policy's weights and nothing else, adapters merged; warns about what is not corrected."""
+    """Makes the trainer send vLLM only the policy's weights, with merged adapters; warns that probabilities differ."""
     weights, adapted = trainer.vllm_generation._iter_named_params, is_peft_model(trainer.model)
 
     def of_policy() -> Iterator[tuple[str, Tensor]]:
-        # To merge an adapter and take it out again rounds twice: in bf16 the base would drift by 1 % in 1,000 syncs.
+        # Merging and unmerging an adapter rounds twice: in bf16 the base would drift by 1 % in 1,000 syncs.
         bases = [(p, p.data.clone()) for name, p in trainer.model.named_parameters() if ".base_layer." in name]
         for name, tensor in weights():
-            # A value network is PPO's, and vLLM knows none; nor layers that the reference's adapter has whole.
+            # vLLM has neither a value network nor the full layers of the reference's adapter.
             if not name.startswith("value_network.") and ".modules_to_save." not in name:
-                # A copy: tensors are sent when 1 GiB of them has come together or there are no more, and by then
-                # peft has taken the adapter out of them again.
+                # A copy: tensors are sent in packs of 1 GiB, after peft has unmerged the adapter.
                 yield name, tensor.clone() if adapted else tensor
         for parameter, before in bases:
             parameter.data.copy_(before)
@@ -29,7 +28,6 @@ def send_policy_only(trainer: Any) -> None:
     trainer.vllm_generation._iter_named_params = of_policy
     if trainer.accelerator.is_main_process:
         logger.warning(
-            "use_vllm: vLLM samples with its own arithmetic, and nothing corrects for what its probabilities differ by "
-            "from the trainer's (TRL's RLOO has no importance weight): give it the trainer's precision (vllm serve "
-            "--dtype)."
+            "use_vllm: vLLM's probabilities differ from the trainer's, and nothing corrects for that (TRL's RLOO has "
+            "no importance weight): give vLLM the trainer's precision (vllm serve --dtype)."
         )

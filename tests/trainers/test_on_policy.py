@@ -644,7 +644,7 @@ def test_a_stages_own_budget_counts_and_is_warned_of(tmp_path, caplog):
         caplog.clear()
         args = args_of("rloo", tmp_path, f"rloo.trainer.{key}", "episodes=64")
         assert f"{key.split('=')[0]}={getattr(args, key.split('=')[0])}" == key
-        assert f"rloo.trainer.{key.split('=')[0]}: it counts, and not episodes (64)" in caplog.text
+        assert f"rloo.trainer.{key.split('=')[0]}: it replaces episodes (64)" in caplog.text
 
 
 def test_a_refused_setting_is_named_by_its_key(tmp_path):
