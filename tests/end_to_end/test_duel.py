@@ -90,7 +90,7 @@ def test_other_settings_have_another_folder_and_the_same_ones_the_same(tmp_path)
         (["rloo.peft={}"], ["peft (model)", "ppo.peft=null rloo.peft=null"]),
         (
             ["episodes=100", "rloo.trainer.per_device_train_batch_size=96"],
-            ["128 of ppo (rollouts of 64)", "192 of rloo (of 96)", "--episodes 192"],
+            ["128 for ppo (rollouts of 64)", "192 for rloo (of 96)", "--episodes 192"],
         ),
     ],
 )
