@@ -41,13 +41,9 @@ def _origin(run: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def model_card(run: Path, manifest: dict[str, Any], adapter: dict[str, Any] | None, notes: list[str]) -> str:
-    """The text of the model card.
+    """The text of the model card of a run, with notes: sentences that describe the export.
 
-    Args:
-        run: Folder of the run.
-        manifest: The run's manifest.
-        adapter: Configuration of an adapter that is exported as it is; None: the export is a whole model.
-        notes: Sentences that describe the export.
+    `adapter` is the configuration of an exported adapter; None: the export is a whole model.
     """
     stage = manifest["stage"]
     origin = _origin(run, manifest)

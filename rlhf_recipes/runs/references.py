@@ -115,7 +115,7 @@ def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
 
 
 def is_hub_model(model_id: str) -> bool:
-    """Whether a model id is of the Hub, with or without `@revision`."""
+    """Whether a model id names a model of the Hub, with or without `@revision`."""
     if model_id.startswith(("stage:", "package:")) or Path(model_id).exists():
         return False
     return not is_local(model_id.partition("@")[0])

@@ -16,12 +16,7 @@ def explain(error: BaseException, stage: str, trainer: dict[str, Any]) -> str:
     """The text of a library's error, after the place in the recipe where the user should look first.
 
     The place is a key of the stage's `trainer` section that the error's text or the innermost frames name, else the
-    row that `datasets` was mapping, else the stage.
-
-    Args:
-        error: The library's error.
-        stage: Name of the stage.
-        trainer: The stage's `trainer` section in the recipe.
+    row that `datasets` was mapping, else the stage. `trainer` is the stage's `trainer` section in the recipe.
     """
     text = " ".join(str(error).split())
     shown = f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__

@@ -101,9 +101,7 @@ def without_nan(value: Any) -> Any:
 def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
     """Flush every file of a checkpoint to the disk, then write `MARKER`, which says that the checkpoint is complete.
 
-    Args:
-        checkpoint: Its folder; every process has finished writing to it.
-        setup: The setup of the processes that saved it.
+    All processes must have finished writing to it. `setup` is that of these processes.
     """
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -146,9 +144,7 @@ def saved_setup(checkpoint: Path) -> dict[str, Any]:
 def writing(what: str, path: Path) -> Iterator[None]:
     """Turns a full or read-only disk into a `RecipeError`; all code that writes to a run folder runs inside.
 
-    Args:
-        what: Subject of the message: `checkpoint-20`, `the final model`.
-        path: The file or folder that is written.
+    `what` is the subject of the message, such as `the final model`.
 
     Raises:
         RecipeError: It cannot be written. The message says where, why, how much space is free and what is intact.
