@@ -705,6 +705,22 @@ def test_the_first_error_ends_it_while_others_wait():
     assert time.monotonic() - began < 10
 
 
+def test_no_further_request_begins_when_nobody_reads_answers():
+    began, left = [], threading.Event()
+
+    def work(item):
+        began.append(item)
+        if item > 0:
+            left.wait(30)
+
+    answers = threads.in_threads(work, range(100), 1)
+    next(answers)
+    answers.close()
+    left.set()
+    time.sleep(0.2)
+    assert len(began) <= 2
+
+
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
     """A random GPT-2 over words that has the tokens A and B, and room for a question."""
