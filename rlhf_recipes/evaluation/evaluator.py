@@ -28,7 +28,6 @@ class Evaluator:
     """Measures models on the same prompts, one after the other. The order does not change a model's numbers.
 
     Args:
-        recipe: The recipe.
         tokenizers: Name of each model -> its tokenizer.
         rows: Held-out prompts, with the data's other columns.
         new_tokens: Longest completion.
@@ -116,7 +115,11 @@ class Evaluator:
         held_out, by_held_out = score_all(settings.held_out_funcs, self.held_out_funcs, **call)
         metrics = _score_metrics(scores, by_func, settings.positive_threshold)
         if settings.held_out_funcs:
-            metrics |= _held_out_metrics(held_out, by_held_out)
+            metrics |= {
+                "held_out_mean": _statistics(held_out)["mean"],
+                "held_out_positive_share": _share_above(held_out, 0),
+            }
+            metrics |= {f"held_out/{func}": _statistics(values)["mean"] for func, values in by_held_out.items()}
         metrics |= _text_metrics(samples)
         if "gold" in self.columns:
             metrics |= rouge(list(map(as_text, samples.completions)), list(map(as_text, self.columns["gold"])))
@@ -208,11 +211,6 @@ def _score_metrics(
         metrics[f"score/{func}"] = of_func.pop("mean")
         metrics |= {f"score/{func}/{name}": value for name, value in of_func.items()}
     return metrics
-
-
-def _held_out_metrics(scores: list[float | None], by_func: dict[str, list[float | None]]) -> dict[str, float | None]:
-    metrics = {"held_out_mean": _statistics(scores)["mean"], "held_out_positive_share": _share_above(scores, 0)}
-    return metrics | {f"held_out/{func}": _statistics(values)["mean"] for func, values in by_func.items()}
 
 
 def _text_metrics(samples: "Samples") -> dict[str, float | None]:

@@ -22,7 +22,6 @@ def bootstrap_interval(
     Source: Efron 1979; scipy.stats.bootstrap.
 
     Args:
-        columns: Values.
         statistic: Number of one drawn sample; takes as many sequences as there are columns.
         paired: Draw the columns together, row by row, instead of each on its own.
         resamples: Samples to draw.

@@ -41,9 +41,7 @@ def measure(score: Score, train: "Dataset", held_out: "Dataset", gold: list[Text
     """The quality of a reward model, in numbers and (lists) in bins; scores are those of the reward function, centered.
 
     Args:
-        score: The reward model's uncentered scores of texts.
-        train: Pairs that it was trained on.
-        held_out: Other pairs.
+        score: Gives the reward model's uncentered scores.
         gold: Held-out completions of the data; may be empty, unless they are the center.
         center: See `reward.center`.
 
@@ -115,9 +113,7 @@ def kept_pairs(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
     """The pairs that TRL has kept, because no text is longer than `max_length`.
 
     Args:
-        pairs: All pairs.
         by_trl: TRL's rows; their column `row` has the numbers of their pairs.
-        args: The trainer's arguments.
 
     Raises:
         RecipeError: None is left.

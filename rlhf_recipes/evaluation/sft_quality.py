@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_rows(trainer: Any, train: "Dataset", held_out: "Dataset") -> None:
-    """Warn of rows that TRL left out, and if no row teaches the model to stop.
-
-    Args:
-        trainer: The `SFTTrainer`, with its tokenized rows.
-        train: The rows it was made with.
-        held_out: Likewise.
+    """Warn of rows that TRL's trainer left out, and if no row teaches the model to stop.
 
     Raises:
         RecipeError: It left out all of them.

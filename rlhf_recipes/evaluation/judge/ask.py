@@ -60,7 +60,6 @@ def judge(recipe: Recipe, folder: Path | None = None, dry_run: bool = False) -> 
     """Ask the recipe's judge about eval's completions, print the result and write it down.
 
     Args:
-        recipe: With its section `judge`.
         folder: Of a finished eval. None: of this recipe's.
         dry_run: Only say how much would be asked, and what it would cost.
 
