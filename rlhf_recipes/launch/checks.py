@@ -68,14 +68,14 @@ def check_setup(args: Any) -> None:
     wanted, got = asked(), launched()
     if args.world_size != got.num_processes:
         raise RecipeError(
-            f"launched as {got}, but transformers makes {args.world_size} process(es) of it; take use_cpu: false out of the "
+            f"launched as {got}, but transformers uses {args.world_size} process(es); take use_cpu: false out of the "
             "stage's trainer section: several processes on a CPU train together only with use_cpu: true."
         )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if wanted is not None and wanted.mixed_precision in ("bf16", "fp16") and wanted.mixed_precision != precision:
         raise RecipeError(
-            f"{wanted.where} asks for mixed_precision {wanted.mixed_precision}, the recipe's trainer section for "
-            f"{'float32' if precision == 'no' else precision}: make the two say the same."
+            f"{wanted.where} asks for mixed_precision {wanted.mixed_precision}, but the recipe's trainer section asks for "
+            f"{'float32' if precision == 'no' else precision}; make them equal."
         )
     if got.kind == "DEEPSPEED":
         _check_deepspeed(args)
@@ -91,8 +91,8 @@ def _check_deepspeed(args: Any) -> None:
     if config.mismatches:
         found = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", but ") for line in config.mismatches)
         raise RecipeError(
-            f"DeepSpeed's configuration and the trainer's arguments differ: {found}; write auto in DeepSpeed's, so that "
-            "the recipe counts."
+            f"DeepSpeed's configuration and the trainer's arguments differ: {found}; write auto in DeepSpeed's, which "
+            "then takes the recipe's value."
         )
 
 
@@ -115,7 +115,7 @@ def require_same(checkpoint: Path, saved_by: Setup, now: Setup) -> None:
     """Refuse to resume in another setup: data order, random numbers and optimizer shards belong to the first one.
 
     Raises:
-        RecipeError: The setups differ; the message has both.
+        RecipeError: The setups differ; the message names both.
     """
     if not saved_by.is_like(now):
         before, after = str(saved_by), str(now)

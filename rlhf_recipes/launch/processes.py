@@ -2,8 +2,8 @@
 
     python -m rlhf_recipes.launch.processes --config_file FILE -m rlhf_recipes.ppo --recipe imdb_tiny
 
-Takes the arguments of `accelerate launch`. Passes SIGTERM on to the processes and waits for them; SIGINT kills them.
-The launcher's own log and traceback do not follow the processes' error messages.
+Takes the arguments of `accelerate launch`. Passes SIGTERM on to the processes and waits for them; SIGINT kills them. Hides
+the launcher's own log and traceback, because the processes report their errors.
 """
 
 import logging
@@ -19,8 +19,8 @@ from rlhf_recipes.launch.start import COMMAND, STOPPED, USER_ERROR, as_shell, en
 from rlhf_recipes.system.terminal import complain
 
 SECONDS_TO_STOP = 45
-"""Seconds between the end of one process and the moment torch's launcher kills the others, which may wait for it for
-ever. Processes that a user's SIGTERM stops end together, after they have saved their checkpoint."""
+"""Seconds from the end of one process until torch's launcher kills the others, which may wait for it forever. After a
+user's SIGTERM, all processes save their checkpoint and end together."""
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         launch.launch_command(given)
     except ChildFailedError as failed:
         codes = [as_shell(failure.exitcode) for failure in failed.failures.values()]
-        # A rank with a message stops the others: by the launcher's SIGTERM, or because they miss it.
+        # A rank that fails with a message makes the others stop or fail, so its exit code comes first.
         sys.exit(min(codes, key=lambda code: (code != USER_ERROR, code == STOPPED)))
     except SignalException as ended:
         sys.exit(128 + ended.sigval)

@@ -1,4 +1,4 @@
-"""How a run is started: how the launcher was asked to start it, how it did, and how the trainer is set up.
+"""The setup of a run: the one that the user asked the launcher for, the launched one, and the trainer's.
 
 The launcher's command line says two things that its environment does not: whether `mixed_precision` is an explicit `no`
 or left to the hardware, and whether `gpu_ids: all` asks for GPUs that the machine does not have.
@@ -37,23 +37,21 @@ class Setup:
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
         if self.kind == "NO":
             return processes
-        return f"{processes} with {KINDS.get(self.kind, self.kind)}" + (
-            f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
-        )
+        zero = f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
+        return f"{processes} with {KINDS.get(self.kind, self.kind)}{zero}"
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`; NO for DDP with one process, which `--num_processes 1` makes of a DDP configuration."""
+        """One of `KINDS`. DDP with one process, such as a DDP configuration with `--num_processes 1`, is NO."""
         if self.distributed_type.startswith("MULTI"):
             return "MULTI" if self.num_processes > 1 else "NO"
         return self.distributed_type
 
     def is_like(self, other: "Setup") -> bool:
         """True if a run can resume in `other`. The device may differ; an unknown precision equals every other."""
-        known = (self.mixed_precision, other.mixed_precision)
-        same = None in known or known[0] == known[1]
-        ours, others = ((setup.num_processes, setup.kind, setup.zero_stage) for setup in (self, other))
-        return same and ours == others
+        precisions = {self.mixed_precision, other.mixed_precision} - {None}
+        mine, others = ((setup.num_processes, setup.kind, setup.zero_stage) for setup in (self, other))
+        return len(precisions) < 2 and mine == others
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +59,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Asked(Setup):
-    """The setup that `accelerate launch` was asked for; what the request leaves open is as `launched`."""
+    """The setup that the user asked `accelerate launch` for; settings that the user left open are those of `launched`."""
 
     where: str = ""
     """The configuration file, or `accelerate launch`."""
@@ -122,7 +120,7 @@ def setup_of(trainer: Any) -> Setup:
 
 
 def prepare() -> None:
-    """Import DeepSpeed if the launch uses it, so that it needs no compiler and stays off the terminal."""
+    """Import DeepSpeed if the launch uses it, without its compiler and its messages on the terminal."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -145,7 +143,7 @@ def flag(name: str) -> bool:
 
 
 def _launcher_command() -> list[str] | None:
-    """Arguments of the `accelerate launch` that is this process's parent, or of our own launcher."""
+    """Arguments of `launch.processes`, or of the `accelerate launch` that is this process's parent."""
     if command := os.environ.get(COMMAND):
         return shlex.split(command)
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:

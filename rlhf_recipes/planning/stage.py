@@ -134,7 +134,7 @@ def plan_stage(recipe: Recipe, stage: str, machine: Machine, launch: Launch) -> 
 
 @contextmanager
 def _one_sentence(stage: str) -> Iterator[None]:
-    """Turn any error of a model that runs without weights into a `RecipeError`."""
+    """Turn any error inside into a `RecipeError`: a model that runs without weights may raise anything."""
     try:
         yield
     except RecipeError:

@@ -35,6 +35,7 @@ class Curve:
 
 
 def build(config: PreTrainedConfig, classifier: bool, peft_config: Any, quantization_config: Any) -> Any:
+    """A model with its adapter, in float32; on the meta device it has sizes only."""
     auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model = auto_class.from_config(config, dtype=torch.float32)
     if peft_config is None:

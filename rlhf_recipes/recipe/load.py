@@ -82,7 +82,7 @@ def _read(path: Path) -> dict:
     values = read_file(path, _yaml().load, YAMLError)
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of keys to values, but this file holds {type(values).__name__}."
+            f"{path}: a recipe is a mapping of keys to values, but this file contains {type(values).__name__}."
         )
     return _with_code_beside(_unshared(values), path.parent)
 

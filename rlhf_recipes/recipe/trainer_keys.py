@@ -5,6 +5,7 @@ This keeps `validate` and `show` fast: importing TRL takes seconds, because it l
 
 import ast
 import importlib.util
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -58,7 +59,14 @@ def trainer_defaults(stage: str) -> dict[str, Any]:
     Raises:
         KeyError: `stage` has no trainer.
     """
-    return _defaults(*CONFIG_CLASSES[stage])
+    defaults = {}
+    for name, node in _declarations(*CONFIG_CLASSES[stage]).items():
+        value: Any = node.value
+        if isinstance(value, ast.Call):
+            value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+        with suppress(ValueError):  # a computed default
+            defaults[name] = ast.literal_eval(value)
+    return defaults
 
 
 @cache
@@ -106,37 +114,23 @@ def _class(file: str, name: str) -> ast.ClassDef:
     return next(node for node in _source(file).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def _fields(file: str, class_name: str) -> dict[str, Any]:
+@cache
+def _declarations(file: str, class_name: str) -> dict[str, ast.AnnAssign]:
+    """Name -> declaration of every field of a dataclass, with the fields of its parents."""
     definition = _class(file, class_name)
-    fields: dict[str, Any] = {}
+    found: dict[str, ast.AnnAssign] = {}
     for base in definition.bases:
         parent = ast.unparse(base).rpartition(".")[2]
         if source := _PARENTS[parent]:
-            fields |= _fields(source, parent)
+            found |= _declarations(source, parent)
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
-            fields[ast.unparse(node.target)] = _type(ast.unparse(node.annotation))
-    return fields
+            found[ast.unparse(node.target)] = node
+    return found
 
 
-def _defaults(file: str, class_name: str) -> dict[str, Any]:
-    definition = _class(file, class_name)
-    defaults: dict[str, Any] = {}
-    for base in definition.bases:
-        parent = ast.unparse(base).rpartition(".")[2]
-        if source := _PARENTS[parent]:
-            defaults |= _defaults(source, parent)
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign):
-            name = ast.unparse(node.target)
-            value: Any = node.value
-            if isinstance(value, ast.Call):
-                value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
-            try:
-                defaults[name] = ast.literal_eval(value)
-            except ValueError:  # computed: None, or an expression
-                defaults.pop(name, None)
-    return defaults
+def _fields(file: str, class_name: str) -> dict[str, Any]:
+    return {name: _type(ast.unparse(node.annotation)) for name, node in _declarations(file, class_name).items()}
 
 
 def _type(annotation: str) -> Any:

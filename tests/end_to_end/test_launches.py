@@ -193,9 +193,11 @@ def test_stopped_while_torch_is_imported_a_rank_ends_without_importing_it_again(
 def test_what_the_trainer_makes_of_the_launch_is_checked(launch, tmp_path):
     launch("--config_file", config(tmp_path, **DDP | {"mixed_precision": "bf16"}), processes=2)
     check_setup(SimpleNamespace(world_size=2, bf16=True, fp16=False))
-    with pytest.raises(RecipeError, match="asks for mixed_precision bf16, the recipe's trainer section for float32"):
+    with pytest.raises(
+        RecipeError, match="asks for mixed_precision bf16, but the recipe's trainer section asks for float32"
+    ):
         check_setup(SimpleNamespace(world_size=2, bf16=False, fp16=False))
-    with pytest.raises(RecipeError, match="launched as 2 processes with DDP, but transformers makes 1 process"):
+    with pytest.raises(RecipeError, match="launched as 2 processes with DDP, but transformers uses 1 process"):
         check_setup(SimpleNamespace(world_size=1, bf16=True, fp16=False))
 
 

@@ -20,7 +20,7 @@ TOY = Model(
     parameters=1000, trained=1000, embeddings=100, head=100, head_trained=True, vocabulary=50, hidden=2, layers=4,
     cache=16, quantized=0, quantized_bytes=0.0, saved=Curve(token=10.0), working=NOTHING, forward=NOTHING,
 )  # fmt: skip
-"""1000 parameters; layers keep 10 bytes a token."""
+"""1000 parameters; layers keep 10 bytes per token."""
 
 CPU = Launch(1, "NO", device="cpu")
 GPU = Launch(1, "NO", device="cuda")
@@ -60,15 +60,15 @@ def tiny(architecture, **more):
 
 
 def test_full_training_in_float32_by_hand():
-    # Weights 4, reference 4 and Adam 8 bytes a parameter all the time. In the backward pass of the second micro-batch: all
-    # gradients, the head's a second time, 2 x 8 tokens of 10 bytes, 2 x 5 x 50 logits, and three copies of these.
+    # Always: weights 4, reference 4 and Adam 8 bytes per parameter. In the backward pass of the second micro-batch: all
+    # gradients, the head's twice, 2 x 8 tokens of 10 bytes, 2 x 5 x 50 logits, and three copies of these.
     found = moments(TOY, RLOO, CPU)
     update = found["update"]
     assert (update.weights, update.reference, update.optimizer, update.buffers) == (4000, 4000, 8000, 0)
     assert update.gradients == 4000 + 400
     assert update.activations == 160
     assert update.logits == 4 * 500 + 3 * 4 * 500
-    # Keys and values of 4 x 8 tokens, and of one layer of four its keys once more; 4 x 50 logits, drawn from.
+    # Keys and values of 4 x 8 tokens, the keys of one layer of four twice, and 4 x 50 logits with the copies for drawing.
     sampling = found["sampling"]
     assert sampling.gradients == 0
     assert sampling.kv_cache == 4 * 8 * 16 * 4 * (1 + 1 / 8)
@@ -80,7 +80,7 @@ def test_full_training_in_float32_by_hand():
 def test_one_micro_batch_needs_activations_or_gradients_not_both():
     batch = Batch("reward", rows=2, prompt=8, completion=0)
     update = moments(TOY, batch, CPU)["update"]
-    assert (update.gradients, update.activations) == (4400, 0)  # in the end, that of the embeddings beside it
+    assert (update.gradients, update.activations) == (4400, 0)  # at the end, with a second gradient of the embeddings
     long = moments(TOY, replace(batch, prompt=1000), CPU)["update"]
     assert (long.gradients, long.activations) == (0, 20_000)
 
@@ -95,7 +95,7 @@ def test_ddp_adds_buckets_and_zero_divides():
     assert zero.weights == 2000  # bf16
     assert zero.optimizer == (4 + 8) * 1000 / 4  # master weights and Adam
     assert zero.gradients == 2 * 1000 / 4
-    assert zero.buffers == 2 * REDUCE_BUCKET  # there from the beginning of each backward pass
+    assert zero.buffers == 2 * REDUCE_BUCKET  # in memory from the beginning of each backward pass
     offloaded = moments(TOY, batch, replace(ZERO, offload=True))["update"]
     assert (offloaded.optimizer, offloaded.gradients) == (0, 0)
 
@@ -113,7 +113,7 @@ def test_sft_goes_through_logits_in_tiles():
     assert on_gpu.logits == 200 * 32768 * 4 + 4 * 200 * TOY.hidden
     on_cpu = moments(TOY, batch, CPU)["update"]
     assert on_cpu.logits == 200 * 50 * 4 * 8.25 + 4 * 200 * TOY.hidden
-    # However long the text: 4096 positions at a time.
+    # 4096 positions at a time, also for long texts.
     longer = moments(TOY, replace(batch, rows=1000), GPU)["update"]
     assert longer.logits == 4096 * 32768 * 4 + 4 * 100_000 * TOY.hidden
 
@@ -123,7 +123,7 @@ def test_sft_goes_through_logits_in_tiles():
     [
         ("adamw_torch_fused", "cuda", 8 * 1000),
         ("adamw_8bit", "cuda", 2 * 900 + 8 * 100),  # embeddings stay in 32 bits
-        ("paged_adamw_8bit", "cuda", 0),  # leaves when memory is short
+        ("paged_adamw_8bit", "cuda", 0),  # leaves the GPU when its memory is short
         ("paged_adamw_8bit", "cpu", 2 * 900 + 8 * 100),
         ("lion_32bit", "cuda", 4 * 1000),
         ("adafactor", "cuda", 0),
@@ -170,7 +170,7 @@ def test_models_of_all_kinds(architecture):
     assert found.head == real.get_output_embeddings().weight.numel()
     assert 0 < found.saved(2, 32) < found.saved(2, 64) < found.saved(4, 64)
     assert 0 < found.forward(2, 64) < found.saved(8, 64)
-    assert config.num_hidden_layers == 3  # as it was
+    assert config.num_hidden_layers == 3  # unchanged
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_four_bits_leave_embeddings_and_head(double, expected):
 
 
 def test_saved_activations_are_those_of_a_real_pass():
-    """What autograd keeps of a real model, counted by its own hooks."""
+    """Autograd's own hooks count the bytes that it keeps for a real model."""
     config = tiny("llama")
     model, kept = AutoModelForCausalLM.from_config(config), {}
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
@@ -228,7 +228,7 @@ def test_saved_activations_are_those_of_a_real_pass():
 
     ids = torch.zeros(2, 96, dtype=torch.long)
     mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # without a pad, transformers makes no mask at all
+    mask[0, 0] = 0  # without padding, transformers makes no mask
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert output.requires_grad

@@ -1,4 +1,4 @@
-"""Plans of recipes: every shipped one, machines, changes that make a stage fit, steps and tokens, and what is refused."""
+"""Plans of recipes: shipped recipes, machines, changes that make a stage fit, steps and tokens, and errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from support.texts import write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 
 PUBLISHED = {
-    # As their cards and papers say: without what is tied.
+    # Numbers of their cards and papers; tied parameters count once.
     "openai-community/gpt2": 124_439_808,
     "distilbert/distilgpt2": 81_912_576,
     "openai-community/gpt2-medium": 354_823_168,
@@ -86,7 +86,7 @@ def test_architectures_hold_every_hub_model_of_the_recipes(hub_cache):
 
 
 HARDWARE = {
-    # `about.hardware` of recipes, up to the bracket -> `--gpu` and `--accelerate-config` that mean it.
+    # `about.hardware` of recipes, up to the bracket -> the same as `--gpu` and `--accelerate-config`.
     r"2 CPU cores, (\d+) GB": (r"cpu-\1", None),
     r"one (\d+) GB GPU": (r"\1", None),
     r"one H200": ("1xH200", None),
@@ -239,7 +239,7 @@ def test_without_network_a_hub_model_is_refused_at_once(local, hub_cache, monkey
         ),
     ],
 )
-def test_what_cannot_run_is_not_planned(local, override, expected):
+def test_stages_that_cannot_run_are_not_planned(local, override, expected):
     trainer = {"max_completion_length": 16, "per_device_train_batch_size": 8}
     name = local(sft={"model": "model"}, reward={}, rloo={"trainer": trainer})
     with pytest.raises(RecipeError, match=expected):
@@ -318,7 +318,7 @@ def test_work(local, stage, overrides, rows, steps, tokens):
         ("imdb_negative", "sft", "2", [], ""),
     ],
 )
-def test_what_makes_it_fit_is_an_override_that_does(name, stage, gpu, overrides, expected):
+def test_a_proposed_change_makes_the_stage_fit(name, stage, gpu, overrides, expected):
     plan = planned(name, stage, gpu, *overrides)
     assert not plan.fits
     change = smallest_change(name, overrides, plan, None, gpu)
@@ -335,7 +335,7 @@ def test_what_makes_it_fit_is_an_override_that_does(name, stage, gpu, overrides,
 
 
 @pytest.mark.slow
-def test_a_printed_change_is_words_for_a_shell(capsys):
+def test_a_printed_change_can_be_pasted_into_a_shell(capsys):
     assert not run_plan("imdb_positive", ["ppo.trainer.optim=adamw_8bit"], "1.55", None, None)
     fixes = [line.split("fits with: ")[1] for line in capsys.readouterr().out.splitlines() if "fits with: " in line]
     assert fixes
@@ -345,10 +345,10 @@ def test_a_printed_change_is_words_for_a_shell(capsys):
         overrides = words[2:] if config else words
         stage = overrides[0].partition(".")[0]
         assert planned("imdb_positive", stage, "1.55", *overrides, accelerate_config=config).fits
-    assert any("{" in fix for fix in fixes)  # which a shell would take apart
+    assert any("{" in fix for fix in fixes)  # a shell would split it
 
 
-def test_sampling_in_parts_comes_first():
+def test_the_first_proposed_change_is_a_smaller_sampling_batch():
     plan = planned("tldr_1b_lora", "rloo", "24", "rloo.trainer.sampling_batch_size=512")
     assert not plan.fits
     change = smallest_change("tldr_1b_lora", ["rloo.trainer.sampling_batch_size=512"], plan, None, "24")
@@ -361,7 +361,7 @@ def test_nothing_makes_it_fit():
     assert smallest_change("tldr_6.9b", [], plan, None, "2") is None
 
 
-def test_plan_advises_to_turn_gradient_checkpointing_off_where_it_fits_without(capsys):
+def test_plan_advises_to_turn_gradient_checkpointing_off_if_the_stage_fits_without_it(capsys):
     roomy, tight = (planned("imdb_12gb", "sft", gpu) for gpu in ("24", "5"))
     assert roomy.batch.checkpointing and roomy.total == tight.total < roomy.otherwise
     assert (roomy.fits_without, tight.fits_without) == (True, False)
@@ -417,7 +417,7 @@ def test_command(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_a_model_that_cannot_be_followed_is_one_sentence(local, tmp_path):
+def test_a_model_that_cannot_run_without_weights_is_one_sentence(local, tmp_path):
     AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path / "ssm")
     file = local(rloo={"policy": "./ssm", "trainer": {"max_steps": 1}})
     with pytest.raises(

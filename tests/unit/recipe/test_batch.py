@@ -74,7 +74,7 @@ def test_a_rollout_is_whole_or_refused(rows, accumulation, micro_batches, proces
         (settings(2, accumulation=4, rollout=4), 1, r"steps_per_generation \(2\) must be a multiple of .* \(4\)"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_with_key_and_numbers(given, processes, expected):
+def test_an_uneven_division_is_refused_with_key_and_numbers(given, processes, expected):
     with pytest.raises(RecipeError, match=rf"^rloo\.trainer\.{expected}"):
         rows_of_rollout(given, processes, "rloo.trainer.")
 

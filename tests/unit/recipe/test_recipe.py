@@ -95,7 +95,7 @@ def test_the_table_of_recipes_shows_about(write, tmp_path, monkeypatch):
         ("about.expected={metric: score_mean, end: [1], by: ours}", "about.expected"),
     ],
 )
-def test_what_is_wrong_in_about_is_said(write, override, expected):
+def test_errors_in_about_name_the_key(write, override, expected):
     assert expected in message(write(MINIMAL), override)
 
 
@@ -109,7 +109,7 @@ def test_numbers_are_yaml_1_2(write):
     assert recipe.ppo.trainer["learning_rate"] == 1e-6 and isinstance(recipe.ppo.trainer["learning_rate"], float)
 
 
-def test_show_prints_what_loads_back_to_the_same_recipe(write):
+def test_show_prints_yaml_that_loads_back_to_the_same_recipe(write):
     for name in [*recipe_files(), write(MINIMAL)]:
         recipe = load_recipe(name)
         assert load_recipe(write(to_yaml(recipe), "again.yaml")) == recipe
@@ -133,7 +133,7 @@ def test_a_child_without_a_name_is_named_after_its_file(write):
     assert load_recipe(write("extends: _base", "other.yaml")).name == "other"
 
 
-def test_an_override_changes_one_place_of_what_aliases_share(write):
+def test_an_override_changes_one_of_the_places_that_share_an_alias(write):
     shared = MINIMAL.replace("trainer: {learning_rate: 1e-6", "trainer: &shared {learning_rate: 1e-6")
     text = shared + "rloo: {policy: ./model, trainer: *shared}\n"
     recipe = load_recipe(write(text), ["ppo.trainer.lam=0.5", "rloo.trainer.beta=0.2"])
@@ -196,7 +196,7 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("description=null", ["description", "missing"]),
     ],
 )
-def test_what_is_wrong_is_said_with_key_and_remedy(write, override, expected):
+def test_errors_name_key_and_correction(write, override, expected):
     found = message(write(MINIMAL), override)
     assert all(part in found for part in expected), found
 
@@ -231,7 +231,7 @@ def test_extends_in_a_circle_and_into_nowhere(write):
 @pytest.mark.parametrize("value", [".nan", ".inf"])
 @pytest.mark.parametrize("key", ["eval.temperature", "eval.positive_threshold", "reward_funcs.weight"])
 def test_numbers_are_finite(key, value):
-    """A share above nan would be 0, and a score times it no number."""
+    """With nan, no completion would be positive, and the score would be no number."""
     override = f"reward_funcs=[{{name: length, weight: {value}}}]" if key == "reward_funcs.weight" else f"{key}={value}"
     with pytest.raises(RecipeError, match=rf"{key.replace('.weight', '.0.weight')}.*finite"):
         load_recipe("imdb_tiny", [override])
