@@ -85,20 +85,20 @@ def _find(run: TrainedRun) -> tuple[Measured | None, str]:
         if manifest is None or manifest["status"] != "finished":
             continue
         content = read_json(folder / "eval.json")
-        for name, reference in manifest["settings"]["models"].items():
-            if name in content["models"] and _refers_to(reference, folder, path):
-                if manifest["inputs"].get(reference.removeprefix("stage:")) in (None, run.manifest["id"]):
+        for name, model_id in manifest["settings"]["models"].items():
+            if name in content["models"] and _refers_to(model_id, folder, path):
+                if manifest["inputs"].get(model_id.removeprefix("stage:")) in (None, run.manifest["id"]):
                     return Measured(folder, name, manifest, content), ""
                 why = f"{folder} measured an earlier run of this folder; run eval again."
     return None, why
 
 
-def _refers_to(reference: str, folder: Path, run: Path) -> bool:
-    """Whether a reference in an eval's settings means this run, even if the run was moved together with the eval."""
-    if reference.startswith("stage:"):
-        return folder.parent / reference.removeprefix("stage:") == run
+def _refers_to(model_id: str, folder: Path, run: Path) -> bool:
+    """Whether a model id in an eval's settings means this run, even if the run was moved together with the eval."""
+    if model_id.startswith("stage:"):
+        return folder.parent / model_id.removeprefix("stage:") == run
     inside = run.relative_to(folder.parent).parts
-    return Path(reference).resolve() == run or (len(inside) > 1 and Path(reference).parts[-len(inside) :] == inside)
+    return Path(model_id).resolve() == run or (len(inside) > 1 and Path(model_id).parts[-len(inside) :] == inside)
 
 
 def _why_unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:

@@ -13,13 +13,13 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 def load_classifier(
-    name: str, model: str, tokenizer: Any = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
+    name: str, model_id: str, tokenizer: Any = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
 ) -> tuple[Any, "PreTrainedTokenizerBase"]:
     """Loads a classifier onto this process's device, and its tokenizer.
 
     Args:
         name: The reward function that needs it, for messages.
-        model: Hub id or folder.
+        model_id: Folder or Hub id.
         tokenizer: None: the model's own.
         trust_remote_code: Whether Python code in the model's repository may run.
         dtype: Type of the weights.
@@ -30,16 +30,16 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     key = f"reward_funcs: {name}: model"
-    classifier = load_model(AutoModelForSequenceClassification, key, model, trust_remote_code, dtype=dtype)
-    return on_device(classifier), tokenizer or own_tokenizer(name, model, trust_remote_code)
+    classifier = load_model(AutoModelForSequenceClassification, key, model_id, trust_remote_code, dtype=dtype)
+    return on_device(classifier), tokenizer or own_tokenizer(name, model_id, trust_remote_code)
 
 
-def own_tokenizer(name: str, model: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def own_tokenizer(name: str, model_id: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer that was saved with a model; arguments as in `load_classifier`."""
     from transformers import AutoTokenizer
 
-    with loading(f"reward_funcs: {name}: model", model):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with loading(f"reward_funcs: {name}: model", model_id):
+        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 
 def on_device(classifier: Any) -> Any:
@@ -84,7 +84,7 @@ def label_values(
     return values
 
 
-def label_index(model: str, config: Any, label: str | int) -> int:
+def label_index(model_id: str, config: Any, label: str | int) -> int:
     """The number of a label, which is given by number or by name. Upper and lower case of a name are equal.
 
     Raises:
@@ -96,4 +96,4 @@ def label_index(model: str, config: Any, label: str | int) -> int:
     for index, name in zip(config.id2label, names, strict=True):
         if name.lower() == str(label).lower():
             return index
-    raise RecipeError(f"reward_funcs.args.label: {model} has no label {label!r}; it has: {', '.join(names)}.")
+    raise RecipeError(f"reward_funcs.args.label: {model_id} has no label {label!r}; it has: {', '.join(names)}.")

@@ -36,7 +36,7 @@ def sentiment(
     """Logit or probability of one label of any text classifier.
 
     Args:
-        model: Hub id or folder of a sequence classifier.
+        model: Folder or Hub id of a sequence classifier.
         label: One of its labels, by name or by number.
         output: `logit` is unbounded; `probability` lies in 0..1.
         text: `all` classifies prompt and completion, `completion` only the completion.
@@ -72,7 +72,7 @@ def reward_model(
     tokenizer. A completion that was cut off does not count as finished. The log says which format is in use.
 
     Args:
-        model: `stage:reward`, or a Hub id or folder of a sequence classifier with one label.
+        model: `stage:reward`, or the folder or Hub id of a sequence classifier with one label.
         batch_size: Texts per forward pass.
         max_length: Longest text in tokens; longer texts lose their beginning. None: the limit of the training or of the
             model's context.

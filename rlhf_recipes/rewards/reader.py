@@ -26,7 +26,7 @@ class RewardModelReader:
 
     def __init__(
         self,
-        model: str,
+        model_id: str,
         classifier: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         batch_size: int,
@@ -36,7 +36,7 @@ class RewardModelReader:
         """Prepares the model.
 
         Args:
-            model: Folder or Hub id that the model came from, which may hold a `scoring.json`; for messages, too.
+            model_id: Folder or Hub id of the model, which may hold a `scoring.json`. "": unknown.
             classifier: The reward model. Its `pad_token_id` becomes that of the training.
             tokenizer: The model's own.
             batch_size: Texts per forward pass.
@@ -47,21 +47,21 @@ class RewardModelReader:
         Raises:
             RecipeError: The classifier is no reward model, or the stored format does not fit the tokenizer or max_length.
         """
-        stored = scoring or (stored_scoring(model) if model else None)
+        stored = scoring or (stored_scoring(model_id) if model_id else None)
         if classifier.config.num_labels != 1:
             raise RecipeError(
-                f"reward_funcs.name: reward_model: {model} has {classifier.config.num_labels} labels, a reward model has "
+                f"reward_funcs.name: reward_model: {model_id} has {classifier.config.num_labels} labels, a reward model has "
                 "one; use sentiment with one of its labels."
             )
         if stored:
-            stored.check_tokenizer(model, tokenizer)
-        self.__name__ = model.split("/")[-1] or type(classifier).__name__
-        self._model, self._classifier, self._batch_size = model, classifier, batch_size
+            stored.check_tokenizer(model_id, tokenizer)
+        self.__name__ = model_id.split("/")[-1] or type(classifier).__name__
+        self._model_id, self._classifier, self._batch_size = model_id, classifier, batch_size
         self._tokenizer: Any = tokenizer  # transformers declares one return type for all options of its methods
         self._scoring = stored or assumed_scoring(classifier, tokenizer)
         self._longest = self._limit(max_length)
         source = f"read as its {SCORING} says" if stored else f"no {SCORING}, so read as TRL's RewardTrainer trains"
-        logger.info("reward_model: %s: %s: %s", model, source, self._format())
+        logger.info("reward_model: %s: %s: %s", model_id, source, self._format())
 
     def __call__(self, prompts: list, completions: list, finished: list[bool], **columns: Any) -> list[float]:
         rows = [self._token_ids(*text) for text in zip(prompts, completions, finished, strict=True)]
@@ -69,7 +69,7 @@ class RewardModelReader:
         if too_long:
             logger.warning(
                 "reward_model: %s: %d of %d texts lose their beginning: they are longer than the %d tokens that it reads.",
-                self._model,
+                self._model_id,
                 too_long,
                 len(rows),
                 self._longest,
@@ -86,12 +86,12 @@ class RewardModelReader:
             return trained
         if max_length > context:
             raise RecipeError(
-                f"reward_funcs: reward_model: max_length is {max_length}, but {self._model} reads {context} tokens at "
+                f"reward_funcs: reward_model: max_length is {max_length}, but {self._model_id} reads {context} tokens at "
                 "most; leave it out."
             )
         if self._scoring.format is not None and max_length < trained:
             raise RecipeError(
-                f"reward_funcs: reward_model: max_length is {max_length}, but {self._model} was trained on whole texts of "
+                f"reward_funcs: reward_model: max_length is {max_length}, but {self._model_id} was trained on whole texts of "
                 f"up to {trained} tokens ({SCORING}); leave it out, or train with "
                 f"reward.trainer.max_length={max_length}."
             )
@@ -117,7 +117,7 @@ class RewardModelReader:
         if scoring.format is not None and chat != (scoring.format == "chat"):
             kinds = ("plain texts", "chat messages")
             raise RewardError(
-                f"reward_funcs: reward_model: {self._model} was trained on {kinds[not chat]} ({SCORING}), and is "
+                f"reward_funcs: reward_model: {self._model_id} was trained on {kinds[not chat]} ({SCORING}), and is "
                 f"given {kinds[chat]}; use prompts of that kind, or run stage reward on pairs of the other."
             )
         if chat and tokenizer.chat_template:
@@ -131,7 +131,9 @@ class RewardModelReader:
             # Some tokenizers append EOS to every text. An encoder's [CLS] ... [SEP] does not mean that a text ended.
             ids = ids[:-1]
         if not ids:
-            raise RewardError(f"reward_funcs: reward_model: {self._model} is given an empty text and cannot score it.")
+            raise RewardError(
+                f"reward_funcs: reward_model: {self._model_id} is given an empty text and cannot score it."
+            )
         return ids
 
     def _cut(self, ids: list[int]) -> list[int]:

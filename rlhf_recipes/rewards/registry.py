@@ -52,7 +52,7 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     Each has its own `__name__`, under which TRL logs it.
 
     Args:
-        recipe: For `stage:` references in the arguments.
+        recipe: Resolves model ids such as `stage:reward`.
         specs: The recipe's list of reward functions.
         key: Where the list is in the recipe. It replaces `reward_funcs` at the beginning of a factory's message.
 
@@ -165,21 +165,21 @@ def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
 
     config = getattr(function, "config", None)
     if isinstance(function, str):
-        model, (classifier, tokenizer) = function, load_classifier("reward_model", function, processing_class)
+        model_id, (classifier, tokenizer) = function, load_classifier("reward_model", function, processing_class)
     elif isinstance(function, nn.Module) and config is not None:  # also a compiled model or one with PEFT
-        model, classifier = config._name_or_path, on_device(function)
-        if processing_class is None and not model:
+        model_id, classifier = config._name_or_path, on_device(function)
+        if processing_class is None and not model_id:
             raise RecipeError(
                 f"reward_funcs: {type(function).__name__} does not say where it was loaded from; pass its tokenizer too."
             )
-        tokenizer = processing_class or own_tokenizer("reward_model", model)
+        tokenizer = processing_class or own_tokenizer("reward_model", model_id)
     elif callable(function):
         return function
     else:
         raise RecipeError(
-            f"reward_funcs: {function!r} is no reward function; it must be a callable, or a model, its Hub id or its folder."
+            f"reward_funcs: {function!r} is no reward function; it must be a callable, a model or a model id."
         )
-    return RewardModelReader(model, classifier, tokenizer, batch_size=64, max_length=None)
+    return RewardModelReader(model_id, classifier, tokenizer, batch_size=64, max_length=None)
 
 
 def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | None) -> list[CheckedReward]:

@@ -46,7 +46,7 @@ class Scoring(Section):
     def write(self, folder: Path) -> None:
         (folder / SCORING).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
-    def check_tokenizer(self, model: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def check_tokenizer(self, model_id: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Refuses a tokenizer that would give the model texts in another format.
 
         Raises:
@@ -66,7 +66,7 @@ class Scoring(Section):
             found.append(f"it was trained with a chat template, and the tokenizer has {which}")
         if found:
             raise RecipeError(
-                f"reward_funcs: reward_model: {model} cannot be read as {SCORING} says it was trained: "
+                f"reward_funcs: reward_model: {model_id} cannot be read as {SCORING} says it was trained: "
                 f"{'; '.join(found)}. Use the tokenizer that stage reward saved with it, or run stage reward again."
             )
 
@@ -83,7 +83,7 @@ def trained_scoring(trainer: Any, chat: bool, center: float) -> Scoring:
     return _scoring(trainer.processing_class, "chat" if chat else "text", pad_token_id, trainer.args.max_length, center)
 
 
-def stored_scoring(model: str) -> Scoring | None:
+def stored_scoring(model_id: str) -> Scoring | None:
     """Reads the format stored beside the model in this folder or Hub repository; None if there is none.
 
     Raises:
@@ -92,7 +92,7 @@ def stored_scoring(model: str) -> Scoring | None:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(model, SCORING)
+        path = cached_file(model_id, SCORING)
     except OSError:  # the model has no such file, or there is no network and the cache has none
         path = None
     if path is None:
