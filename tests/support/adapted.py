@@ -1,4 +1,4 @@
-"""Models with adapters or in 4 bits, and stages that run in the tests' own process on them."""
+"""Models with adapters or 4-bit weights, and stages that run on them in the process of the tests."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of random models of every architecture, by name; BERTs without a head."""
+    """Name -> folder of a random model, for every architecture; BERTs have no head."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), word_tokenizer()
     made = {n: save_pair(folder / n, causal_lm(tokenizer, n, **width), tokenizer) for n, width in WIDTHS.items()}
     for name, sizes in BERTS.items():
@@ -59,7 +59,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The trainers of the stages that have run, by stage, as they were when they saved their model."""
+    """Stage -> its trainer at the time when it saved its model."""
     seen, save = {}, callbacks.save_model
 
     def save_and_keep(trainer, run):
@@ -139,7 +139,7 @@ class OwnModel(GPT2LMHeadModel):
 
 @pytest.fixture
 def own_code(tmp_path, policy_folder, monkeypatch):
-    """A model with Python code of its own, and the file that this code makes when it runs."""
+    """A model with its own Python code, and the file that this code writes when it runs."""
     folder, mark = tmp_path / "own", tmp_path / "executed"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")

@@ -1,4 +1,4 @@
-"""Run folders as stages leave them, made in no time: manifests are made of real recipes, numbers are given."""
+"""Folders of finished runs without training: manifests come from real recipes, numbers are given."""
 
 import json
 from collections.abc import Callable
@@ -156,4 +156,4 @@ FEW = [
     "rloo.trainer.per_device_train_batch_size=32",
     "eval.num_prompts=32",
 ]
-"""imdb_tiny in a few steps: every stage, every file, no learning."""
+"""Overrides for a few steps of imdb_tiny: every stage and file, without learning."""

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MODULES = ("rlhf_recipes.", "accelerate.commands.launch", "support.")
-"""`python -m` of these is forked."""
+"""The server forks `python -m` of these modules."""
 
 AT_IMPORT = (
     "HF_",
@@ -42,7 +42,7 @@ AT_IMPORT = (
     "TRACKIO",
     "OPENAI_LOG",
 )
-"""Beginnings of variables that libraries read at import: where one differs from the server's, a process starts cold."""
+"""Prefixes of variables that libraries read at import: if one differs from the server's, the process starts cold."""
 
 LIBRARIES = (
     "torch.distributed", "transformers", "datasets", "peft", "accelerate.commands.launch", "wandb", "tensorboard",
@@ -52,7 +52,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 DOORS = {f"rlhf_recipes.{name}" for name in ("cli", "sft", "reward", "ppo", "rloo", "evaluate", "compare")}
-"""Run as `__main__`, so they are not loaded before."""
+"""The server does not load these, because they run as `__main__`."""
 
 CHILD_SUBREAPER = 36
 _start_cold = subprocess.Popen._execute_child
@@ -60,13 +60,13 @@ _loaded_with: dict[str, str] = {}
 
 
 class Server:
-    """The server of this test process, started when the first process is forked."""
+    """The server of this test process; the first fork starts it."""
 
     def __init__(self):
         self.process = self.socket = None
 
     def ask(self, request: dict, files: list[int]) -> int:
-        """Have a process forked; it is then a child of this one. Returns its id."""
+        """Fork a process that becomes a child of this one; returns its id."""
         if self.process is None:
             self.socket, theirs = socket.socketpair()
             with theirs:
@@ -89,7 +89,7 @@ class Server:
 
 
 def install(fork: Callable[[dict, list[int]], int]) -> None:
-    """From now on `subprocess.Popen` of this process calls `fork(request, files)` where a process can be forked."""
+    """Make `subprocess.Popen` of this process call `fork(request, files)` if a process can be forked."""
     if not _loaded_with:
         _loaded_with.update(os.environ)
 
@@ -135,7 +135,7 @@ def _can_be_forked(args, env: dict[str, str]) -> bool:
 
 
 def fork_here(request: dict, files: list[int]) -> int:
-    """Fork this process: what a forked process starts is its own child."""
+    """Fork this process, so that the new process's children belong to it."""
     pid = os.fork()
     if pid == 0:
         _become(request, files)
@@ -143,7 +143,7 @@ def fork_here(request: dict, files: list[int]) -> int:
 
 
 def _become(request: dict, files: list[int]) -> None:
-    """Be the process that was asked for, to its end."""
+    """Run as the requested process until its end."""
     code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
@@ -214,7 +214,7 @@ def _execve(path, arguments, env) -> None:
 
 
 def serve() -> None:
-    """Load what takes long, then fork on every request until the socket is closed."""
+    """Load the slow imports, then fork for every request until the socket closes."""
     asked = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

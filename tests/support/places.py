@@ -1,4 +1,4 @@
-"""Where this repository and the data of its tests stand."""
+"""Paths of this repository and of the data of its tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A comparison as `compare` makes it, of numbers drawn here: pages and pictures are tested without training."""
+"""A comparison as `compare` makes it, from random numbers, to test pages and pictures without training."""
 
 import math
 import random
@@ -269,11 +269,11 @@ EVIL = (
 
 
 NAMED = re.compile(r"seed[ _]\d|\.|^sft$")
-"""Keys that are names: of runs, models and settings."""
+"""Keys that are names of runs, models and settings."""
 
 
 def poison(value):
-    """The same comparison, with a stranger's markup in every text and name that is not an enumeration."""
+    """The same comparison with markup in every text and name that comes from models or users."""
     if isinstance(value, dict):
         return {
             key + EVIL if NAMED.search(key) else key: item
@@ -287,7 +287,7 @@ def poison(value):
 
 
 def nothing_known(comparison):
-    """Every number of views, costs, samples and held-out models is missing."""
+    """The same comparison without any number of views, costs, samples and held-out models."""
     for view in comparison["views"]:
         view |= {"difference": None, "interval": None, "bootstrap": None, "at": None}
         view["means"] = dict.fromkeys(view["means"])
@@ -325,7 +325,7 @@ def empty():
 
 
 def no_lines():
-    """Logs that end before their first line."""
+    """The same comparison with empty logs."""
     comparison = make_comparison(seeds=(42,))
     for run in comparison["runs"]:
         run["curves"] = {key: [] for key in run["curves"]}

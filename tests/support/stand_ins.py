@@ -33,10 +33,10 @@ DATA = {
     "openai/summarize_from_feedback": ("summarize_from_feedback", "info.post"),
     "Dahoas/synthetic-instruct-gptj-pairwise": ("synthetic-instruct-gptj-pairwise", "prompt"),
 }
-"""Hub id -> folder of its sample, and the column that makes rows differ."""
+"""Hub id -> folder of its sample, and the column that distinguishes rows."""
 
 ROWS = 60
-"""Rows of a stand-in's splits: enough for a rollout and a held-out part."""
+"""Rows of each split of a stand-in: enough for a rollout and a held-out part."""
 
 
 def texts() -> list[str]:
@@ -157,11 +157,11 @@ MODELS = {
     "lvwerra/distilbert-imdb": lambda folder: distilbert(folder, classifier=True),
     "microsoft/deberta-v3-base": deberta,
 }
-"""Hub id -> what makes its stand-in."""
+"""Hub id -> the function that makes its stand-in."""
 
 
 def data(folder: Path, name: str) -> Path:
-    """The sample of a Hub data set with its rows repeated, each with a word of its own."""
+    """The sample of a Hub data set with repeated rows; each repetition has its own word."""
     sample, column = DATA[name]
     folder.mkdir(parents=True)
     for file in (SAMPLES / sample).glob("*.jsonl"):
@@ -193,7 +193,7 @@ class Shelf:
         return folder
 
     def overrides(self, recipe: Recipe) -> list[str]:
-        """Put a stand-in in the place of every Hub id that any stage of a recipe loads."""
+        """Replace every Hub id that a stage of a recipe loads by its stand-in."""
         found = {}
         for stage in recipe.stages():
             found |= references(recipe, stage)
@@ -209,7 +209,7 @@ class Shelf:
 
 
 def micro_batches(stage: str, section: Any) -> list[str]:
-    """Micro-batches of 4; two a step where the recipe has several, and as many steps a rollout as it has."""
+    """Micro-batches of 4; two for each step if the recipe has several, and the recipe's number of steps for each rollout."""
     made = [f"{stage}.trainer.per_device_train_batch_size=4"]
     if section.global_batch_size is None:
         accumulation = min(2, section.trainer.get("gradient_accumulation_steps", 1))
@@ -221,7 +221,7 @@ def micro_batches(stage: str, section: Any) -> list[str]:
 
 
 def small(recipe: Recipe) -> list[str]:
-    """Two steps or two rollouts of every stage; batches keep their build."""
+    """Two steps or two rollouts of every stage; batches keep their structure."""
     made = ["episodes=null"] if recipe.episodes is not None else []
     sections = {"data": recipe.data} | ({"reward.data": recipe.reward.data} if recipe.reward else {})
     made += [f"{key}.max_rows=1500" for key, data in sections.items() if data and data.path.startswith("package:")]

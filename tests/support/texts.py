@@ -18,7 +18,7 @@ REVIEWS = [
 
 
 HELD_OUT_REVIEWS = [row | {"text": row["text"].replace("the film", "a movie")} for row in REVIEWS]
-"""As many others: held-out pairs are made of texts that no training row has."""
+"""The same number of other texts, for held-out pairs that no training row contains."""
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made here: no test needs a network."""
+"""Tiny new models and tokenizers, so that no test needs a network."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from support.texts import REVIEWS, WORDS
 
 
 def word_tokenizer(**special):
-    """A word-level tokenizer: its decoder drops the blank before a completion."""
+    """A word-level tokenizer, whose decoder drops the blank before a completion."""
     from rlhf_recipes.data.tokenizer import make_tokenizer
     from rlhf_recipes.recipe.stages import Scratch
 
@@ -19,7 +19,7 @@ def word_tokenizer(**special):
 
 
 def bpe_tokenizer():
-    """A byte-level BPE tokenizer with a pad token of its own."""
+    """A byte-level BPE tokenizer with a separate pad token."""
     from rlhf_recipes.data.tokenizer import make_tokenizer
     from rlhf_recipes.recipe.stages import Scratch
 

@@ -8,7 +8,7 @@ from support.tiny_models import word_tokenizer
 
 PROMPTS = ["the film", "i liked the movie and", "it was", "a very"]
 UNPADDED = ["the film", "it was", "a very", "i liked"]
-"""Prompts of one length: where nothing is padded, TRL's positions are right too."""
+"""Prompts of one length: without padding, TRL's positions are right too."""
 
 ALGORITHMS = [PPOTrainer, RLOOTrainer]
 
@@ -33,7 +33,7 @@ def make(
     eval_dataset=None,
     **settings,
 ):
-    """A trainer for one step of 8 completions, 2 a prompt, unless `settings` say otherwise."""
+    """A trainer for one step of 8 completions, 2 for each prompt; `settings` override this."""
     config_class = {PPOTrainer: PPOConfig, RLOOTrainer: RLOOConfig}.get(trainer_class, trl.RLOOConfig)
     values = {
         "output_dir": str(output_dir),
@@ -64,7 +64,7 @@ def make(
 
 
 def rollout(trainer, prompts=PROMPTS):
-    """One rollout in training mode, as `training_step` would see it."""
+    """One rollout in training mode, as `training_step` gets it."""
     trainer.model.train()
     return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
 

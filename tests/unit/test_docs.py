@@ -1,4 +1,4 @@
-"""What the documentation says about the code is so: files, functions, quoted lines, tests, defaults and numbers."""
+"""The documentation agrees with the code: files, functions, quoted lines, tests, defaults and numbers."""
 
 import ast
 import re
@@ -23,14 +23,14 @@ def section(title):
 
 
 def table(title):
-    """Cells of every row of a section's table, without its head."""
+    """The cells of every row of a section's table, without the head."""
     rows = [line.strip("| ").split(" | ") for line in section(title).splitlines() if line.startswith("| ")]
     assert len({len(row) for row in rows}) == 1, "a row has another number of cells, or one holds a |"
     return rows[1:]
 
 
 def source(file, name):
-    """Source of a function, class, method or constant."""
+    """The source of a function, class, method or constant."""
     found = list((ROOT / "tests").rglob(file)) if file.startswith("test_") else [ROOT / "rlhf_recipes" / file]
     assert len(found) == 1 and found[0].is_file(), f"there is no {file}"
     (path,) = found
@@ -74,7 +74,7 @@ def test_details_are_numbered_without_gaps():
     numbers = [int(row[0]) for title in titles for row in table(title)]
     assert numbers == list(range(1, len(numbers) + 1))
     papers = {int(number) for title in titles for row in table(title) for number in re.findall(r"\d+", row[1])}
-    assert papers == set(range(1, 26)) - {6, 17}  # the page says that these two are not known to it
+    assert papers == set(range(1, 26)) - {6, 17}  # the page says that it does not know these two
 
 
 def test_every_difference_from_trl_has_a_reason():
@@ -95,7 +95,7 @@ def test_settings_of_the_paper_can_be_set_and_our_defaults_are_as_given():
 
 
 def test_prompts_come_in_another_order_in_every_epoch(tmp_path):
-    """Each epoch has all prompts, in an order that does not depend on which epochs were seen before."""
+    """Each epoch has all prompts, in an order that does not depend on earlier epochs."""
     trainer = make(RLOOTrainer, causal_lm(word_tokenizer()), tmp_path, prompts=PROMPTS)
     sampler, orders = trainer._get_train_sampler(), []
     for epoch in (0, 1, 2, 1):

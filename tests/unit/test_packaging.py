@@ -1,4 +1,4 @@
-"""What travels in the wheel, and that the pinned versions are the ones that pyproject allows."""
+"""The wheel holds recipes and configurations; the pinned versions are within pyproject's ranges."""
 
 import shutil
 import tomllib

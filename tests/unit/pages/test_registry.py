@@ -1,4 +1,4 @@
-"""The registry of metrics is the only list of them: tables, plots, bands, views and the progress bar follow from it."""
+"""Metrics have one list, the registry: tables, plots, bands, views and the progress bar follow from it."""
 
 from support.places import ROOT
 from support.processes import run_python

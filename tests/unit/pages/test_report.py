@@ -1,4 +1,4 @@
-"""The page, the pictures and the markdown of a comparison: whole, small enough, safe against what models write."""
+"""The page, the pictures and the markdown of a comparison are complete, small enough, and safe against texts of models."""
 
 import base64
 import copy
@@ -29,7 +29,7 @@ def unpacked(page, name):
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, in order."""
+    """The tags of a page with their attributes, in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -61,7 +61,7 @@ def test_every_comparison_becomes_pictures(case, tmp_path):
 
 
 def test_strangers_text_adds_no_element(tmp_path):
-    """Poisoned, the page has the same tags and attributes' names as before: all of it has become text."""
+    """Markup in names and texts adds no tag and no attribute to the page: all of it becomes text."""
 
     def tags(comparison):
         return [(tag, sorted(attributes)) for tag, attributes in Elements(page_of(comparison, tmp_path)).found]
@@ -156,13 +156,13 @@ def test_numbers_read_alike():
 
 
 def test_the_interval_stands_where_its_numbers_are(tmp_path):
-    """The widest end is 0.08, so that the track ends at 0.088: 0.05 lies at 50 + 50 * 0.05 / 0.088 percent."""
+    """The largest end is 0.08, so that the track ends at 0.088: 0.05 lies at 50 + 50 * 0.05 / 0.088 percent."""
     page = page_of(make_comparison(), tmp_path)
     assert 'style="left:78.41%"' in page and 'style="left:61.36%;width:34.09%"' in page
 
 
 def test_markdown_tables_hold_together(tmp_path):
-    """Every table's rows have as many cells as its head, whatever the names hold."""
+    """All rows of a table have the same number of cells, for any names."""
     named = make_comparison()
     named["notes"] = ["costs $1$ and ~~more~~"]
     write_markdown(named, tmp_path / "report.md")
@@ -203,7 +203,7 @@ def test_an_audit_of_many_runs_says_each_thing_once(tmp_path):
 
 
 def test_a_judge_s_disagreeing_orders_are_counted(tmp_path):
-    """55 won, 35 lost, 8 tied and 2 not read would be all of 100: with 30 inconsistent, the bar must hold them."""
+    """Inconsistent pairs count in the bar, beside pairs that are won, lost and tied."""
     comparison = make_comparison()
     judged = comparison["judge"][0]
     judged |= {"wins": 40, "losses": 20, "ties": 8, "inconsistent": 30, "unparsable": 2}

@@ -1,4 +1,4 @@
-"""Tables on a terminal of any width, and in markdown: every number stands there, and nothing else does."""
+"""Tables on a terminal of any width and in markdown show every number, and nothing else."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_no_number_is_cut_off_and_none_wraps(width, monkeypatch, capsys):
             assert row.startswith(name)
             found[name] += row.removeprefix(name).split()
         fits = max(map(len, [head, *rows])) <= width
-        assert fits or len(rows[0].removeprefix("sft").split()) == 1  # a name and one number are wider
+        assert fits or len(rows[0].removeprefix("sft").split()) == 1  # unless a name and one number are wider
     assert found == {name: cells(metrics, COLUMNS) for name, metrics in MODELS.items()}
     assert len(tables) + 1 == 2 or width < 160
     assert all(heading in out for heading in (column.heading for column in COLUMNS.values()))
