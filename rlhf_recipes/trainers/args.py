@@ -5,7 +5,6 @@ import math
 import os
 from typing import Any
 
-from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_recipes.launch.checks import check_setup
@@ -89,18 +88,3 @@ def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:
         )
     else:
         args.max_steps = args.steps_per_rollout * math.ceil(episodes / of_rollout)
-
-
-def check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
-    """Refuses data with fewer prompts than one rollout takes: TRL would train for no step.
-
-    Raises:
-        RecipeError: With the number of prompts, and the number that a rollout needs.
-    """
-    needed = args.generation_batch_size // args.num_generations
-    if len(prompts) < needed:
-        raise RecipeError(
-            f"data: {run.recipe.data.path} gives {len(prompts)} training prompts, but one rollout takes {needed} "
-            f"({args.generation_batch_size} completions, {args.num_generations} per prompt); lower "
-            f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
-        )

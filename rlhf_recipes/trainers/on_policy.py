@@ -99,7 +99,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     @property
     def distortions(self) -> list[str]:
-        """Active generation settings that change the distribution which tokens are sampled from."""
+        """Active generation settings that change the distribution of the tokens."""
         if self.use_vllm:  # it takes only these from the trainer
             return distortions({name: getattr(self.args, name) for name in ("top_p", "top_k", "min_p")})
         ours = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
@@ -140,10 +140,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         size, sampled = self.args.sampling_batch_size or len(prompt_ids), []
         settings = self._tokenizer.pad_token_id, self.max_completion_length, self.temperature, self.eos_token_ids
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-        ) as model:
+        more = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **more) as model:
             for first in range(0, len(prompt_ids), size):
                 sampled += sample_completions(model, prompt_ids[first : first + size], *settings)
         return sampled
@@ -295,7 +293,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         """Adds values to a metric; the next log line has their mean over all processes, micro-batches and steps.
 
         Args:
-            name: Of the metric.
+            name: The metric.
             values: Of any shape.
             mask: Of the same shape; None: all values count.
             same_everywhere: True: all processes have these same values. False: each has its own.

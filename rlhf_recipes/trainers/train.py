@@ -1,0 +1,55 @@
+"""The work of every on-policy stage: from the recipe to the trained policy."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_recipes.data.rows import load_rows
+from rlhf_recipes.data.shapes import prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.limits import check_context
+from rlhf_recipes.models.start import Start
+from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards.registry import build_reward_funcs
+from rlhf_recipes.runs.callbacks import attach, save_model
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.trainers.args import trainer_args
+from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
+
+
+def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) -> str:
+    """Trains the policy of a run, saves it, and returns the results in one line.
+
+    Args:
+        run: A started run.
+        trainer_class: The algorithm.
+        more: The algorithm's own arguments of the trainer.
+    """
+    recipe, policy, key = run.recipe, getattr(run.recipe, run.stage).policy, f"{run.stage}.policy"
+    args = trainer_args(run, trainer_class.config_class)
+    start = Start(run, args, "policy")
+    reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
+    tokenizer = load_tokenizer(recipe, key, policy)
+    train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
+    _check_enough_prompts(run, args, train)
+    check_context(recipe, key, policy, train, tokenizer, args.max_completion_length)
+    trainer = start.trainer(trainer_class, tokenizer, reward_funcs=reward_funcs, train_dataset=train, **more)
+    callback = attach(trainer, run)
+    trainer.train(run.checkpoint and str(run.checkpoint))
+    save_model(trainer, run)
+    return callback.summary()
+
+
+def _check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:
+    """Refuses data with fewer prompts than one rollout takes: TRL would train for no step.
+
+    Raises:
+        RecipeError: With the number of prompts, and the number that a rollout needs.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise RecipeError(
+            f"data: {run.recipe.data.path} gives {len(prompts)} training prompts, but one rollout takes {needed} "
+            f"({args.generation_batch_size} completions, {args.num_generations} per prompt); lower "
+            f"{run.stage}.trainer.per_device_train_batch_size or steps_per_generation."
+        )
