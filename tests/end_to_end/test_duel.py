@@ -177,7 +177,7 @@ def test_seeds_with_another_batch_are_refused_before_they_train(tmp_path, launch
     before = len(ran)
     assert plan(tmp_path, seeds="4", processes=1)
     with pytest.raises(
-        RecipeError, match="ppo-seed_42/ppo: 1 process trained it, and this duel has 2, .* name=imdb_tiny-2"
+        RecipeError, match="ppo-seed_42/ppo: 1 process trained it, but this duel has 2, .* name=imdb_tiny-2"
     ):
         plan(tmp_path, seeds="4", processes=2)
     assert len(ran) == before
