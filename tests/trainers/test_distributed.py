@@ -126,7 +126,7 @@ def train(case: str, policy: Path, folder: Path, size: int, accumulation: int, g
             if "train_runtime" not in line
         ],
         "calls": calls,
-        "batch": trainer._batch,
+        "batch": trainer._micro_batches.rollout,
         "state": (trainer.beta, trainer._kl.lr_factor, vars(trainer._run_state.score_moments)),
     }
 
