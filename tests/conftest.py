@@ -1,5 +1,7 @@
 """Tiny models, tokenizers and data, made here: every test runs without network."""
 
+import fcntl
+import gc
 import logging
 import os
 import signal
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from support.finished_runs import FEW
 from support.fork_server import Server, install, uninstall
 from support.places import TESTS
+from support.processes import cli
 from support.texts import REVIEWS, WORDS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
 
@@ -34,6 +38,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "nightly" in item.path.parts and item.get_closest_marker("slow"):
             item.add_marker("nightly")
+    gc.collect()
+    gc.freeze()  # else the collector goes through all that the libraries have made, in every test
     items.sort(key=lambda item: not set(SLOWEST) & set(item.path.parts))
 
 
@@ -91,6 +97,27 @@ def reviews() -> list[dict]:
 def reviews_file(tmp_path) -> Path:
     """The reviews as a jsonl file."""
     return write_jsonl(tmp_path / "reviews.jsonl", REVIEWS)
+
+
+@pytest.fixture(scope="session")
+def few_steps(tmp_path_factory) -> Path:
+    """A folder in which `run imdb_tiny` has been called in few steps, with what it said in `stdout` and `stderr`.
+
+    All test processes share it: a test that changes anything in it copies it first.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "few_steps"
+    with open(shared / "few_steps.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "stderr").exists():
+            folder.mkdir()
+            done = cli("run", "imdb_tiny", *FEW, cwd=folder, timeout=600)
+            assert done.returncode == 0, done.stderr
+            (folder / "stdout").write_text(done.stdout)
+            (folder / "stderr").write_text(done.stderr)
+    return folder
 
 
 @pytest.fixture

@@ -272,7 +272,6 @@ def sampled(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.cold
 def test_a_duel_as_a_user_runs_it(tmp_path):
     """Killed in its midst, too: the same command goes on."""
     command = ["duel", "imdb_tiny", *TINY, "--seeds", "2", "--episodes", "96"]

@@ -22,8 +22,6 @@ from support.places import ROOT
 from support.processes import run_python
 from support.texts import REVIEWS, write_jsonl
 
-pytestmark = pytest.mark.cold  # stages read the launcher's command line; a forked launcher has none
-
 CONFIGS = ROOT / "accelerate_configs"
 
 VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE",
@@ -266,6 +264,7 @@ def manifest_of(work: Path, name: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.cold  # stages read the launcher's command line; a forked launcher has none
 def test_a_configuration_that_gives_one_process_trains_nothing(work, bpe_policy_folder):
     quiet = DDP | {"distributed_type": "MULTI_CPU", "use_cpu": True}
     done = run_python(*command(work, bpe_policy_folder, config(work, **quiet), "name=quiet"), cwd=work)
@@ -288,13 +287,14 @@ def test_a_rank_that_dies_takes_the_other_down_and_the_run_goes_on_only_as_it_wa
     while process.poll() is None and time.monotonic() - began < 240:
         found = psutil.Process(process.pid).children() if psutil.pid_exists(process.pid) else []
         ranks = max(ranks, found, key=len)
-        if died is None and len(ranks) == 2 and not all(r.is_running() and r.status() != "zombie" for r in ranks):
+        if died is None and len(ranks) >= 2 and not all(r.is_running() and r.status() != "zombie" for r in ranks):
             died = time.monotonic()
         time.sleep(0.1)
     stderr = process.stderr.read()
     process.wait()
     assert process.returncode not in (0, None) and died is not None, stderr
-    assert time.monotonic() - died < 60 and not any(rank.is_running() for rank in ranks)
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert time.monotonic() - died < 60 and not alive
     said = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert (
         said and "another process of this run has ended" in said[0] and "Traceback" not in stderr.partition("error:")[0]

@@ -1,10 +1,8 @@
 """DeepSpeed on two CPU processes: really in force, one run with DDP and one process, and exact when killed and resumed."""
 
 import json
-import multiprocessing
 import os
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from support.places import ROOT
-from support.processes import TIMES, TRAINERS, run_python
+from support.processes import TIMES, call, run_python
+from support.ranks import wait_or_kill
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair
 
@@ -74,6 +73,7 @@ def as_rank(stage: str, arguments: list[str], folder: Path, environment: dict[st
 def launched_environment(config: str) -> dict[str, str]:
     """The environment in which `accelerate launch --config_file CONFIG` starts its processes."""
     found, arguments = {}, ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "rlhf_recipes.rloo"]
+    before = dict(os.environ)
 
     def started(args):
         found.update(os.environ, WORLD_SIZE=str(args.nproc_per_node))
@@ -81,6 +81,8 @@ def launched_environment(config: str) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.run.run", started)
         launch_command(launch_command_parser().parse_args(arguments))
+    os.environ.clear()
+    os.environ.update(before)
     return found
 
 
@@ -94,8 +96,6 @@ class Launcher:
 
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder, self.overrides = folder, overrides
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["deepspeed", *TRAINERS])
 
     def run(self, config: str | None, stage: str, name: str, *more: str, **environment: str) -> list[int]:
         """Exit codes of the processes that a configuration asks for, None: one; forked instead of launched."""
@@ -109,17 +109,9 @@ class Launcher:
         for rank in range(int(variables["WORLD_SIZE"])):
             of_rank = {} if config is None else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             arguments = (stage, [*self.overrides, *more], self.folder / name, variables | of_rank)
-            started.append(self.processes.Process(target=as_rank, args=arguments))
-            started[-1].start()
-        deadline = time.monotonic() + 120
-        for process in started:
-            process.join(max(0, deadline - time.monotonic()))
-        hanging = [process for process in started if process.is_alive()]
-        for process in hanging:
-            process.kill()
-            process.join()
-        assert not hanging, self.output(name)
-        return [process.exitcode for process in started]
+            started.append(call(as_rank, *arguments))
+        assert not wait_or_kill(started, 120), self.output(name)
+        return [process.returncode for process in started]
 
     def launch(self, config: str, stage: str, name: str, *more: str, **environment: str):
         """`accelerate launch --config_file ... -m rlhf_recipes.<stage> ...`, as a user types it."""

@@ -66,7 +66,6 @@ def test_gpu_benchmark_runs_without_one(tmp_path):
     assert memory["planned_gb"] > 0 and memory["peak_gb"] is None  # without a GPU
 
 
-@pytest.mark.slow
 def test_gpu_benchmark_skips_what_has_no_time_left(tmp_path):
     done = run_python(str(ROOT / "benchmarks/gpu.py"), "--sizes", "tiny", "--minutes", "0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,6 @@ def test_it_runs(path, tmp_path, monkeypatch):
     assert not [text for name, text in said if name == "stderr" or "WARNING" in text], "a newcomer reads warnings first"
 
 
-@pytest.mark.slow
 def test_a_duel_of_which_a_run_failed_is_read(tmp_path, monkeypatch):
     duel = make_comparison()
     scores = duel["held_out"]["metrics"]["score_mean"]

@@ -1,7 +1,6 @@
 """Killed, stopped, out of disk: the same command goes on, and ends as a run that was never stopped."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -26,7 +25,7 @@ from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.callbacks import RunCallback
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import MARKER, last_complete, mark_complete, step_of, write_whole, writing
-from support.processes import TIMES, TRAINERS
+from support.processes import TIMES, call
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 from support.tiny_trainers import ALGORITHMS, PROMPTS, make
@@ -69,8 +68,6 @@ class Launcher:
 
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder, self.overrides = folder, overrides
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(TRAINERS)
 
     def start(
         self,
@@ -92,27 +89,17 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            process = self.processes.Process(
-                target=run_stage,
-                args=(
-                    stage,
-                    [*self.overrides, *more],
-                    self.folder / name,
-                    environment | (distributed if ranks > 1 else {}),
-                    largest_file,
-                ),
-            )
-            process.start()
-            started.append(process)
+            variables = environment | (distributed if ranks > 1 else {})
+            arguments = (stage, [*self.overrides, *more], self.folder / name, variables, largest_file)
+            started.append(call(run_stage, *arguments))
         return started if ranks > 1 else started[0]
 
     def finish(self, stage: str, name: str, *more: str, **options) -> int:
         """Run it to its end; returns its exit code."""
         started = self.start(stage, name, *more, **options)
         for process in started if isinstance(started, list) else [started]:
-            process.join(120)
-            assert process.exitcode is not None, self.output(name)
-        return process.exitcode
+            process.wait(120)
+        return process.returncode
 
     def path(self, stage: str, name: str) -> Path:
         return self.folder / name / "runs" / "imdb_positive" / stage
@@ -126,13 +113,13 @@ class Launcher:
     def wait_for_checkpoint(self, stage: str, name: str, process, after: int = 0) -> None:
         """Until a whole checkpoint of a step after `after` is there, or the process has ended."""
         deadline = time.monotonic() + 60
-        while process.is_alive() and not any(step > after for step in self.steps(stage, name)):
+        while process.poll() is None and not any(step > after for step in self.steps(stage, name)):
             assert time.monotonic() < deadline, self.output(name)
             time.sleep(0.01)
 
     def wait_for_a_save(self, stage: str, name: str, process, after: int) -> None:
         """Until a checkpoint of a step after `after` is being written, or the process has ended."""
-        while process.is_alive():
+        while process.poll() is None:
             for folder in self.path(stage, name).glob("checkpoint-*"):
                 if step_of(folder) > after and not (folder / MARKER).exists() and any(folder.iterdir()):
                     return
@@ -240,8 +227,8 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(stage, launcher, uni
             launcher.wait_for_checkpoint(stage, name, process, after=last)
             time.sleep(random.random() * 0.1)
         process.kill()
-        process.join()
-        if process.exitcode == 0:  # it was faster
+        process.wait()
+        if process.returncode == 0:  # it was faster
             break
         kills.append(launcher.steps(stage, name))
         last = kills[-1][-1]
@@ -270,8 +257,8 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(stage, launcher, unint
     process = launcher.start(stage, name, WANDB_MODE="offline")
     launcher.wait_for_checkpoint(stage, name, process)
     process.terminate()
-    process.join(60)
-    assert process.exitcode == 143, launcher.output(name)
+    process.wait(60)
+    assert process.returncode == 143, launcher.output(name)
     path = launcher.path(stage, name)
     assert launcher.manifest(stage, name)["status"] == "stopped" and not (path / "model.safetensors").exists()
     state = json.loads((last_complete(path) / "trainer_state.json").read_text())
@@ -309,7 +296,7 @@ def test_a_torn_checkpoint_is_left_out_with_a_warning(launcher, uninterrupted):
     process = launcher.start("sft", name)
     launcher.wait_for_checkpoint("sft", name, process, after=3)
     process.kill()
-    process.join()
+    process.wait()
     *_, before, last = launcher.steps("sft", name)
     model = launcher.path("sft", name) / f"checkpoint-{last}" / "model.safetensors"
     with open(model, "r+b") as file:
@@ -329,7 +316,7 @@ def test_without_a_whole_checkpoint_it_starts_anew(launcher, uninterrupted):
     while not (launcher.path("sft", name) / "manifest.json").exists():
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
     shutil.rmtree(launcher.path("sft", name) / "checkpoint-3", ignore_errors=True)
     assert launcher.finish("sft", name) == 0, launcher.output(name)
     assert "resumed" not in launcher.manifest("sft", name) and "resumes" not in launcher.output(name)
@@ -343,7 +330,7 @@ def test_a_disk_that_takes_no_more_gets_one_sentence_and_the_run_goes_on_later(l
     process = launcher.start("sft", name)
     launcher.wait_for_checkpoint("sft", name, process)
     process.kill()
-    process.join()
+    process.wait()
     path, step = launcher.path("sft", name), launcher.steps("sft", name)[-1]
     (launcher.folder / name / "output.txt").unlink()
     model = (path / f"checkpoint-{step}" / "model.safetensors").stat().st_size
@@ -407,9 +394,9 @@ def test_two_processes_at_one_run_are_refused(launcher):
     launcher.wait_for_checkpoint("sft", name, first)
     assert launcher.finish("sft", name, "sft.trainer.num_train_epochs=500") == 2
     assert f"process {first.pid} still works on this run" in launcher.output(name)
-    assert first.is_alive() and launcher.manifest("sft", name)["status"] == "running"
+    assert first.poll() is None and launcher.manifest("sft", name)["status"] == "running"
     first.kill()
-    first.join()
+    first.wait()
 
 
 @pytest.mark.slow
@@ -430,22 +417,22 @@ def test_two_ranks_go_on_stop_together_and_refuse_another_number(launcher):
     launcher.wait_for_checkpoint("ppo", name, ranks[0])
     for process in ranks:
         process.kill()
-        process.join()
+        process.wait()
     killed_at = launcher.steps("ppo", name)[-1]
     assert launcher.finish("ppo", name) == 2
     assert "was saved by 2 processes with DDP, and this launch is 1 process" in launcher.output(name)
     # The model fits, the optimizer's state does not: only rank 0 writes it, both stop.
     both = launcher.start("ppo", name, ranks=2, port=port(), largest_file=140_000)
     for process in both:
-        process.join(60)
-        assert process.exitcode == 2, launcher.output(name)
+        process.wait(60)
+        assert process.returncode == 2, launcher.output(name)
     assert launcher.output(name).count("could not be written") == 1 and launcher.steps("ppo", name)[-1] == killed_at
     ranks = launcher.start("ppo", name, ranks=2, port=port())
     launcher.wait_for_checkpoint("ppo", name, ranks[0], after=killed_at)
     ranks[1].terminate()
     for process in ranks:
-        process.join(60)
-        assert process.exitcode == 143, launcher.output(name)
+        process.wait(60)
+        assert process.returncode == 143, launcher.output(name)
     assert launcher.manifest("ppo", name)["status"] == "stopped"
     assert launcher.finish("ppo", name, ranks=2, port=port()) == 0, launcher.output(name)
     assert len(launcher.manifest("ppo", name)["resumed"]) == 3
@@ -496,11 +483,10 @@ def fail_under_a_signal(cwd: Path, overrides: list[str]) -> None:
 
 @pytest.mark.slow
 def test_the_reason_of_a_failure_is_written_although_the_launcher_ends_all_ranks(launcher, tmp_path):
-    process = launcher.processes.Process(target=fail_under_a_signal, args=(tmp_path, launcher.overrides))
-    process.start()
-    process.join(60)
+    process = call(fail_under_a_signal, tmp_path, launcher.overrides)
+    process.wait(60)
     manifest = json.loads((tmp_path / "runs" / "imdb_positive" / "sft" / "manifest.json").read_text())
-    assert process.exitcode == 2 and manifest["status"] == "failed" and "no reward" in manifest["error"]
+    assert process.returncode == 2 and manifest["status"] == "failed" and "no reward" in manifest["error"]
 
 
 class FailsOnce:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import sqlite3
 import subprocess
@@ -21,7 +20,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs import trackers, workspace
 from rlhf_recipes.runs.callbacks import TABLES
-from support.processes import TRAINERS, cli, run_python
+from support.processes import call, cli, run_python
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, word_tokenizer
 from support.tiny_trainers import ALGORITHMS, PROMPTS, length, make
@@ -91,36 +90,27 @@ def small(bpe_policy_folder, tmp_path_factory) -> list[str]:
     ]
 
 
-def start(stage: str, *arguments: str, cwd: Path, **environment: str) -> multiprocessing.Process:
-    """Start a stage of imdb_positive as `python -m rlhf_recipes.<stage>` does, in a fork that has imported all of it."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(TRAINERS)
-    process = processes.Process(target=forked, args=(stage, arguments, cwd, os.environ | environment))
-    process.start()
-    return process
+def start(stage: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    """Start a stage of imdb_positive as `python -m rlhf_recipes.<stage>` does."""
+    return call(run, stage, arguments, cwd, os.environ | environment)
 
 
-def forked(stage: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
+def run(stage: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
     os.chdir(cwd)
-    os.environ.clear()  # the server's, which began when it did
+    os.environ.clear()
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{stage}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    try:
-        import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
-    finally:
-        import wandb
-
-        wandb.finish()  # which W&B does itself where a process ends as any other, not as a fork
+    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
 
 
 def run_stage(stage: str, *arguments: str, cwd: Path, **environment: str) -> SimpleNamespace:
     """Run it to its end; what it said."""
     process = start(stage, *arguments, cwd=cwd, **environment)
-    process.join(300)
+    process.wait(300)
     said = {name: (cwd / f"{stage}.{name}").read_text() for name in ("stdout", "stderr")}
-    return SimpleNamespace(returncode=process.exitcode, **said)
+    return SimpleNamespace(returncode=process.returncode, **said)
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +208,10 @@ def test_a_killed_run_can_be_read(small, tmp_path):
     process = start("ppo", *small, "episodes=8000", cwd=tmp_path, **environment)
     metrics = path / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 40):
-        assert process.is_alive()
+        assert process.poll() is None
         time.sleep(0.2)
     process.kill()
-    process.join()
+    process.wait()
     time.sleep(2)  # W&B's own process writes what it has got, and ends
     found = rows(records(path))
     assert 20 < len(found) <= len(lines(metrics)) + 1

@@ -4,12 +4,13 @@
 
 `subprocess.Popen` stays what tests and the package call. A forked process is a child of its caller, as any other is: it
 has the caller as parent, its own directory, environment, files, process group and exit code. Processes that such a
-process starts in turn are forked from it. What a library may read at import differs from a test's environment to the
+process starts in turn are forked from it; a launcher, which has threads by then, has a server of its own for that. What a library may read at import differs from a test's environment to the
 server's: such a process starts cold, as every process does that is no module of this package or accelerate's launcher.
 """
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +53,11 @@ LIBRARIES = (
     "torch.utils.tensorboard", "scipy.stats", "accelerate.utils.launch",
 )  # fmt: skip
 
+NOT_AT_IMPORT = ("TORCHELASTIC_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
+"""Exceptions: what launchers set for each process, what is read at the first use of a device, and what torch sets itself."""
+
+LAUNCHERS = ("accelerate.commands.launch", "rlhf_recipes.launch.processes")
+
 DOORS = {f"rlhf_recipes.{name}" for name in ("cli", "sft", "reward", "ppo", "rloo", "evaluate", "compare")}
 """The server does not load these, because they run as `__main__`."""
 
@@ -71,7 +78,7 @@ class Server:
             self.socket, theirs = socket.socketpair()
             with theirs:
                 command = [sys.executable, __file__]
-                self.process = subprocess.Popen(command, stdin=theirs, env=_loaded_with, stdout=subprocess.DEVNULL)
+                self.process = subprocess.Popen(command, stdin=theirs, env=_loaded_with, stdout=subprocess.DEVNULL).pid
         libc = ctypes.CDLL(None)
         libc.prctl(CHILD_SUBREAPER, 1)
         try:
@@ -85,7 +92,19 @@ class Server:
     def stop(self) -> None:
         if self.process is not None:
             self.socket.close()
-            self.process.wait()
+            with suppress(ChildProcessError):
+                os.waitpid(self.process, 0)
+
+    def fork(self) -> None:
+        """Fork this process, which must have no threads yet, as the server."""
+        self.socket, theirs = socket.socketpair()
+        self.process = os.fork()
+        if self.process == 0:
+            self.socket.close()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            serve(theirs)
+            os._exit(0)
+        theirs.close()
 
 
 def install(fork: Callable[[dict, list[int]], int]) -> None:
@@ -102,7 +121,7 @@ def install(fork: Callable[[dict, list[int]], int]) -> None:
             _start_cold(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
             return
         request = {
-            "arguments": [str(argument) for argument in args[2:]], "cwd": str(cwd or os.getcwd()), "env": env,
+            "arguments": _arguments(args), "cwd": str(cwd or os.getcwd()), "env": env,
             "session": new_session, "group": process_group, "parent": os.getpid(),
         }  # fmt: skip
         files = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
@@ -124,14 +143,24 @@ def uninstall() -> None:
     subprocess.Popen._execute_child = _start_cold
 
 
-def _can_be_forked(args, env: dict[str, str]) -> bool:
-    command = [str(argument) for argument in args[:3]]
-    if len(command) < 3 or command[:2] != [sys.executable, "-m"] or not command[2].startswith(MODULES):
+def _arguments(command) -> list[str]:
+    """The module and its arguments of `python [-u] -m MODULE ...`; nothing of any other command."""
+    command = [str(argument) for argument in command]
+    if command[:1] != [sys.executable]:
+        return []
+    rest = command[2:] if command[1:2] == ["-u"] else command[1:]
+    return rest[1:] if rest[:1] == ["-m"] else []
+
+
+def _can_be_forked(command, env: dict[str, str]) -> bool:
+    module, *_ = [*_arguments(command), ""]
+    if not module.startswith(MODULES):
         return False
-    if "TORCHELASTIC_RUN_ID" in env:  # one of several processes: torch's launcher has threads when it starts them
-        return False
+    paths = _loaded_with.get("PYTHONPATH", "")
+    if env.get("PYTHONPATH") == paths + os.pathsep + os.getcwd():  # which accelerate makes of it for DeepSpeed
+        env = env | {"PYTHONPATH": paths}
     names = {name for name in env.keys() | _loaded_with.keys() if name.startswith(AT_IMPORT)}
-    return all(env.get(name) == _loaded_with.get(name) for name in names)
+    return all(env.get(name) == _loaded_with.get(name) for name in names if not name.startswith(NOT_AT_IMPORT))
 
 
 def fork_here(request: dict, files: list[int]) -> int:
@@ -157,11 +186,18 @@ def _become(request: dict, files: list[int]) -> None:
             os.setsid()
         if request["group"] is not None and request["group"] >= 0:
             os.setpgid(0, request["group"])
+        weakref.finalize._registry.clear()  # temporary folders that libraries made at import belong to the server
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"])
-        install(fork_here)
-        os.execve = _execve
+        if request["arguments"][0] in LAUNCHERS:
+            own = Server()
+            own.fork()
+            install(own.ask)
+            os.execve = lambda *command: (own.stop(), _execve(*command))
+        else:
+            install(fork_here)
+            os.execve = _execve
         code = _run(request["arguments"])
     except BaseException:  # noqa: BLE001 - said as the interpreter says it
         traceback.print_exc()
@@ -209,13 +245,18 @@ def _execve(path, arguments, env) -> None:
     arguments = [str(argument) for argument in arguments]
     if not _can_be_forked(arguments, dict(env)):
         _real_execve(path, arguments, env)
-    request = {"arguments": arguments[2:], "cwd": os.getcwd(), "env": dict(env), "session": False, "group": None}
+    request = {
+        "arguments": _arguments(arguments),
+        "cwd": os.getcwd(),
+        "env": dict(env),
+        "session": False,
+        "group": None,
+    }
     _become(request, [0, 1, 2])
 
 
-def serve() -> None:
-    """Load the slow imports, then fork for every request until the socket closes."""
-    asked = socket.socket(fileno=os.dup(0))
+def load() -> None:
+    """Load what takes long."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _loaded_with.update(os.environ)
@@ -227,6 +268,12 @@ def serve() -> None:
     for module in pkgutil.walk_packages(rlhf_recipes.__path__, "rlhf_recipes."):
         if module.name not in DOORS and "templates" not in module.name and not module.name.endswith("processes"):
             importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # else the collector of each forked process goes through all that the libraries have made
+
+
+def serve(asked: socket.socket) -> None:
+    """Fork on every request until the socket is closed."""
     assert threading.active_count() == 1, "a process with threads cannot be forked"
     while True:
         head, files, _, _ = socket.recv_fds(asked, 8, 3)
@@ -252,5 +299,6 @@ def serve() -> None:
 
 if __name__ == "__main__":
     sys.modules["support.fork_server"] = sys.modules["__main__"]
-    serve()
-    os._exit(0)
+    asking = socket.socket(fileno=os.dup(0))
+    load()
+    serve(asking)

@@ -1,19 +1,12 @@
 """Processes that tests start."""
 
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-
-TRAINERS = [
-    "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer",
-    "rlhf_recipes.trainers.rloo",
-    "rlhf_recipes.trainers.ppo",
-    "rlhf_recipes.runs.callbacks",
-    "rlhf_recipes.runs.checkpoints",
-]
-"""What takes seconds to import: a server does it once and forks the processes of tests."""
 
 
 def run_python(*arguments: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
@@ -33,6 +26,13 @@ def run_python(*arguments: str, cwd: Path, timeout: int = 300, **environment: st
 def cli(*arguments: str, cwd: Path, **more) -> subprocess.CompletedProcess:
     """Run `rlhf-recipes` as a user does."""
     return run_python("-m", "rlhf_recipes.cli", *arguments, cwd=cwd, **more)
+
+
+def call(function: Callable, *arguments) -> subprocess.Popen:
+    """Start a process that calls a function of a test module; both the function and its arguments are pickled."""
+    with tempfile.NamedTemporaryFile(prefix="call-", delete=False) as file:
+        file.write(pickle.dumps((sys.path, pickle.dumps((function, arguments)))))
+    return subprocess.Popen([sys.executable, "-m", "support.call", file.name])
 
 
 TIMES = ("seconds", "runtime", "per_second")

@@ -1,17 +1,26 @@
-"""Two processes of one training, forked from a server."""
+"""Two processes of one training."""
 
-import multiprocessing
 import os
 import socket
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
-PRELOADED = [
-    "trl.trainer.rloo_trainer",
-    "rlhf_recipes.trainers.ppo",
-    "rlhf_recipes.trainers.rloo",
-    "support.tiny_trainers",
-]
+from support.processes import call
+
+
+def wait_or_kill(started: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Waits this long for all processes of a training; kills the others, and returns which of them were hanging."""
+    deadline = time.monotonic() + seconds
+    for process in started:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, deadline - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(started) if process.poll() is None]
+    for process in started:
+        process.kill()
+        process.wait()
+    return hanging
 
 
 def as_rank(rank: int, port: int, work, folder: Path, arguments: tuple) -> None:
@@ -30,18 +39,8 @@ def two_ranks(work, folder: Path, *arguments, seconds: float) -> tuple[list[int]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOADED)
-    started = [processes.Process(target=as_rank, args=(rank, port, work, folder, arguments)) for rank in (0, 1)]
-    for process in started:
-        process.start()
-    deadline = time.monotonic() + seconds
-    for process in started:
-        process.join(deadline - time.monotonic())
-    hanging = [rank for rank, process in enumerate(started) if process.is_alive()]
-    for process in started:
-        process.kill()
-        process.join()
+    started = [call(as_rank, rank, port, work, folder, arguments) for rank in (0, 1)]
+    hanging = wait_or_kill(started, seconds)
     outputs = [(folder / f"output-{rank}.txt").read_text() for rank in (0, 1)]
     assert not hanging, f"ranks {hanging} hang:\n" + "\n".join(outputs)
-    return [process.exitcode for process in started], outputs
+    return [process.returncode for process in started], outputs
