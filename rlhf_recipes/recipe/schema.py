@@ -26,6 +26,7 @@ class MissingEos(Section):
     """`replace`: the completion scores `value` (Huang et al. 2024, 2403.17031: -1). `subtract`: it scores `value` less than
     the reward functions say (TRL's former `missing_eos_penalty`)."""
     value: float
+    """The score of a completion without EOS, or the number that is subtracted from it, as `mode` says."""
 
 
 class Expected(Section):
@@ -87,6 +88,7 @@ class Recipe(Section):
     about: About = About()
     """No stage's settings contain it, so a change makes no run outdated. Children do not inherit it."""
     seed: int = 42
+    """Seed of the data order, of sampling and of new weights, in every stage."""
     runs_dir: str = "runs"
     """Runs are written to `<runs_dir>/<name>/<stage>/`."""
     data: Data

@@ -28,9 +28,11 @@ class Data(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     train_split: str = "train"
+    """Split of the training rows."""
     eval_split: str | None = None
     """Split of held-out rows. None: `eval_fraction` of the training rows, always the same ones, are held out."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Part of the training rows that is held out where `eval_split` is None."""
     columns: dict[str, str] = {}
     """This project's column name -> its name in the data, such as `{text: review, label: sentiment}`; a path such as
     `info.title` or `summaries.0.text` reaches into a column."""
@@ -72,6 +74,7 @@ class RewardFunc(Section):
     name: str
     """A name from `rlhf-recipes rewards`, or `module:function`, or `path/to/file.py:function`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor in the weighted sum; negative for a penalty."""
     args: dict[str, Any] = {}
     """Keyword arguments of the reward function's factory."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)

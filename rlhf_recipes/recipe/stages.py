@@ -16,6 +16,7 @@ class Scratch(Section):
     config: dict[str, Any] = {}
     """Keyword arguments of that configuration, except vocabulary and special tokens: the tokenizer decides them."""
     tokenizer: Literal["word", "bpe"] = "word"
+    """`word`: words between blanks; `bpe`: byte-level BPE. Trained on the texts of the data."""
     vocabulary: int = Field(default=3000, gt=3)
     """Largest number of tokens, with special tokens."""
 
@@ -139,10 +140,13 @@ class Eval(Section):
     """Model id of another language model, possibly with another tokenizer, for `perplexity_other` of the samples. None:
     `perplexity_other` is not measured."""
     num_prompts: int = Field(default=256, gt=0)
+    """Number of held-out prompts; all of them if there are fewer."""
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest completion, in tokens. None: as in training."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature, the same for every model."""
     batch_size: int = Field(default=64, gt=0)
+    """Completions that are sampled and scored at once."""
     positive_threshold: float = Field(default=0.0, allow_inf_nan=False)
     """A completion is positive when its score is above this."""
     held_out_funcs: list[RewardFunc] = []

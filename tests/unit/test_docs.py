@@ -61,6 +61,11 @@ def test_make_docs_changes_nothing():
         assert file.read_text(encoding="utf-8") == text, f"{file.name} is not what the code says: run `make docs`"
 
 
+def test_every_key_of_a_recipe_has_a_meaning():
+    keys = re.findall(r"^\| `.*$", (ROOT / "docs" / "recipe_keys.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(keys) > 60 and not [key for key in keys if key.endswith("|  |")]
+
+
 def test_every_detail_of_ours_has_code_and_test():
     for title in ("PPO", "Text, tokens and the reward model", "Where ours differs from TRL 1.16's RLOO"):
         for *_, code, test in table(title):
