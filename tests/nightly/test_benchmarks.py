@@ -116,7 +116,8 @@ def test_ratios_pair_the_runs_of_one_round(runner):
 
 def test_operations_by_hand(runner, monkeypatch):
     monkeypatch.setitem(runner.MODELS, "small", {"hidden_size": 2, "num_hidden_layers": 1, "vocab_size": 5})
-    options = runner.parse(["--prompts", "1", "--prompt-tokens", "2", "--epochs", "1"])
+    monkeypatch.setattr(runner, "PROMPT_TOKENS", 2)
+    options = runner.parse(["--prompts", "1", "--epochs", "1"])
     # Two new tokens: 3 positions of 24 * 4 + 2 * 2 * 4 = 112 operations, and 2 of 2 * 2 * 5 in the head.
     backbone, head = 3 * 112, 2 * 20
     assert runner.operations_per_update(options, "ours_rloo", 2) == 5 * (backbone + head)

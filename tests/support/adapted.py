@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from rlhf_recipes.recipe.checks import check_recipe
 from rlhf_recipes.runs import callbacks
 from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.trainers import train
 from support.texts import REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 
@@ -66,7 +67,8 @@ def trained(monkeypatch):
         seen[run.stage] = trainer
         save(trainer, run)
 
-    monkeypatch.setattr(callbacks, "save_model", save_and_keep)
+    for module in (callbacks, train):
+        monkeypatch.setattr(module, "save_model", save_and_keep)
     return seen
 
 

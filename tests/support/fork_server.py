@@ -13,6 +13,7 @@ import ctypes
 import gc
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import runpy
@@ -53,7 +54,9 @@ LIBRARIES = (
     "torch.utils.tensorboard", "scipy.stats", "accelerate.utils.launch",
 )  # fmt: skip
 
-NOT_AT_IMPORT = ("TORCHELASTIC_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
+NOT_AT_IMPORT = (
+    "TORCHELASTIC_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "WANDB_RUN_GROUP", "WANDB_MODE",
+)  # fmt: skip
 """Exceptions: what launchers set for each process, what is read at the first use of a device, and what torch sets itself."""
 
 LAUNCHERS = ("accelerate.commands.launch", "rlhf_recipes.launch.processes")
@@ -186,7 +189,7 @@ def _become(request: dict, files: list[int]) -> None:
             os.setsid()
         if request["group"] is not None and request["group"] >= 0:
             os.setpgid(0, request["group"])
-        weakref.finalize._registry.clear()  # temporary folders that libraries made at import belong to the server
+        _forget_what_happens_at_exit()
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"])
@@ -207,6 +210,14 @@ def _become(request: dict, files: list[int]) -> None:
         with suppress(BaseException):
             sys.stderr.flush()
         os._exit(code)
+
+
+def _forget_what_happens_at_exit() -> None:
+    """Temporary folders that libraries made at import belong to the server: this process does not delete them."""
+    atexit._clear()
+    atexit.register(logging.shutdown)
+    weakref.finalize._registry.clear()
+    weakref.finalize._registered_with_atexit = False
 
 
 def _run(arguments: list[str]) -> int:
