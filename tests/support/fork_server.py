@@ -34,12 +34,10 @@ MODULES = ("rlhf_recipes.", "accelerate.commands.launch", "support.")
 AT_IMPORT = (
     "HF_",
     "TRANSFORMERS_",
-    "WANDB_",
     "PYTHON",
     "OMP_",
     "TORCH",
     "CUDA",
-    "HOME",
     "XDG_",
     "LD_",
     "TRACKIO",
@@ -54,9 +52,7 @@ LIBRARIES = (
     "torch.utils.tensorboard", "scipy.stats", "accelerate.utils.launch",
 )  # fmt: skip
 
-NOT_AT_IMPORT = (
-    "TORCHELASTIC_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "WANDB_RUN_GROUP", "WANDB_MODE",
-)  # fmt: skip
+NOT_AT_IMPORT = ("TORCHELASTIC_", "TORCH_NCCL_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR")
 """Exceptions: what launchers set for each process, what is read at the first use of a device, and what torch sets itself."""
 
 LAUNCHERS = ("accelerate.commands.launch", "rlhf_recipes.launch.processes")

@@ -195,7 +195,7 @@ Path(out, os.environ["RANK"]).write_text(json.dumps([trainer.accelerator.num_pro
 """
 
 
-@pytest.mark.parametrize("case", ["rloo-lora", "ppo-separate"])
+@pytest.mark.parametrize("case", [pytest.param("rloo-lora", marks=pytest.mark.nightly), "ppo-separate"])
 def test_of_two_processes_one_talks_to_the_server(case, policy_folder, tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     config = ROOT / "accelerate_configs" / "cpu_ddp_2.yaml"
@@ -260,5 +260,5 @@ def test_what_is_not_corrected_is_said_once(trainer_class, server, policy_folder
 def test_vllm_with_a_quantized_base_is_refused(tmp_path):
     overrides = ["ppo.trainer.use_vllm=true", "ppo.peft={r: 4}", "ppo.quantization={load_in_4bit: true}"]
     recipe = load_recipe("imdb_tiny", [f"runs_dir={tmp_path}", *overrides])
-    with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: .*take ppo.quantization out"):
+    with pytest.raises(RecipeError, match=r"^ppo.trainer.use_vllm: .*remove ppo.quantization"):
         trainer_args(Run(recipe, "ppo"), PPOConfig)

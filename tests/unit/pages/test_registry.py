@@ -13,7 +13,7 @@ metrics.EVAL["flair"] = metrics.Metric("how lively the samples are", "flair", fo
 
 from pathlib import Path
 
-from rlhf_recipes.comparison.build import BANDED
+from rlhf_recipes.comparison.curves import BANDED
 from rlhf_recipes.pages.html import write_page
 from rlhf_recipes.pages.plots import draw_comparison
 from rlhf_recipes.pages.tables import markdown_tables, print_models, print_sweep

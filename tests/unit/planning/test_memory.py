@@ -237,7 +237,9 @@ def test_saved_activations_are_those_of_a_real_pass():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["small_sft", "small_reward", "small_ppo"])
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(case, marks=pytest.mark.nightly) for case in ("small_sft", "small_reward")), "small_ppo"]
+)
 def test_peaks_of_real_stages(case, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import memory as benchmark

@@ -410,9 +410,7 @@ def test_time_of_an_earlier_run_is_by_its_own_batches_and_processes(local, tmp_p
 
 @pytest.mark.slow
 def test_command(tmp_path):
-    done = cli("plan", "tldr_1b", "--gpu", "2x4", cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 1, done.stderr
-    assert "does not fit" in done.stdout
+    """That exit code 1 says what does not fit is tested with the accelerate configurations."""
     done = cli("plan", "imdb_tiny", "--gpu", "XYZ", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
