@@ -4,7 +4,9 @@ import pickle
 import sys
 from pathlib import Path
 
-paths, called = pickle.loads(Path(sys.argv[1]).read_bytes())
+file = Path(sys.argv[1])
+paths, called = pickle.loads(file.read_bytes())
+file.unlink()
 sys.path[:] = paths  # where the module of the function is found
 function, arguments = pickle.loads(called)
 function(*arguments)
