@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from support.places import ROOT
-from support.processes import TIMES, call, run_python
+from support.processes import TIMES, become_stage, call, run_python
 from support.ranks import wait_or_kill
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair
@@ -58,18 +56,6 @@ if "GIVEN" in os.environ:
 sampling, which differs from rank to rank; with KILLED_AT its process is killed in that call, as all ranks are."""
 
 
-def as_rank(stage: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """What a process does that `accelerate launch` would start; its output goes to `output.txt`."""
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
-
-
 def launched_environment(config: str) -> dict[str, str]:
     """The environment in which `accelerate launch --config_file CONFIG` starts its processes."""
     found, arguments = {}, ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "rlhf_recipes.rloo"]
@@ -108,8 +94,8 @@ class Launcher:
         started = []
         for rank in range(int(variables["WORLD_SIZE"])):
             of_rank = {} if config is None else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = (stage, [*self.overrides, *more], self.folder / name, variables | of_rank)
-            started.append(call(as_rank, *arguments))
+            arguments = ["imdb_positive", *self.overrides, *more]
+            started.append(call(become_stage, stage, arguments, self.folder / name, variables | of_rank))
         assert not wait_or_kill(started, 120), self.output(name)
         return [process.returncode for process in started]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -25,7 +24,7 @@ from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.callbacks import RunCallback
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import MARKER, last_complete, mark_complete, step_of, write_whole, writing
-from support.processes import TIMES, call
+from support.processes import TIMES, become_stage, call
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 from support.tiny_trainers import ALGORITHMS, PROMPTS, make
@@ -43,19 +42,6 @@ def noisy(completions, log_extra, log_metric):
     return draws + random.random()
 """
 """A reward function that draws from the global random numbers, and logs numpy's numbers."""
-
-
-def run_stage(stage: str, arguments: list[str], cwd: Path, environment: dict[str, str], largest_file: int | None):
-    """What a forked process does: `python -m rlhf_recipes.<stage> --recipe ...`, its output in `cwd/output.txt`."""
-    os.chdir(cwd)
-    os.environ.update(environment)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
 
 
 class Launcher:
@@ -89,9 +75,11 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            variables = environment | (distributed if ranks > 1 else {})
-            arguments = (stage, [*self.overrides, *more], self.folder / name, variables, largest_file)
-            started.append(call(run_stage, *arguments))
+            variables = os.environ | environment | (distributed if ranks > 1 else {})
+            arguments = ["imdb_positive", *self.overrides, *more]
+            started.append(
+                call(become_stage, stage, arguments, self.folder / name, variables, largest_file=largest_file)
+            )
         return started if ranks > 1 else started[0]
 
     def finish(self, stage: str, name: str, *more: str, **options) -> int:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs import trackers, workspace
 from rlhf_recipes.runs.callbacks import TABLES
-from support.processes import call, cli, run_python
+from support.processes import become_stage, call, cli, run_python
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, word_tokenizer
 from support.tiny_trainers import ALGORITHMS, PROMPTS, length, make
@@ -92,17 +91,10 @@ def small(bpe_policy_folder, tmp_path_factory) -> list[str]:
 
 def start(stage: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen:
     """Start a stage of imdb_positive as `python -m rlhf_recipes.<stage>` does."""
-    return call(run, stage, arguments, cwd, os.environ | environment)
-
-
-def run(stage: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{stage}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [stage, "--recipe", "imdb_positive", *arguments]
-    import_module("rlhf_recipes.stage").stage_command(stage, import_module(f"rlhf_recipes.{stage}").main)
+    outputs = (f"{stage}.stdout", f"{stage}.stderr")
+    for name in outputs:
+        (cwd / name).unlink(missing_ok=True)
+    return call(become_stage, stage, ["imdb_positive", *arguments], cwd, os.environ | environment, outputs)
 
 
 def run_stage(stage: str, *arguments: str, cwd: Path, **environment: str) -> SimpleNamespace:

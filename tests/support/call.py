@@ -8,5 +8,5 @@ file = Path(sys.argv[1])
 paths, called = pickle.loads(file.read_bytes())
 file.unlink()
 sys.path[:] = paths  # where the module of the function is found
-function, arguments = pickle.loads(called)
-function(*arguments)
+function, arguments, keywords = pickle.loads(called)
+function(*arguments, **keywords)
