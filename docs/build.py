@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# The keys of a recipe
 
 `make docs` writes this page from the code. An unknown key is an error. `rlhf-recipes show NAME` prints a recipe with every
-default filled in. None is `null` in YAML.
+default filled in. YAML writes None as `null`.
 
 `trainer:`, `peft:` and `quantization:` take the keys of other libraries under their own names: TRL's `SFTConfig`,
 `RewardConfig` and, for `ppo` and `rloo`, `RLOOConfig`; peft's `LoraConfig`; transformers' `BitsAndBytesConfig`. The last

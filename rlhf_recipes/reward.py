@@ -10,7 +10,6 @@ label, its tokenizer, `scoring.json` (how it reads a text, for the reward functi
 import json
 import random
 
-from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import stage_command
 
@@ -33,7 +32,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.runs.checkpoints import resumable
     from rlhf_recipes.runs.files import REWARD_REPORT
     from rlhf_recipes.system.terminal import expected
-    from rlhf_recipes.trainers.args import trainer_args
+    from rlhf_recipes.trainers.args import rows_of_training, trainer_args
 
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
@@ -52,7 +51,7 @@ def main(run: Run) -> str:
     chat = is_conversational(train[0])
     gold = gold_texts(recipe, reward.center, tokenizer, chat)
     if args.max_steps > 0:  # tokenize only the pairs of the training
-        train = train.select(range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size))))
+        train = rows_of_training(args, train)
     # TRL leaves out pairs that are too long; the row numbers show which ones it keeps.
     train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
     with expected("LOAD REPORT"):  # the scalar head is new

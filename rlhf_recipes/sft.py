@@ -9,7 +9,6 @@ perplexity are those of the completion's tokens.
 
 import math
 
-from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import stage_command
@@ -32,7 +31,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
-    from rlhf_recipes.trainers.args import trainer_args
+    from rlhf_recipes.trainers.args import rows_of_training, trainer_args
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
@@ -53,9 +52,7 @@ def main(run: Run) -> str:
     if "prompt" in train.column_names:  # short texts repeat in any language
         warn_of_copies(train, held_out, "data")
     if args.max_steps > 0:  # tokenize only the rows of the training
-        train = train.shuffle(seed=recipe.seed).select(
-            range(min(len(train), args.max_steps * rows_of_step(vars(args), args.world_size)))
-        )
+        train = rows_of_training(args, train.shuffle(seed=recipe.seed))
     trainer = start.trainer(resumable(SFTTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
     check_rows(trainer, train, held_out)
     new_tokens = tokens_needed(trainer, asked) if asked else 0

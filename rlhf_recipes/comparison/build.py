@@ -20,7 +20,7 @@ from rlhf_recipes.comparison.runs import TrainedRun, points
 from rlhf_recipes.comparison.verdict import UNITS, decide, view_of, void
 from rlhf_recipes.evaluation.intervals import bootstrap_interval
 from rlhf_recipes.runs.files import read_audit
-from rlhf_recipes.system.files import read_json
+from rlhf_recipes.system.files import read_json, without_nan
 
 UNKNOWN = "Plain Trainer runs do not store their settings, so models, data, rewards and budgets may differ."
 
@@ -207,5 +207,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+        return without_nan(float(f"{value:.6g}"))
     return value

@@ -120,7 +120,7 @@ def kept_pairs(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":
     """
     out = f"{len(pairs) - len(by_trl)} of {len(pairs)} pairs have a text of more than {args.max_length} tokens"
     if len(by_trl) == 0:
-        raise RecipeError(f"reward.trainer.max_length: {out}, and none is left; raise it, or shorten the texts.")
+        raise RecipeError(f"reward.trainer.max_length: {out}, so no pair is left; raise it, or shorten the texts.")
     if len(by_trl) < len(pairs):
         logger.warning("reward.trainer.max_length: %s and are left out", out)
     return pairs.select(by_trl["row"][:])

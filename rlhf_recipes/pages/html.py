@@ -194,7 +194,7 @@ def _text(value: str | list[dict]) -> str:
     """A text, or the messages of a chat, each with its role if there are several."""
     if isinstance(value, str) or len(value) == 1:
         return as_text(value)
-    return "\n\n".join(with_roles([message]) for message in value)
+    return with_roles(value, between="\n\n")
 
 
 def _thin(curves: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -92,14 +92,21 @@ def _key(config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool,
     return repr((values, launch.half, launch.weight_bytes, launch.device, dropout, trained, shown))
 
 
-def _counted(config: PreTrainedConfig, trained: bool, curves: dict[str, Any], **how: Any) -> Model:
+def _counted(
+    config: PreTrainedConfig,
+    trained: bool,
+    curves: dict[str, Any],
+    classifier: bool,
+    peft_config: Any,
+    quantization_config: Any,
+) -> Model:
     text = config.get_text_config()
     with torch.device("meta"):
-        model = build(config, **how)
-    quantized = quantized_layers(model, how["quantization_config"])
+        model = build(config, classifier, peft_config)
+    quantized = quantized_layers(model, quantization_config)
     if not trained:
         model.requires_grad_(False)
-    head = model.get_output_embeddings() if not how["classifier"] else None
+    head = model.get_output_embeddings() if not classifier else None
     embeddings = model.get_input_embeddings().weight
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -114,7 +121,7 @@ def _counted(config: PreTrainedConfig, trained: bool, curves: dict[str, Any], **
         layers=text.num_hidden_layers,
         cache=2 * text.num_hidden_layers * heads * width,
         quantized=sum(module.weight.numel() for module in quantized),
-        quantized_bytes=_bytes_of_quantized(how["quantization_config"]),
+        quantized_bytes=_bytes_of_quantized(quantization_config),
         **curves,
     )
 

@@ -34,7 +34,7 @@ class Curve:
         return max(self.fixed + rows * (self.row + self.token * tokens + self.square * tokens**2), 0.0)
 
 
-def build(config: PreTrainedConfig, classifier: bool, peft_config: Any, quantization_config: Any) -> Any:
+def build(config: PreTrainedConfig, classifier: bool, peft_config: Any) -> Any:
     """A model with its adapter, in float32; on the meta device it has sizes only."""
     auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model = auto_class.from_config(config, dtype=torch.float32)
@@ -67,7 +67,13 @@ def quantized_layers(model: nn.Module, quantization_config: Any) -> list[nn.Modu
 
 
 def measure_layers(
-    config: PreTrainedConfig, launch: Launch, dropout: bool, trained: bool, **how: Any
+    config: PreTrainedConfig,
+    launch: Launch,
+    dropout: bool,
+    trained: bool,
+    classifier: bool,
+    peft_config: Any,
+    quantization_config: Any,
 ) -> dict[str, Curve]:
     """Memory of all layers: `saved`, `working` and `forward` of `Model`.
 
@@ -82,11 +88,11 @@ def measure_layers(
     found = []
     for number in (1, 2) if trained else (2,):
         with torch.device("meta"):
-            model = build(_with_layers(config, number), **how)
-        quantized = quantized_layers(model, how["quantization_config"])
+            model = build(_with_layers(config, number), classifier, peft_config)
+        quantized = quantized_layers(model, quantization_config)
         with FakeTensorMode():
             _fake(model, dtype)
-            _prepare(model, quantized, how["quantization_config"], dropout)
+            _prepare(model, quantized, quantization_config, dropout)
             points = ((1, T), (1, 2 * T), (1, 4 * T), (2, T))
             found.append([_pass(model, *point, autocast, trained, whole=number == 2) for point in points])
     one, two = ([[at[i] for at in of_points] for i in range(3)] for of_points in (found[0], found[-1]))

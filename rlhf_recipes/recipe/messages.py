@@ -6,8 +6,10 @@ def as_text(message: str | list[dict]) -> str:
     return message if isinstance(message, str) else "\n".join(part["content"] or "" for part in message)
 
 
-def with_roles(message: str | list[dict]) -> str:
-    """A prompt or completion as plain text; each chat message begins with its role."""
+def with_roles(message: str | list[dict], between: str = "\n") -> str:
+    """A prompt or completion as plain text; each chat message begins with its role, and `between` separates them."""
     if isinstance(message, str):
         return message
-    return "\n".join(f"{part['role']}: {part.get('content') or ''}" for part in message)  # a tool call has no content
+    return between.join(
+        f"{part['role']}: {part.get('content') or ''}" for part in message
+    )  # a tool call has no content

@@ -135,7 +135,8 @@ class Eval(Section):
     """Name -> model id. None: `base`, the model that stage `sft` starts from, if it has trained weights and training
     starts from `sft`; `sft`, the policy that training starts from; then `ppo` and `rloo` if the recipe has them."""
     reference: str | None = None
-    """Name of the model that KL and `perplexity` refer to. None: `sft`, or the first model if none is named `sft`."""
+    """Name of the model that KL and `perplexity` refer to. None: `sft` if a model has this name,
+    otherwise the first model."""
     perplexity_model: str | None = None
     """Model id of another language model, possibly with another tokenizer, for `perplexity_other` of the samples. None:
     `perplexity_other` is not measured."""

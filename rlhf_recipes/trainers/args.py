@@ -5,12 +5,13 @@ import math
 import os
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf_recipes.launch.checks import check_setup
 from rlhf_recipes.launch.setup import asked, launched
 from rlhf_recipes.models import hardware as machine
-from rlhf_recipes.recipe.batch import batch_settings
+from rlhf_recipes.recipe.batch import batch_settings, rows_of_step
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.folder import Run
@@ -67,6 +68,11 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         if run.recipe.episodes is not None:
             _set_budget(run, args, given)
     return args
+
+
+def rows_of_training(args: TrainingArguments, rows: Dataset) -> Dataset:
+    """The first rows, as many as `max_steps` steps take."""
+    return rows.select(range(min(len(rows), args.max_steps * rows_of_step(vars(args), args.world_size))))
 
 
 def _set_budget(run: Run, args: Any, given: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.pages.metrics import RENAMED, our_name
+from rlhf_recipes.system.files import without_nan
 
 LEFT_OUT = ("clip_ratio", "completions", "step_time", "kl", "frac_reward_zero_std")
 """Prefixes of TRL's metrics that this project's own metrics replace."""
@@ -100,7 +101,7 @@ class RolloutLogs:
                 "prompt": prompt,
                 "completion": completion,
                 "advantage": advantage,
-                "scores": {n: None if math.isnan(value) else value for n, value in zip(names, values, strict=True)},
+                "scores": {n: without_nan(value) for n, value in zip(names, values, strict=True)},
             }
             for prompt, completion, advantage, *values in rows
         ]

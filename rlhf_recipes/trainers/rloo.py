@@ -18,7 +18,8 @@ class RLOOConfig(OnPolicyConfig):
     """TRL's `RLOOConfig` and the choice of the baseline."""
 
     baseline: Literal["leave_one_out", "group_mean", "batch_mean", "moving_average", "constant", "none"] = field(
-        default="leave_one_out", metadata={"help": "Subtracted from a completion's reward; none is REINFORCE."}
+        default="leave_one_out",
+        metadata={"help": "The value subtracted from a completion's reward. With none the algorithm is REINFORCE."},
     )
     baseline_value: float = field(default=0.0, metadata={"help": "The value of the baseline `constant`."})
 

@@ -201,7 +201,7 @@ def test_pairs_that_are_all_too_long_are_refused(tmp_path, policy_folder):
     short = [{"chosen": " good", "rejected": " bad"}]
     run = Run(recipe_of(tmp_path, settings, short, rows), "reward")
     with pytest.raises(
-        RecipeError, match=r"reward\.trainer\.max_length: 1 of 1 pairs .* more than 5 tokens, and none is left"
+        RecipeError, match=r"reward\.trainer\.max_length: 1 of 1 pairs .* more than 5 tokens, so no pair is left"
     ):
         reward.main(run)
 

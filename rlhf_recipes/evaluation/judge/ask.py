@@ -17,8 +17,8 @@ from typing import Any
 from rlhf_recipes.evaluation.judge.answers import Answers
 from rlhf_recipes.evaluation.judge.backends import Backend, backend_of
 from rlhf_recipes.evaluation.judge.parse import Question
-from rlhf_recipes.evaluation.judge.result import Pair, Text, cost_of, price_of, print_result, result_of
-from rlhf_recipes.recipe.messages import as_text
+from rlhf_recipes.evaluation.judge.result import Pair, cost_of, price_of, print_result, result_of
+from rlhf_recipes.recipe.messages import as_text, with_roles
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.stages import Judge
 from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
@@ -151,18 +151,12 @@ def _questions(criterion: str, backend: Backend, pair: Pair) -> tuple[Question, 
         completions = zip((pair.a, pair.b), pair.finished, strict=True)
         first, second = ({"prompt": pair.prompt, "completion": c, "finished": f} for c, f in completions)
         return first, second
-    prompt, a, b = _with_roles(pair.prompt).strip(), as_text(pair.a).strip(), as_text(pair.b).strip()
+    prompt, a, b = with_roles(pair.prompt, between="\n\n").strip(), as_text(pair.a).strip(), as_text(pair.b).strip()
     # No completion knows its own hash, so none can write the line that ends it.
     mark = hashlib.sha256(json.dumps([prompt, *sorted((a, b))]).encode()).hexdigest()[:12]
     *most, last = backend.labels
     fixed = {"criterion": criterion, "mark": mark, "prompt": prompt, "labels": f"{', '.join(most)} or {last}"}
     return {"text": QUESTION.format(a=a, b=b, **fixed)}, {"text": QUESTION.format(a=b, b=a, **fixed)}
-
-
-def _with_roles(prompt: Text) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
 
 
 def _forecast(settings: Judge, backend: Backend, new: list[Question], known: int) -> str:
