@@ -89,7 +89,7 @@ class Evaluator:
         under_ref: list[float] = []
         other_logps: list[float] = []
         other_tokens = 0
-        set_seed(self.recipe.seed)  # also for reward functions that draw
+        set_seed(self.recipe.seed)
         for start in range(0, len(self.prompts), settings.batch_size):
             prompts = self.prompts[start : start + settings.batch_size]
             batch = sample(model, tokenizer, prompts, self.new_tokens, settings.temperature, len(prompts))
@@ -111,8 +111,8 @@ class Evaluator:
             "completion_ids": samples.completion_ids,
             "finished": samples.finished,
         }
-        scores, by_func = score_all(self.recipe.reward_funcs, self.score_funcs, **call)
-        held_out, by_held_out = score_all(settings.held_out_funcs, self.held_out_funcs, **call)
+        scores, by_func = score_all(self.recipe.reward_funcs, self.score_funcs, self.recipe.seed, **call)
+        held_out, by_held_out = score_all(settings.held_out_funcs, self.held_out_funcs, self.recipe.seed, **call)
         metrics = _score_metrics(scores, by_func, settings.positive_threshold)
         if settings.held_out_funcs:
             metrics |= {

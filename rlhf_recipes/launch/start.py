@@ -79,7 +79,7 @@ def as_shell(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def end_with_parent() -> None:
-    """Send this process a SIGTERM when the process that started it dies (Linux)."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when the process that started it dies (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # 1: PR_SET_PDEATHSIG

@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LARGEST = 1e18
+"""Largest size of a score and of a weight: their product, and a score's square, are finite in float32."""
+
 Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -73,10 +76,11 @@ class RewardFunc(Section):
 
     name: str
     """A name from `rlhf-recipes rewards`, or `module:function`, or `path/to/file.py:function`."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=-LARGEST, le=LARGEST, allow_inf_nan=False)
     """Factor in the weighted sum; negative for a penalty."""
     args: dict[str, Any] = {}
     """Keyword arguments of the reward function's factory."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Longest time of one call, in seconds; a longer call stops the run. It is for functions that ask a remote service:
-    the call runs in its own thread, where signals (`signal.alarm`) do not work. None: no limit."""
+    """Longest time of one call, in seconds; a longer call stops the run, whatever the function does. It then runs in a
+    process of its own, one for each function and rank, which starts once and holds the function's models; it gets copies
+    of its arguments. None: no limit, and no own process."""

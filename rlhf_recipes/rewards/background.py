@@ -11,14 +11,14 @@ _loop: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 made in."""
 
 
-def run_in_thread(function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+def run_in_thread(function: Callable, /, **kwargs: Any) -> Future:
     """Calls a function in a new daemon thread. The threads of an executor would keep the interpreter from exiting."""
     answer: Future = Future()
     answer.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            answer.set_result(function(*args, **kwargs))
+            answer.set_result(function(**kwargs))
         except BaseException as error:  # noqa: BLE001 - the caller that waits raises it
             answer.set_exception(error)
 
@@ -26,18 +26,18 @@ def run_in_thread(function: Callable, /, *args: Any, **kwargs: Any) -> Future:
     return answer
 
 
-def run_in_loop(coroutine: Coroutine) -> Future:
-    """Runs a coroutine in the event loop of all coroutines."""
+def run_in_loop(function: Callable[..., Coroutine], /, **kwargs: Any) -> Future:
+    """Calls an async function in the event loop of all coroutines."""
     global _loop
     if _loop is None or not _loop[1].is_alive():
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="reward-functions", daemon=True)
         thread.start()
         _loop = loop, thread
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop[0])
+    return asyncio.run_coroutine_threadsafe(function(**kwargs), _loop[0])
 
 
 def abandon_loop() -> None:
-    """Gives up an event loop that a coroutine blocks; the next coroutine gets a new loop."""
+    """Gives up an event loop that a coroutine may block; the next coroutine gets a new loop."""
     global _loop
     _loop = None

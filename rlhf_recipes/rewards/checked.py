@@ -6,17 +6,20 @@ columns. It gets those that it takes, so it needs no `**kwargs`. It is a functio
 """
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from numbers import Real
 from typing import Any
 
+from rlhf_recipes.launch.start import STOPPED
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.background import run_in_thread
+from rlhf_recipes.recipe.sections import LARGEST
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -28,17 +31,17 @@ class RewardError(RecipeError):
     """A reward function raised, did not answer, or returned something other than one finite number per completion."""
 
 
-def checked(function: Callable, name: str, may_skip: bool, timeout: float | None = None) -> "CheckedReward":
+def checked(function: Callable, name: str, may_skip: bool, timeout: float | None = None) -> "SyncReward | AsyncReward":
     """Wraps a reward function, so that any failure is a `RewardError` with the function's name and a completion.
 
-    The wrapper is async if the function is. The function gets copies of lists and dictionaries: it cannot change those
-    of other functions or of the trainer. A wrapper is returned as it is.
+    The wrapper is async if the function is. The function gets copies of lists, dictionaries and data classes: it cannot
+    change those of other functions or of the trainer. A wrapper is returned as it is.
 
     Args:
         name: The name of the function in logs and messages.
         may_skip: Whether the function may return None for a completion.
-        timeout: Seconds that one call may take. A sync function then runs in a thread of its own, where signals (such as
-            `signal.alarm`) do not work. A call that hangs keeps its thread, but the interpreter can still exit.
+        timeout: Seconds that one call may take. `call_all` then runs a sync function in a thread of its own. A thread
+            cannot be stopped: see `timed.py` for a timeout that holds whatever the function does.
     """
     if isinstance(function, (SyncReward, AsyncReward)):
         return function
@@ -48,9 +51,6 @@ def checked(function: Callable, name: str, may_skip: bool, timeout: float | None
 class _Wrapper:
     """The part that sync and async functions share: which arguments they get, and which errors they make."""
 
-    catches: tuple[type[BaseException], ...] = (Exception, SystemExit)
-    """SystemExit is included: a library that exits would end the training as if it had succeeded."""
-
     def __init__(self, function: Callable, name: str, may_skip: bool, timeout: float | None):
         self.__name__ = name  # TRL logs the function by it
         self.timeout = timeout
@@ -58,22 +58,20 @@ class _Wrapper:
 
     @contextmanager
     def _explaining(self, call: dict[str, Any]) -> Iterator[None]:
-        """Turns an exception of the function into a `RewardError`."""
+        """Turns an exception of the function into a `RewardError`, also SystemExit, which would end the training as if
+        it had succeeded. A Ctrl-C and a SIGTERM pass."""
         try:
             yield
-        except RewardError:
+        except (RewardError, KeyboardInterrupt, GeneratorExit):
             raise
-        except self.catches as error:
-            raise self._error(f"raised {type(error).__name__}: {error} {_first_of(call)}") from error
+        except BaseException as error:
+            stopped = isinstance(error, SystemExit) and error.code == STOPPED
+            if stopped or (isinstance(error, asyncio.CancelledError) and _is_being_cancelled()):
+                raise
+            raise self._error(f"raised {type(error).__name__}: {error} {first_of(call)}") from error
 
     def _error(self, failure: str) -> RewardError:
         return RewardError(f"reward function {self.__name__!r} {failure}")
-
-    def _late(self, call: dict[str, Any]) -> RewardError:
-        return self._error(
-            f"did not answer within {self.timeout:g} s {_first_of(call)}; give it a longer timeout, or find out what it "
-            "waits for."
-        )
 
     def _arguments(self, call: dict[str, Any]) -> tuple[list, dict[str, Any]]:
         """The part of a call that the function takes, by position and by name."""
@@ -118,9 +116,9 @@ class _Wrapper:
                 number = float(number)
             except OverflowError:
                 number = math.inf
-            if math.isfinite(number):
+            if abs(number) <= LARGEST:
                 return number
-            why = "a score is finite"
+            why = f"a score is finite, and at most {LARGEST:g} in size, so that training can square it in float32"
         elif value is None:
             why = "only one of several functions may return None"
         else:
@@ -131,22 +129,12 @@ class _Wrapper:
 class SyncReward(_Wrapper):
     """A sync reward function that `checked` has wrapped."""
 
-    catches = (*_Wrapper.catches, asyncio.CancelledError)
-
     def __call__(self, /, prompts: list, completions: list, **columns: Any) -> Values:
         call = {"prompts": prompts, "completions": completions, **columns}
-        if self.timeout is None:
-            return self._check(self._answer(call), completions)
-        try:
-            values = run_in_thread(self._answer, call).result(self.timeout)
-        except TimeoutError as error:  # the function's own TimeoutError is a RewardError already
-            raise self._late(call) from error
-        return self._check(values, completions)
-
-    def _answer(self, call: dict[str, Any]) -> Any:
         with self._explaining(call):
             positional, keywords = self._arguments(call)
-            return self._function(*positional, **keywords)
+            values = self._function(*positional, **keywords)
+        return self._check(values, completions)
 
 
 class AsyncReward(_Wrapper):
@@ -154,24 +142,10 @@ class AsyncReward(_Wrapper):
 
     async def __call__(self, /, prompts: list, completions: list, **columns: Any) -> Values:
         call = {"prompts": prompts, "completions": completions, **columns}
-        task = asyncio.ensure_future(self._answer(call))
-        try:
-            done, _ = await asyncio.wait({task}, timeout=self.timeout)
-        finally:
-            task.cancel()  # does nothing to a task that is done
-        if not done:
-            raise self._late(call)
-        if task.cancelled():
-            raise self._error(f"raised CancelledError: it cancelled itself {_first_of(call)}")
-        return self._check(task.result(), completions)
-
-    async def _answer(self, call: dict[str, Any]) -> Any:
         with self._explaining(call):
             positional, keywords = self._arguments(call)
-            return await self._function(*positional, **keywords)
-
-
-CheckedReward = SyncReward | AsyncReward
+            values = await self._function(*positional, **keywords)
+        return self._check(values, completions)
 
 
 def _is_async(function: Any) -> bool:
@@ -180,15 +154,39 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
-def _first_of(call: dict[str, Any]) -> str:
+def _is_being_cancelled() -> bool:
+    """Whether somebody else cancels the coroutine that runs now."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return False
+    return task is not None and task.cancelling() > 0
+
+
+def late(name: str, timeout: float, call: dict[str, Any]) -> RewardError:
+    """The error of a call that takes too long."""
+    return RewardError(
+        f"reward function {name!r} did not answer within {timeout:g} s {first_of(call)}; give it a longer timeout, or "
+        "find out what it waits for."
+    )
+
+
+def first_of(call: dict[str, Any]) -> str:
+    """The beginning of a call's first completion, for messages; a function without a call is still being set up."""
+    if not call:
+        return "while it was set up"
     first = as_text(call["completions"][0]) if call["completions"] else ""
     return f"(on {len(call['completions'])} completions, the first: {first[:80]!r})"
 
 
 def _copy(value: Any) -> Any:
-    """Copies nested lists and dictionaries, but not the objects in them."""
+    """Copies nested lists, dictionaries and data classes (the trainer's state), but not other objects in them."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_copy(item) if isinstance(item, (list, dict)) else item for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        vars(made).update(_copy(vars(value)))
+        return made
     return value

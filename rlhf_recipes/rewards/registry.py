@@ -7,17 +7,21 @@ like those in `functions.py`, or a reward function itself, which has a parameter
 import difflib
 import functools
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, get_args
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import RewardFunc
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
 from rlhf_recipes.rewards import functions
-from rlhf_recipes.rewards.checked import CheckedReward, Reward, checked
+from rlhf_recipes.rewards.apart import RewardStreams
+from rlhf_recipes.rewards.calls import CheckedReward
+from rlhf_recipes.rewards.checked import Reward, checked
 from rlhf_recipes.rewards.classifier import load_classifier, on_device, own_tokenizer
 from rlhf_recipes.rewards.reader import RewardModelReader
+from rlhf_recipes.rewards.timed import TimedReward
 from rlhf_recipes.runs.references import resolve_model
 
 REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
@@ -59,7 +63,8 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     Raises:
         RecipeError: Unknown name, wrong argument, or a model that cannot be loaded. Names the entry of the list.
     """
-    built, names = [], []
+    built: list[CheckedReward] = []
+    names: list[str] = []
     for i, spec in enumerate(specs):
         found = _find(spec.name)
         _check_args(spec, found)
@@ -72,15 +77,23 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
         names.append(name)
         if names.count(name) > 1:
             name = f"{name}_{names.count(name)}"
+        may_skip = len(specs) > 1
         try:
-            with _complete_models():
-                function = _bind(spec, found, args)
+            if spec.timeout is not None:
+                built.append(TimedReward(("recipe", (spec.name, args)), name, may_skip, spec.timeout))
+            else:
+                with _complete_models(), RewardStreams(recipe.seed).swapped_in():
+                    built.append(checked(_bind(spec.name, found, args), name, may_skip))
         except RecipeError as error:  # the factory does not know the function's place in the list
             message = str(error)
             where = "" if message.startswith("reward_funcs") else ": "
             raise RecipeError(f"{key}.{i}{where}{message.removeprefix('reward_funcs')}") from error
-        built.append(checked(function, name, may_skip=len(specs) > 1, timeout=spec.timeout))
     return built
+
+
+def bind_named(name: str, args: dict[str, Any]) -> Callable:
+    """A reward function with its arguments, which have been checked; see `build_reward_funcs`."""
+    return _bind(name, _find(name), args)
 
 
 @contextmanager
@@ -137,14 +150,14 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
             raise RecipeError(f"{spec.name} needs the argument {name!r}.")
 
 
-def _bind(spec: RewardFunc, found: Callable, args: dict[str, Any]) -> Callable:
+def _bind(name: str, found: Callable, args: dict[str, Any]) -> Callable:
     if _takes_completions(found):
         return functools.partial(found, **args)
-    with running_user_code(f"reward function {spec.name!r} could not be set up"):
+    with running_user_code(f"reward function {name!r} could not be set up"):
         function = found(**args)
     if not callable(function):
         raise RecipeError(
-            f"reward function {spec.name!r} returned {type(function).__name__} when set up; a factory returns a function "
+            f"reward function {name!r} returned {type(function).__name__} when set up; a factory returns a function "
             "(or write the function itself, with a parameter `completions`)."
         )
     return function
@@ -188,7 +201,9 @@ def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | No
     Args:
         functions: One, or a list; each as `as_reward_func` takes it.
         processing_classes: One for each function, or one for all.
-        timeout: Seconds to answer in.
+        timeout: Seconds to answer in. A function of an importable module, or a partial of one, then gets a process of its
+            own. Models, objects, lambdas and functions inside of functions get a thread, which cannot be stopped: one
+            that holds the interpreter (a regular expression that backtracks) also holds the timeout and signals.
     """
     from trl.trainer.utils import get_callable_name
 
@@ -196,4 +211,16 @@ def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | No
     several = isinstance(processing_classes, list)
     tokenizers = processing_classes if several else [processing_classes] * len(functions)
     made = [as_reward_func(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
-    return [checked(f, get_callable_name(f), may_skip=True, timeout=timeout) for f in made]
+    return [_with_timeout(f, get_callable_name(f), timeout) for f in made]
+
+
+def _with_timeout(function: Callable, name: str, timeout: float | None) -> CheckedReward:
+    if isinstance(function, TimedReward):
+        return function
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if timeout is not None and inspect.isfunction(inner) and inner.__module__ != "__main__":
+        with suppress(pickle.PicklingError, AttributeError, TypeError):
+            return TimedReward(("pickle", pickle.dumps(function)), name, True, timeout)
+    return checked(function, name, may_skip=True, timeout=timeout)

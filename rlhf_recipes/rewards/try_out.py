@@ -46,6 +46,7 @@ def score_texts(recipe: Recipe, texts: list[str], file: Path | None) -> None:
     scores, by_func = score_all(
         recipe.reward_funcs,
         functions,
+        recipe.seed,
         prompts=prompts,
         completions=completions,
         completion_ids=_completion_ids(recipe, stages[0], [as_text(completion) for completion in completions]),

@@ -15,6 +15,7 @@ from trl.models import unwrap_model_for_generation
 from rlhf_recipes.data.tokenizer import continuation
 from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
+from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import call_all_on_every_rank
 from rlhf_recipes.rewards.registry import as_reward_funcs
 from rlhf_recipes.rewards.score import shape_scores
@@ -79,7 +80,16 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if reference is not None:
             self.ref_model = prepare(reference, self.accelerator)
         self._rollout_logs = RolloutLogs(self._logs)
-        kept = self._run_state, self._kl, self._metric_log, self._timer, self._micro_batches, self._rollout_logs
+        self._reward_streams = RewardStreams(args.seed, self.accelerator.process_index)
+        kept: tuple = (
+            self._run_state,
+            self._kl,
+            self._metric_log,
+            self._timer,
+            self._micro_batches,
+            self._rollout_logs,
+        )
+        kept += (self._reward_streams,)
         self._kept_in_checkpoints = {type(part).__name__: part for part in kept}
         self.callback_handler.callbacks.insert(0, CompletionTables(self))
         if self.use_vllm:
@@ -159,7 +169,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             "log_extra": self._log_completion_extra,
             "log_metric": self._log_metric,
         }
-        values = call_all_on_every_rank(self.reward_funcs, **columns)
+        values = call_all_on_every_rank(self.reward_funcs, self._reward_streams, **columns)
         table = torch.tensor(np.array(values, dtype=np.float32).T, device=self.accelerator.device)  # None becomes NaN
         if table.isnan().all(1).any():
             message = "No reward function applies to some completions; the policy does not learn from them."
@@ -284,8 +294,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
 
     def evaluate(self, *args, **kwargs):
         """As TRL's, with its own random numbers: training continues as if there had been no evaluation."""
-        with self._timer.paused(), own_random_numbers(self.args.seed):
-            return super().evaluate(*args, **kwargs)
+        of_training = self._reward_streams
+        self._reward_streams = RewardStreams(self.args.seed, self.accelerator.process_index)
+        try:
+            with self._timer.paused(), own_random_numbers(self.args.seed):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self._reward_streams = of_training
 
     # Metrics
 

@@ -12,7 +12,7 @@ TIMES = ("seconds_", "episodes_per_second", "train_")
 
 
 def noisy_length(completion_ids, **kwargs):
-    """A reward that draws from the same random numbers as sampling."""
+    """A reward that draws random numbers, which a checkpoint keeps."""
     return [len(ids) + torch.rand(()).item() for ids in completion_ids]
 
 

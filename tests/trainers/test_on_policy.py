@@ -2,7 +2,9 @@
 
 import inspect
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -371,13 +373,33 @@ def test_a_configuration_of_another_trainer_is_refused(policy_folder, tmp_path):
             PPOTrainer(str(policy_folder), length, args)
 
 
+def test_reward_functions_do_not_change_the_training_around_them(policy_folder, tmp_path):
+    """One that seeds once made every rollout sample the same, and one that turned gradients off stopped learning."""
+
+    def harmful(completion_ids, **kwargs):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0), torch.set_grad_enabled(False)
+        return length(completion_ids)
+
+    weights, lengths = [], []
+    for function in (length, harmful):
+        trainer = make(RLOOTrainer, policy_folder, tmp_path, function, max_steps=3)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        lengths.append([line["length_mean"] for line in logged(trainer)])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert lengths[0] == lengths[1] and len(set(lengths[0])) > 1
+
+
 def test_evaluation_does_not_advance_the_training_random_numbers(policy_folder, tmp_path):
+    def noisy(completion_ids, **kwargs):
+        return [torch.rand(()).item() for _ in completion_ids]
+
     losses = []
     for strategy in ("no", "steps"):
         more = (
             {"eval_strategy": strategy, "eval_steps": 1, "per_device_eval_batch_size": 4} if strategy == "steps" else {}
         )
-        trainer = make(PPOTrainer, policy_folder, tmp_path, max_steps=3, eval_dataset=PROMPTS, **more)
+        trainer = make(PPOTrainer, policy_folder, tmp_path, noisy, max_steps=3, eval_dataset=PROMPTS, **more)
         trainer.train()
         losses.append([line["loss"] for line in logged(trainer) if "loss" in line])
         evaluated = [line for line in logged(trainer) if "eval_score_mean" in line]

@@ -97,7 +97,7 @@ def _held_out_scores(run: AuditedRun, lines: list[dict[str, Any]]) -> tuple[list
     }
     functions = build_reward_funcs(run.recipe, specs, key="eval.held_out_funcs")
     try:
-        return score_all(specs, functions, **call)[0], []
+        return score_all(specs, functions, run.recipe.seed, **call)[0], []
     except RewardError as error:  # a function may need columns of the data, which no log has
         return [None] * len(lines), [f"logged completions have no held-out score: {error}"]
 

@@ -40,10 +40,6 @@ def all_values(functions: list, **arguments) -> list[list]:
     return call_all([checked(f, get_callable_name(f), may_skip=len(functions) > 1) for f in functions], **arguments)
 
 
-async def on_the_loop(function) -> list:
-    return await function(**call())
-
-
 class Wait:
     """Waits until a test sets `go`, so that no test depends on time."""
 
@@ -90,6 +86,7 @@ def test_numbers_of_any_type_are_accepted(answer):
         ([1.0], "returned 1 values for 2 completions"),
         ([], "returned 0 values for 2"),
         ([0.0, float("nan")], "returned nan for sample 1: ' was bad'; a score is finite"),
+        ([0.0, -2e18], "returned -2e+18 for sample 1: ' was bad'; a score is finite, and at most 1e+18 in size"),
         ([float("-inf"), 0.0], "returned -inf for sample 0: ' was good .'"),
         ([0, 10**400], "for sample 1: ' was bad'; a score is finite"),
         ([0.0, None], "returned None for sample 1: ' was bad'; only one of several functions may return None"),
@@ -124,7 +121,8 @@ def test_none_is_accepted_if_another_function_makes_the_score():
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("oops"), SystemExit(0), TimeoutError("oops"), asyncio.CancelledError("oops")]
+    "error",
+    [KeyError("oops"), SystemExit(0), TimeoutError("oops"), asyncio.CancelledError("oops"), BaseException("oops")],
 )
 @pytest.mark.parametrize("kind", ["sync", "async", "in a thread"])
 def test_exceptions_of_any_kind_name_the_function_and_the_sample(error, kind):
@@ -256,9 +254,7 @@ def test_functions_of_this_thread_run_in_order():
         return function
 
     functions = [draw("a"), draw("b"), draw("c")]
-    random.seed(7)
     first = all_values(functions, **call())
-    random.seed(7)
     assert all_values(functions, **call()) == first and order == ["a", "b", "c"] * 2
 
 
@@ -300,8 +296,6 @@ def test_a_call_that_hangs_is_an_error_with_its_name(kind, wait):
     expected = "'remote' did not answer within 0.05 s .on 2 completions, the first: ' was good .'"
     with pytest.raises(RewardError, match=expected):
         all_values([function], **call())
-    with pytest.raises(RewardError, match=expected):  # also if called as TRL's trainers call it
-        asyncio.run(on_the_loop(function)) if kind == "async" else function(**call())
 
 
 def test_an_async_function_that_hangs_is_cancelled():
@@ -322,9 +316,7 @@ def test_an_async_function_that_blocks_the_loop_is_an_error_and_the_next_call_wo
     async def block(completions):
         return wait(completions)
 
-    with pytest.raises(
-        RewardError, match="'f' did not answer within 0.05 s, nor could it be stopped.*blocks the event loop"
-    ):
+    with pytest.raises(RewardError, match="'f' did not answer within 0.05 s"):
         said(block, timeout=SOON)
 
     async def fine(completions):

@@ -222,7 +222,7 @@ def test_own_functions_from_a_module(own, monkeypatch, tmp_path):
 
 def test_async_functions_and_weights(own):
     made = recipe({"name": own + "slow", "weight": 2.0}, {"name": "length", "weight": 0.5})
-    scores, by_func = score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), **call())
+    scores, by_func = score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), 0, **call())
     assert scores == [0.5, 1.0] and by_func == {"slow": [1, 1], "length": [-3, -2]}
 
 
@@ -260,7 +260,7 @@ def test_errors_of_functions_name_the_function_and_the_sample(own, function, exp
 
 def test_none_means_does_not_apply_as_long_as_another_function_does(own):
     made = recipe({"name": own + "none"}, {"name": "length"})
-    assert score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), **call())[0] == [-3, -2]
+    assert score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), 0, **call())[0] == [-3, -2]
     alone = recipe({"name": own + "none"})
     with pytest.raises(RewardError, match="'none' returned None for sample 1"):
         build_reward_funcs(alone, alone.reward_funcs)[0](**call())
