@@ -7,7 +7,7 @@ from rlhf_recipes.launch.start import STOPPED, launch_stage
 from rlhf_recipes.pages.tables import print_models
 from rlhf_recipes.recipe.graph import stages_to_run
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe
-from rlhf_recipes.runs.files import run_path
+from rlhf_recipes.runs.files import exit_code, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.files import read_json
@@ -26,7 +26,7 @@ def run(name: Name, overrides: Overrides, accelerate_config: Config = None, over
         if stage_run.is_done(overwrite):
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
-        code = launch_stage(stage, name, overrides, overwrite, accelerate_config)
+        code = exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config), stage_run.path)
         if code not in (0, STOPPED):
             log = stage_run.path / "log.txt"
             complain(f"stage {stage} did not finish; {log} has the details. Finished stages are kept.")
@@ -47,9 +47,8 @@ def _add_stage(stage: str, doc: str) -> None:
     def command(
         name: Name, overrides: Overrides, accelerate_config: Config = None, overwrite: Overwrite = False
     ) -> None:
-        if accelerate_config is not None:
-            load_checked(name, overrides)  # or every process would report the same error
-        raise typer.Exit(launch_stage(stage, name, overrides, overwrite, accelerate_config))
+        path = run_path(load_checked(name, overrides), stage)  # here, or every process would report the same error
+        raise typer.Exit(exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config), path))
 
     command.__doc__ = f"Run stage {stage}: {doc}"
     app.command(stage)(command)
@@ -67,7 +66,8 @@ def evaluate(name: Name, overrides: Overrides, overwrite: Overwrite = False) -> 
 
     The same command resumes a stopped eval.
     """
-    code = launch_stage("eval", name, overrides, overwrite)
+    recipe = load_checked(name, overrides)
+    code = exit_code(launch_stage("eval", name, overrides, overwrite), run_path(recipe, "eval"))
     if code == 0:
-        _show_measured(load_checked(name, overrides))
+        _show_measured(recipe)
     raise typer.Exit(code)

@@ -10,7 +10,7 @@ from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, launch_stage
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, input_stages, sections_of
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
-from rlhf_recipes.runs.files import read_manifest, run_path
+from rlhf_recipes.runs.files import exit_code, read_manifest, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import write_whole, writing
 from rlhf_recipes.system.terminal import complain, say
@@ -179,7 +179,7 @@ def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
     with writing("the run's recipe", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_yaml(job.recipe))
-    code = launch_stage(job.stage, str(file), [], overwrite, config)
+    code = exit_code(launch_stage(job.stage, str(file), [], overwrite, config), job.path)
     manifest = read_manifest(job.path)
     if manifest in (None, before):
         return code, f"exit code {code} before the run began; see its message above"

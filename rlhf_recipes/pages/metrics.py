@@ -65,7 +65,7 @@ TRAINING = {
     "score/NAME": Metric("mean of one reward function", better="higher"),
     "score/NAME/std": Metric("its standard deviation"),
     "reward_mean": Metric(
-        "the number that training raises: the score after `missing_eos`, normalization and clipping, minus `beta` times "
+        "the number that training raises: the score after normalization, clipping and `missing_eos`, minus `beta` times "
         "the KL",
         better="higher",
         section="Score",

@@ -13,14 +13,16 @@ To add a function, write it here and name it in `registry.REWARD_FUNCS`; or writ
 """
 
 import math
-import re
 from typing import Any, Literal
 
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.rewards.checked import Reward
+from rlhf_recipes.rewards.checked import Reward, RewardError
 from rlhf_recipes.rewards.classifier import Dtype, label_index, label_values, load_classifier
 from rlhf_recipes.rewards.reader import RewardModelReader
+
+SEARCH_SECONDS = 5.0
+"""Seconds that the reward function `regex` may take for one completion."""
 
 
 def sentiment(
@@ -141,15 +143,27 @@ def regex(pattern: str, match: float = 1.0, no_match: float = 0.0) -> Reward:
     """One value for completions that match a pattern, another for the rest.
 
     Args:
-        pattern: A Python regular expression, searched anywhere in the completion.
+        pattern: A regular expression of the package `regex`, searched anywhere in the completion.
         match: Value of a completion that matches.
         no_match: Value of any other.
     """
+    import regex as engine  # its searches end, and `re`'s may not
+
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        compiled = engine.compile(pattern)
+    except engine.error as error:
         raise RecipeError(f"reward_funcs: regex: {pattern!r} is no regular expression: {error}.") from error
-    return lambda completions, **columns: [match if compiled.search(as_text(c)) else no_match for c in completions]
+
+    def value(text: str) -> float:
+        try:
+            return match if compiled.search(text, timeout=SEARCH_SECONDS) else no_match
+        except TimeoutError as error:
+            raise RewardError(
+                f"reward_funcs: regex: {pattern!r} took more than {SEARCH_SECONDS:g} s on {text[:80]!r}: it backtracks; "
+                "write it without a repeat inside of a repeat."
+            ) from error
+
+    return lambda completions, **columns: [value(as_text(c)) for c in completions]
 
 
 def _joined(prompt: str | list[dict], completion: str | list[dict], text: str) -> str:

@@ -16,7 +16,9 @@ def shape_scores(
     normalize: "Callable[[Tensor], Tensor] | None" = None,
     clip_range: tuple[float, float] | None = None,
 ) -> "Tensor":
-    """The score of every completion, (N,): a weighted sum, then missing_eos, normalization and clipping, in this order.
+    """The score of every completion, (N,): a weighted sum, then normalization, clipping and missing_eos, in this order.
+
+    `missing_eos` comes last, so that the score of an unfinished completion is what the recipe says, whatever the range.
 
     Args:
         values: Of every reward function, (N, F); NaN where it does not apply.
@@ -30,11 +32,11 @@ def shape_scores(
         Scores; NaN where no reward function applies.
     """
     scores = weighted_sum(values, weights)
-    if missing_eos is not None:
-        scores = apply_missing_eos(scores, finished, **missing_eos)
     if normalize is not None:
         scores = normalize(scores)
-    return scores.clamp(*clip_range) if clip_range else scores
+    if clip_range is not None:
+        scores = scores.clamp(*clip_range)
+    return scores if missing_eos is None else apply_missing_eos(scores, finished, **missing_eos)
 
 
 def weighted_sum(values: "Tensor", weights: "Tensor") -> "Tensor":

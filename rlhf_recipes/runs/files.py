@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.launch.start import USER_ERROR
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.system.files import read_json, read_lines
+from rlhf_recipes.system.terminal import complain
 
 MANIFEST = "manifest.json"
 
@@ -59,6 +61,19 @@ def read_audit(path: Path) -> dict[str, Any] | None:
 def is_finished(path: Path) -> bool:
     manifest = read_manifest(path)
     return manifest is not None and manifest["status"] == "finished"
+
+
+def exit_code(code: int, path: Path) -> int:
+    """The exit code of a stage's process; 0 is an error if its run has not finished.
+
+    A function that leaves by `os._exit(0)`, or a library that does, ends the process as if it had succeeded.
+    """
+    if code == 0 and not is_finished(path):
+        complain(
+            f"stage {path.name} ended with exit code 0 but did not finish: a function or a library ended it.   {path}"
+        )
+        return USER_ERROR
+    return code
 
 
 def require_stage(recipe: Recipe, stage: str, key: str) -> Path:

@@ -42,7 +42,7 @@ class Rollout:
     rewards_per_func: Tensor | None = None
     """Value of each reward function, (N, functions); NaN: the function does not apply."""
     scores: Tensor | None = None
-    """Weighted sum of the values after missing_eos, normalization and clipping, (N,); NaN: no function applies."""
+    """Weighted sum of the values after normalization, clipping and missing_eos, (N,); NaN: no function applies."""
     kl: Tensor | None = None
     """KL estimate of every token, (B, T); 0 outside completions, and without a reference."""
 

@@ -253,11 +253,14 @@ def test_a_sweep_that_is_stopped_starts_nothing_more(tmp_path, launched, code):
     assert run_sweep(plan(tmp_path, BASE, "rloo.trainer.num_generations=2,4", with_eval=False)) == 0
 
 
-def test_a_killed_run_is_a_failed_one(tmp_path, launched, capsys):
+@pytest.mark.parametrize(("code", "said"), [(137, "exit code 137"), (0, "exit code 2")])
+def test_a_run_that_something_ended_is_a_failed_one(code, said, tmp_path, launched, capsys):
+    """Also one that `os._exit(0)` in a reward function ended."""
     _, scores = launched
-    scores[42, 4] = 137
+    scores[42, 4] = code
     assert run_sweep(plan(tmp_path, BASE, with_eval=False)) == 1
-    assert "rloo seed=42: exit code 137" in capsys.readouterr().err
+    assert f"rloo seed=42: {said}" in (printed := capsys.readouterr().err)
+    assert ("ended with exit code 0 but did not finish" in printed) == (code == 0)
 
 
 def test_runs_with_other_settings_are_refused_at_once_or_moved_aside(tmp_path, launched):

@@ -15,7 +15,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from rlhf_recipes.cli import app
+from rlhf_recipes.commands import stages
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import call_all
 from rlhf_recipes.rewards.checked import RewardError, checked
@@ -205,3 +208,11 @@ def test_a_late_answer_is_late_although_nobody_waited_for_it(timed):
     function = timed("sleeps", 0.1)
     with pytest.raises(RewardError, match="'sleeps' did not answer within 0.1 s"):
         call_all([checked(busy, "busy", False), function], **CALL)
+
+
+@pytest.mark.parametrize("command", ["run", "rloo", "eval"])
+def test_a_stage_that_a_function_ends_has_not_succeeded(command, tmp_path, monkeypatch):
+    """As `os._exit(0)` in a reward function without a timeout ends it."""
+    monkeypatch.setattr(stages, "launch_stage", lambda *_: 0)
+    done = CliRunner().invoke(app, [command, "imdb_tiny", f"runs_dir={tmp_path}"])
+    assert done.exit_code == 2 and "ended with exit code 0 but did not finish" in done.stderr

@@ -11,6 +11,7 @@ from rlhf_recipes.cli import app
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data, RewardFunc
+from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.calls import score_all
 from rlhf_recipes.rewards.checked import RewardError
 from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_reward_funcs
@@ -54,6 +55,13 @@ def test_repetition_and_regex():
     assert values({"name": "repetition"}) == [0, 0.75]
     assert values({"name": "repetition", "args": {"unit": "words"}}) == [0, 0]
     assert values({"name": "regex", "args": {"pattern": r"\bgood\b", "no_match": -1.0}}) == [1, -1]
+
+
+def test_a_pattern_that_backtracks_is_an_error(monkeypatch):
+    """Python's `re` would hold the interpreter for years, and with it SIGTERM."""
+    monkeypatch.setattr(functions, "SEARCH_SECONDS", 0.05)
+    with pytest.raises(RewardError, match=r"regex: '\(a\|a\)\*\$' took more than 0.05 s on 'aaa"):
+        values({"name": "regex", "args": {"pattern": "(a|a)*$"}}, **call(completions=["a" * 60 + "b", "a"]))
 
 
 def test_vader():
@@ -267,7 +275,7 @@ def test_none_means_does_not_apply_as_long_as_another_function_does(own):
 
 
 def test_scores_by_hand():
-    """A weighted sum of the functions that apply, then missing_eos, normalization and clipping, in this order."""
+    """A weighted sum of the functions that apply, then normalization, clipping and missing_eos, in this order."""
     nan = float("nan")
     values = torch.tensor([[1.0, 4.0], [2.0, nan], [nan, nan], [3.0, 2.0]])
     weights, finished = torch.tensor([1.0, 0.5]), torch.tensor([True, False, True, False])
@@ -277,13 +285,14 @@ def test_scores_by_hand():
 
     assert scores() == [3.0, 2.0, 99.0, 4.0]
     assert scores(missing_eos={"mode": "subtract", "value": 5.0}) == [3.0, -3.0, 99.0, -1.0]
-    assert scores(missing_eos={"mode": "replace", "value": -1.0}, clip_range=(0.0, 2.5)) == [2.5, 0.0, 99.0, 0.0]
+    assert scores(missing_eos={"mode": "replace", "value": -1.0}, clip_range=(0.0, 2.5)) == [2.5, -1.0, 99.0, -1.0]
+    assert scores(missing_eos={"mode": "subtract", "value": 5.0}, clip_range=(2.5, 3.5)) == [3.0, -2.5, 99.0, -1.5]
     all_of_it = {
         "missing_eos": {"mode": "replace", "value": -1.0},
         "normalize": lambda x: 10 * x,
-        "clip_range": (-5, 50),
+        "clip_range": (0, 25),
     }
-    assert scores(**all_of_it) == [30.0, -5.0, 99.0, -5.0]
+    assert scores(**all_of_it) == [25.0, -1.0, 99.0, -1.0]
     assert values[1, 1].isnan()  # the given values stay as they are
 
 
