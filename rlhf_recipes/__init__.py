@@ -1,5 +1,6 @@
 """PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,6 +8,10 @@ if TYPE_CHECKING:
     from rlhf_recipes.trainers.rloo import RLOOConfig, RLOOTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer", "RLOOConfig", "RLOOTrainer"]
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m rlhf_recipes.ppo` would import torch from a torch.py in the current folder
+    del sys.path[0]
 
 
 def __getattr__(name: str) -> Any:

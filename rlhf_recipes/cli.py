@@ -41,7 +41,7 @@ def main() -> None:
     """Entry point: an error in the user's input becomes one message and exit code 2."""
     try:
         app()
-    except RecipeError as error:
+    except (RecipeError, OSError) as error:  # such as a path that is longer than the system allows
         complain(str(error))
         sys.exit(USER_ERROR)
 

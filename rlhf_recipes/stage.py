@@ -17,7 +17,7 @@ from rlhf_recipes.launch.setup import launched, prepare
 from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOPPED, USER_ERROR, end_with_parent
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.rewards.registry import check_reward_funcs
+from rlhf_recipes.rewards.registry import check_functions
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
 from rlhf_recipes.system.errors import explain
@@ -239,7 +239,7 @@ def load_checked(name: str, overrides: list[str]) -> Recipe:
         RecipeError: Every finding, one per line.
     """
     recipe = load_recipe(name, overrides)
-    findings = check_reward_funcs(recipe)
+    findings = check_functions(recipe)
     if findings:
         raise RecipeError("\n".join(f"{recipe.name}: {finding}" for finding in findings))
     return recipe

@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -67,9 +68,11 @@ def cold(request, fork_server):
 
 @pytest.fixture(autouse=True)
 def environment():
-    """A stage that runs in the tests' own process sets variables for trackers; the next test's processes get none."""
-    before = dict(os.environ)
+    """A stage in the tests' own process sets variables for trackers and adds folders to look for modules in; the next
+    test's processes get none."""
+    before, path = dict(os.environ), list(sys.path)
     yield
+    sys.path[:] = path
     os.environ.clear()
     os.environ.update(before)
 

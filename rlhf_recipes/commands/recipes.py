@@ -10,6 +10,7 @@ from rlhf_recipes.launch.configs import config_files, kind, purpose, read_config
 from rlhf_recipes.launch.start import USER_ERROR
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.recipe.schema import Expected, RecipeError
+from rlhf_recipes.recipe.trust import add_trusted, trust_file, trusted
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.terminal import complain, print_table, say
@@ -74,6 +75,17 @@ def validate(
             complain(str(error))
             errors += 1
     raise typer.Exit(USER_ERROR if errors else 0)
+
+
+@app.command()
+def trust(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[PKG]...", help="a package, a file or a folder")] = None,
+) -> None:
+    """Let recipes run the code of a package, file or folder; without a name, show what you trust."""
+    add_trusted(names or [])
+    for entry in trusted():
+        say(entry)
+    say(f"the list is {trust_file()}; to trust no longer, delete a line")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.stages import Scratch
+from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.references import loading, resolve_model
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def load_tokenizer(recipe: Recipe, key: str, model_id: str, classifier: bool = F
             folder,
             padding_side=side,
             truncation_side=side,
-            trust_remote_code=model_id in recipe.trust_remote_code,
+            trust_remote_code=runs_own_code(recipe, model_id),
         )
     for name in ("eos_token", "pad_token"):
         has = getattr(tokenizer, name)

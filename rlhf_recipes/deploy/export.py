@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_recipes.deploy.card import CARD, model_card, start_of
 from rlhf_recipes.models.load import adapter_of, base_of, load_config, load_model
 from rlhf_recipes.recipe.schema import TRAINED, RecipeError
+from rlhf_recipes.recipe.trust import require_trusted_model
 from rlhf_recipes.runs.files import MANIFEST, MERGED_BASE, REWARD_REPORT, VALUE_MODEL, read_manifest
 from rlhf_recipes.runs.inputs import go_offline
 from rlhf_recipes.runs.references import SNAPSHOT, WEIGHTS, is_hub_model, loading
@@ -106,6 +107,8 @@ def _write(
     for path in sorted(files | {run / "recipe.yaml"}):
         shutil.copy(path, part)
     trusted = start_of(manifest) in manifest["settings"].get("trust_remote_code", [])
+    if trusted:
+        require_trusted_model("export", str(run))
     quantization = manifest["settings"][stage].get("quantization")
     if adapter is None:
         if dtype is not None:

@@ -17,6 +17,7 @@ from rlhf_recipes.evaluation.metrics import (
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, training_length
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
+from rlhf_recipes.recipe.trust import runs_own_code
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,7 +178,7 @@ def _load(recipe: Recipe, key: str, model_id: str, tokenizer: Any) -> Any:
     from rlhf_recipes.runs.references import resolve_model
 
     folder = resolve_model(recipe, key, model_id)
-    model = load_model(AutoModelForCausalLM, key, folder, model_id in recipe.trust_remote_code, dtype="auto")
+    model = load_model(AutoModelForCausalLM, key, folder, runs_own_code(recipe, model_id), dtype="auto")
     set_seed(recipe.seed)  # new rows of the embeddings are random
     fit_embeddings(key, model, tokenizer)
     return model.to(PartialState().device).eval()

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rlhf_recipes.recipe.checks import check_keys
-from rlhf_recipes.recipe.named_files import find_file, read_file
+from rlhf_recipes.recipe.named_files import announce_hiding, find_file, read_file
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trainer_keys import launch_fields, launch_options
 
@@ -42,7 +42,10 @@ def find_config(name: str) -> Path:
     Raises:
         RecipeError: There is no such file.
     """
-    return find_file(name, config_files(), "accelerate configuration", "configs", "--accelerate-config ")
+    found = find_file(name, config_files(), "accelerate configuration", "configs", "--accelerate-config ")
+    if name in config_files():
+        announce_hiding(found, config_folders()[-1])
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: Every reason why accelerate would refuse the file, or silently start something else.
     """
-    values = read_file(path, yaml.safe_load, yaml.YAMLError)  # YAML 1.1, in which a bare `no` is false
+    values = read_file(path, yaml.SafeLoader)  # YAML 1.1, in which a bare `no` is false
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a configuration is a mapping of keys to values, not {type(values).__name__}.")
     findings = _findings(values)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE, read_manifest
 from rlhf_recipes.runs.references import hub_snapshot, is_hub_model, is_local, loading, resolve_model
 from rlhf_recipes.system.terminal import expected
@@ -30,7 +31,7 @@ def config_of(recipe: Recipe, key: str, model_id: str, classifier: bool = False)
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    trusted = model_id in recipe.trust_remote_code
+    trusted = runs_own_code(recipe, model_id)
     config = load_config(key, resolve_model(recipe, key, model_id), trusted)
     has_labels = is_classifier(config)
     if classifier and has_labels and config.num_labels != 1:

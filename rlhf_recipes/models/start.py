@@ -25,6 +25,7 @@ from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_
 from rlhf_recipes.models.limits import fit_embeddings
 from rlhf_recipes.models.load import adapter_of, base_of, load_adapter, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.references import is_hub_model, loading, resolve_model
@@ -80,7 +81,7 @@ class Start:
         model, peft_config = self.model, self._adapter["peft_config"]
         is_reward = run.stage == "reward"
         auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-        trusted = model_id in run.recipe.trust_remote_code
+        trusted = runs_own_code(run.recipe, model_id)
         config = load_config(where, model, trusted)
         settings = {"dtype": "float32"} | hardware.attention(args, auto_class, config)
         settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})

@@ -1,5 +1,6 @@
 """Configurations of the models that a recipe names, without their weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def config_of(recipe: Recipe, key: str, model_id: str, passed: tuple[str, ...] =
     if is_hub_model(model_id):
         return _config_of_hub_model(recipe, key, model_id), None
     package = model_id.startswith("package:")
-    folder = locate_in_package(key, model_id) if package else Path(model_id).expanduser()
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    folder = locate_in_package(key, model_id) if package else Path(os.path.expanduser(model_id))
+    if not any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
         raise RecipeError(
             f"{key}: {model_id} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
         )
-    return load_config(key, str(folder), model_id in recipe.trust_remote_code), adapter_of(key, str(folder))
+    return load_config(key, str(folder)), adapter_of(key, str(folder))
 
 
 def _config_of_hub_model(recipe: Recipe, key: str, model_id: str) -> Any:
@@ -105,10 +106,11 @@ def _config_of_hub_model(recipe: Recipe, key: str, model_id: str) -> Any:
         return AutoConfig.for_model(**ARCHITECTURES[name])
     # Without network, huggingface_hub retries for most of a minute.
     offline = is_offline() or not (is_cached or is_reachable())
-    code = model_id in recipe.trust_remote_code
     try:
         with loading(key, model_id):
-            return AutoConfig.from_pretrained(name, revision=revision, local_files_only=offline, trust_remote_code=code)
+            return AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=offline, trust_remote_code=False
+            )
     except RecipeError as error:
         raise RecipeError(
             f"{key}: plan needs the config.json of {model_id}, which is neither here nor on the Hub; set {key} to a local "

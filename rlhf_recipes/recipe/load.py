@@ -1,31 +1,42 @@
 """Reads a recipe: finds its file, follows `extends:`, applies `key=value` overrides and checks every key."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from rlhf_recipes.recipe.checks import check_recipe
-from rlhf_recipes.recipe.named_files import find_file, read_file
+from rlhf_recipes.recipe.named_files import DEEPEST, announce_hiding, find_file, parse, read_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 
 FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are passed on to a library unchanged; in them, null is a value."""
 
 
+RECIPE_FOLDERS = "RLHF_RECIPES_FOLDERS"
+"""Environment variable with the folders of the recipes that the user named, for the processes of a sweep: code beside a
+recipe may run (`user_code`)."""
+
+
+def shipped_recipes() -> Path:
+    package = Path(__file__).parents[1]
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
 def recipe_folders() -> list[Path]:
     """Folders of recipes, first match first: `./recipes`, then the shipped recipes."""
-    package = Path(__file__).parents[1]
-    shipped = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-    return [Path("recipes"), shipped]
+    return [Path("recipes"), shipped_recipes()]
 
 
 def code_file(name: str) -> Path:
     """The Python file that a recipe names, in the current folder or in `recipe_folders`; it may not exist."""
-    places = (folder / Path(name).expanduser() for folder in (Path(), *recipe_folders()))
-    return next((path for path in places if path.is_file()), Path(name)).resolve()
+    places = (folder / os.path.expanduser(name) for folder in (Path(), *recipe_folders()))
+    found = next((path for path in places if os.path.isfile(path)), Path(name)).resolve()
+    if os.path.isfile(found) and not os.path.isabs(name):
+        announce_hiding(found, shipped_recipes())
+    return found
 
 
 def recipe_files() -> dict[str, Path]:
@@ -49,6 +60,8 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: Every finding about the recipe, with file, dotted key and correction.
     """
     path = _find(name)
+    folders = [folder for folder in os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep) if folder]
+    os.environ[RECIPE_FOLDERS] = os.pathsep.join(dict.fromkeys([*folders, str(path.parent.resolve())]))
     values = _read_with_parents(path, seen=())
     for override in overrides:
         _apply(values, override)
@@ -71,20 +84,26 @@ def _yaml() -> YAML:
     return yaml
 
 
+def _loader(text: str) -> Any:
+    return _yaml().get_constructor_parser(text)[0]
+
+
 def _find(name: str) -> Path:
-    for folder in recipe_folders():
-        if name.startswith("_") and (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    return find_file(name, recipe_files(), "recipe", "list")
+    parents = [folder / f"{name}.yaml" for folder in recipe_folders() if name.startswith("_")]
+    found = next((path for path in parents if os.path.isfile(path)), None)
+    found = found or find_file(name, recipe_files(), "recipe", "list")
+    if not name.endswith((".yaml", ".yml")):
+        announce_hiding(found, shipped_recipes())
+    return found
 
 
 def _read(path: Path) -> dict:
-    values = read_file(path, _yaml().load, YAMLError)
+    values = read_file(path, _loader)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, but this file contains {type(values).__name__}."
         )
-    return _with_code_beside(_unshared(values), path.parent)
+    return _with_code_beside(_unshared(values, str(path)), path.parent)
 
 
 def _with_code_beside(values: Any, folder: Path) -> Any:
@@ -98,16 +117,24 @@ def _with_code_beside(values: Any, folder: Path) -> Any:
         return [_with_code_beside(item, folder) for item in values]
     file, _, function = values.rpartition(":") if isinstance(values, str) else ("", "", "")
     beside = (folder / file).resolve()
-    if file.endswith(".py") and beside.is_file() and code_file(file) != beside:
+    if file.endswith(".py") and os.path.isfile(beside) and code_file(file) != beside:
         return f"{beside}:{function}"
     return values
 
 
-def _unshared(values: Any) -> Any:
-    """A copy without the shared parts of YAML's aliases, so that an override changes one place."""
+def _unshared(values: Any, where: str) -> Any:
+    """A copy without the shared parts of YAML's aliases, so that an override changes one place.
+
+    Raises:
+        RecipeError: A value is no text, number, list or mapping.
+    """
     if isinstance(values, dict):
-        return {key: _unshared(value) for key, value in values.items()}
-    return [_unshared(item) for item in values] if isinstance(values, list) else values
+        return {key: _unshared(value, f"{where}: {key}") for key, value in values.items()}
+    if isinstance(values, list):
+        return [_unshared(item, where) for item in values]
+    if not isinstance(values, (str, int, float, type(None))):
+        raise RecipeError(f"{where}: YAML reads {values!r} as a {type(values).__name__}; write it in quotes.")
+    return values
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
@@ -122,9 +149,10 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict:
         raise RecipeError(f"{path}: extends: must name one recipe, not {parent!r}.")
     beside = path.parent / (parent if parent.endswith((".yaml", ".yml")) else f"{parent}.yaml")
     try:
-        parent_path = beside if beside.is_file() else _find(parent)
+        parent_path = beside if os.path.isfile(beside) else _find(parent)
     except RecipeError as error:
         raise RecipeError(f"{path}: extends: {error}") from error
+    announce_hiding(parent_path, shipped_recipes())
     merged = _read_with_parents(parent_path, (*seen, path.resolve()))
     for own in ("name", "about"):  # they describe one recipe only
         merged.pop(own, None)
@@ -151,16 +179,11 @@ def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write it as dotted.key=value, such as ppo.trainer.beta=0.1.")
-    try:
-        value: Any = _yaml().load(text) if text else None
-    except YAMLError as error:
-        raise RecipeError(
-            f"override {override!r}: the value is no valid YAML: {getattr(error, 'problem', error)}."
-        ) from error
+    value = _unshared(parse(text, f"override {key}: the value is no valid YAML", _loader), key)
     for name in value if isinstance(value, dict) else ():
         if value[name] is None and ":" in str(name):
             raise RecipeError(f"override {override!r}: in {{key: value}}, YAML needs a blank behind the colon.")
-    *parents, last = key.split(".")
+    *parents, last = key.split(".", DEEPEST)
     section: Any = values
     for depth, parent in enumerate(parents):
         if isinstance(section, list):

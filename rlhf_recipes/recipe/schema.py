@@ -81,7 +81,7 @@ class About(Section):
 class Recipe(Section):
     """A task: its data, its score and its stages."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Also the name of the run folder."""
     description: str
     """One line, shown by `rlhf-recipes list`."""
@@ -89,14 +89,14 @@ class Recipe(Section):
     """No stage's settings contain it, so a change makes no run outdated. Children do not inherit it."""
     seed: int = 42
     """Seed of the data order, of sampling and of new weights, in every stage."""
-    runs_dir: str = "runs"
+    runs_dir: str = Field(default="runs", pattern=r"^[^/]{0,200}(/[^/]{0,200})*$")  # a system's names have 255 bytes
     """Runs are written to `<runs_dir>/<name>/<stage>/`."""
     data: Data
     special_tokens: dict[Literal["pad_token", "eos_token"], str] = {}
     """Tokens for a tokenizer that lacks them, such as `{pad_token: "[PAD]"}`; a token that is not in the vocabulary is added.
     Otherwise a tokenizer without a pad token pads with EOS, and a tokenizer without EOS is refused."""
     trust_remote_code: list[str] = []
-    """Ids of models whose own Python code may run."""
+    """Ids of models whose own Python code may run, if you trust them too (`docs/security.md`)."""
     reward_funcs: list[RewardFunc] = Field(min_length=1)
     """The score is their weighted sum. It is the same for ppo, rloo and eval, so that the comparison is fair."""
     missing_eos: MissingEos | None = None

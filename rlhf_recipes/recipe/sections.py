@@ -46,7 +46,7 @@ class Data(Section):
     transform: str | None = None
     """Your own function that makes rows from a batch of the data's rows: `module:function` or `path/to/file.py:function`.
     It takes and returns a dictionary of column name -> list, and `columns` are names in its result. The file may stand
-    beside the recipe, as `recipes/film_reviews.py` does."""
+    beside the recipe, as `recipes/film_reviews.py` does. Code elsewhere runs only if you trust it (`docs/security.md`)."""
     prompt_template: str | None = None
     """Makes `prompt` from other columns, such as `"TITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:"`."""
     completion_prefix: str = ""
@@ -75,7 +75,8 @@ class RewardFunc(Section):
     """One term of the score: `weight` times the value of a reward function."""
 
     name: str
-    """A name from `rlhf-recipes rewards`, or `module:function`, or `path/to/file.py:function`."""
+    """A name from `rlhf-recipes rewards`, or `module:function`, or `path/to/file.py:function`. Code that is neither beside the
+    recipe nor below the current folder runs only if you trust it (`docs/security.md`)."""
     weight: float = Field(default=1.0, ge=-LARGEST, le=LARGEST, allow_inf_nan=False)
     """Factor in the weighted sum; negative for a penalty."""
     args: dict[str, Any] = {}

@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import RewardFunc
-from rlhf_recipes.recipe.user_code import find_function, running_user_code
+from rlhf_recipes.recipe.trust import require_trusted_model
+from rlhf_recipes.recipe.user_code import find_function, running_user_code, signature_of
 from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import CheckedReward
@@ -34,20 +35,36 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
     "regex": functions.regex,
 }
 
+WHAT = "reward function"
+"""In messages about a user's own function."""
+
 CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
 """Parameters of a user's reward function that a call fills in; the others are arguments in the recipe."""
 
 
-def check_reward_funcs(recipe: Recipe) -> list[str]:
-    """Finds errors in the names and arguments of a recipe's reward functions, without loading a model."""
-    findings = []
+def check_functions(recipe: Recipe) -> list[str]:
+    """Finds errors in the names and arguments of a recipe's functions. No model is loaded, and none of the user's code runs."""
+    checks: dict[str, Callable[[], Any]] = {}
+    for key, data in (("data", recipe.data), ("reward.data", recipe.reward.data if recipe.reward else None)):
+        if data is not None and data.transform is not None:
+            checks[f"{key}.transform"] = functools.partial(signature_of, data.transform, "function")
+    for i, model in enumerate(recipe.trust_remote_code):
+        if not model.startswith("stage:"):
+            checks[f"trust_remote_code.{i}"] = functools.partial(require_trusted_model, "code of a model", model)
     for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
-        for i, spec in enumerate(specs):
-            try:
-                _check_args(spec, _find(spec.name))
-            except RecipeError as error:
-                findings.append(f"{key}.{i}: {error}")
+        checks |= {f"{key}.{i}": functools.partial(_check_spec, spec) for i, spec in enumerate(specs)}
+    findings = []
+    for key, check in checks.items():
+        try:
+            check()
+        except RecipeError as error:
+            findings.append(f"{key}: {error}")
     return findings
+
+
+def _check_spec(spec: RewardFunc) -> None:
+    known = REWARD_FUNCS.get(spec.name)
+    _check_args(spec, inspect.signature(known) if known else signature_of(_named(spec), WHAT))
 
 
 def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[CheckedReward]:
@@ -66,13 +83,16 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     built: list[CheckedReward] = []
     names: list[str] = []
     for i, spec in enumerate(specs):
-        found = _find(spec.name)
-        _check_args(spec, found)
+        found = REWARD_FUNCS.get(spec.name) or find_function(_named(spec), WHAT)
+        _check_args(spec, inspect.signature(found))
         args = dict(spec.args)
         for name, value in args.items():
             is_model = name == "model" and spec.name in REWARD_FUNCS
             if isinstance(value, str) and (is_model or value.startswith("stage:")):
                 args[name] = resolve_model(recipe, f"{key}.{i}.args.{name}", value)
+        if spec.name in REWARD_FUNCS and args.get("trust_remote_code"):
+            given = str(spec.args["model"])
+            require_trusted_model(f"{key}.{i}.args", args["model"] if given.startswith("stage:") else given)
         name = spec.name.rpartition(":")[2]
         names.append(name)
         if names.count(name) > 1:
@@ -93,7 +113,7 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
 
 def bind_named(name: str, args: dict[str, Any]) -> Callable:
     """A reward function with its arguments, which have been checked; see `build_reward_funcs`."""
-    return _bind(name, _find(name), args)
+    return _bind(name, REWARD_FUNCS.get(name) or find_function(name, WHAT, is_announced=True), args)
 
 
 @contextmanager
@@ -109,10 +129,9 @@ def _complete_models() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
-def _find(name: str) -> Callable:
-    """The factory or function behind a name of the registry, `module:function` or `file.py:function`."""
-    if name in REWARD_FUNCS:
-        return REWARD_FUNCS[name]
+def _named(spec: RewardFunc) -> str:
+    """The name of a user's own function, `module:function` or `file.py:function`."""
+    name = spec.name
     if ":" not in name:
         near = difflib.get_close_matches(name, REWARD_FUNCS, n=3, cutoff=0.4)
         raise RecipeError(
@@ -120,17 +139,19 @@ def _find(name: str) -> Callable:
             + (f"nearest: {', '.join(near)}. " if near else f"known: {', '.join(REWARD_FUNCS)}. ")
             + "Your own: module:function or path/to/file.py:function."
         )
-    return find_function(name, "reward function")
+    return name
 
 
-def _takes_completions(function: Callable) -> bool:
+def _takes_completions(signature: inspect.Signature) -> bool:
     """Whether a function is a reward function itself, as TRL's users write them. Any other function is a factory."""
-    return "completions" in inspect.signature(function).parameters
+    return "completions" in signature.parameters
 
 
-def _check_args(spec: RewardFunc, found: Callable) -> None:
-    is_reward = _takes_completions(found)
-    parameters = inspect.signature(found).parameters.values()
+def _check_args(spec: RewardFunc, signature: inspect.Signature | None) -> None:
+    if signature is None:  # known once the function is found
+        return
+    is_reward = _takes_completions(signature)
+    parameters = signature.parameters.values()
     known = {
         p.name: p
         for p in parameters
@@ -151,7 +172,7 @@ def _check_args(spec: RewardFunc, found: Callable) -> None:
 
 
 def _bind(name: str, found: Callable, args: dict[str, Any]) -> Callable:
-    if _takes_completions(found):
+    if _takes_completions(inspect.signature(found)):
         return functools.partial(found, **args)
     with running_user_code(f"reward function {name!r} could not be set up"):
         function = found(**args)

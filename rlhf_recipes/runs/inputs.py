@@ -91,7 +91,7 @@ def input_ids(recipe: Recipe, stage: str) -> dict[str, str | None]:
     found = {name: run_path(recipe, name) for name in input_stages(recipe, stage)}
     if stage == "eval":
         named = [*eval_models(recipe).values(), recipe.eval.perplexity_model]
-        found |= {path: Path(path) for path in named if path and (Path(path) / MANIFEST).is_file()}
+        found |= {path: Path(path) for path in named if path and os.path.isfile(Path(path) / MANIFEST)}
     return {name: (read_manifest(path) or {}).get("id") if is_finished(path) else None for name, path in found.items()}
 
 

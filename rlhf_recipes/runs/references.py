@@ -38,7 +38,7 @@ NOT_IN_SNAPSHOT = [f"*/{WEIGHTS}", "consolidated*"]
 def is_local(name: str) -> bool:
     """Whether a name looks like a path or exists as one; otherwise it is a Hub id."""
     looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_FORMATS
-    return looks_like_path or name.count("/") > 1 or Path(name).exists()
+    return looks_like_path or name.count("/") > 1 or os.path.exists(name)
 
 
 def locate_in_package(key: str, name: str) -> Path:
@@ -48,7 +48,7 @@ def locate_in_package(key: str, name: str) -> Path:
         RecipeError: The package is not installed, or has no such file.
     """
     package, _, rest = name.removeprefix("package:").partition("/")
-    spec = find_spec(package)
+    spec = find_spec(package) if package.isidentifier() else None  # `find_spec("a.b")` would run a
     folders = spec and spec.submodule_search_locations
     path = Path(folders[0]) / rest if folders else None
     if path is None or not path.exists():
@@ -69,8 +69,8 @@ def locate_data(key: str, name: str) -> Path | None:
         return locate_in_package(key, name)
     if not is_local(name):
         return None
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):
         raise RecipeError(f"{key}: {name} does not exist (looked from {Path.cwd()}).")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise RecipeError(f"{key}: {path.name} must end in one of {', '.join(FILE_FORMATS)}, or be a folder.")
@@ -102,9 +102,9 @@ def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
     elif model_id.startswith("package:"):
         folder, fix = locate_in_package(key, model_id), ""
     else:
-        folder, fix = Path(model_id).expanduser(), "Convert it: "
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            found = "no such folder" if not folder.is_dir() else "no config.json in it, so it holds no model"
+        folder, fix = Path(os.path.expanduser(model_id)), "Convert it: "
+        if not any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
+            found = "no such folder" if not os.path.isdir(folder) else "no config.json in it, so it holds no model"
             raise RecipeError(f"{key}: {model_id}: {found} (looked from {Path.cwd()}).")
     if not any(folder.glob(WEIGHTS)):
         raise RecipeError(
@@ -116,7 +116,7 @@ def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
 
 def is_hub_model(model_id: str) -> bool:
     """Whether a model id names a model of the Hub, with or without `@revision`."""
-    if model_id.startswith(("stage:", "package:")) or Path(model_id).exists():
+    if model_id.startswith(("stage:", "package:")) or os.path.exists(model_id):
         return False
     return not is_local(model_id.partition("@")[0])
 

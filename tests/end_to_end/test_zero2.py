@@ -87,7 +87,7 @@ class Launcher:
         """Exit codes of the processes that a configuration asks for, None: one; forked instead of launched."""
         (self.folder / name).mkdir(exist_ok=True)
         variables = os.environ | {"WORLD_SIZE": "1"} if config is None else launched_environment(config)
-        variables |= environment
+        variables |= {"RLHF_RECIPES_ALLOW_CODE": str(self.folder)} | environment  # own.py is beside the stages' folders
         if config is not None:
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
             variables["LOCAL_WORLD_SIZE"] = variables["WORLD_SIZE"]

@@ -75,7 +75,8 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            variables = os.environ | environment | (distributed if ranks > 1 else {})
+            allowed = {"RLHF_RECIPES_ALLOW_CODE": str(self.folder)}  # own.py is beside the stages' folders
+            variables = os.environ | allowed | environment | (distributed if ranks > 1 else {})
             arguments = ["imdb_positive", *self.overrides, *more]
             started.append(
                 call(become_stage, stage, arguments, self.folder / name, variables, largest_file=largest_file)

@@ -268,6 +268,8 @@ def test_accelerate_launch_ends_when_a_reward_function_hangs_on_one_rank(bpe_pol
     )  # fmt: skip
     assert done.returncode != 0
     said = "reward function 'slow' did not answer within 1 s"
-    assert f"error: {said}" in done.stderr.splitlines()[0], done.stderr  # before what the launcher has to say
+    announced, first, *_ = done.stderr.splitlines()
+    assert announced.startswith(f"your code runs: {tmp_path}/own.py") and done.stderr.count("your code runs") == 1
+    assert f"error: {said}" in first, done.stderr  # before what the launcher has to say
     manifest = (tmp_path / "runs" / "imdb_positive" / "rloo" / "manifest.json").read_text()
     assert '"status": "failed"' in manifest and said in manifest

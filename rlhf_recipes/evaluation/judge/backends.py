@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rlhf_recipes.evaluation.judge.clients import Anthropic, OpenAI
 from rlhf_recipes.evaluation.judge.parse import Answer, Question
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MANIFEST
 from rlhf_recipes.runs.references import SNAPSHOT, is_hub_model, resolve_model
 from rlhf_recipes.system.files import stamp_of
@@ -53,7 +54,7 @@ class LocalBackend:
 
     def __init__(self, recipe: Recipe, model: str):
         self.recipe, self.model, self.batch_size = recipe, model, recipe.judge.batch_size
-        self.trusted = model in recipe.trust_remote_code
+        self.trusted = runs_own_code(recipe, model)
         weights = _fingerprint_of_folder(recipe, model)
         self.identity = {"backend": recipe.judge.backend, "model": model, "weights": weights}
 

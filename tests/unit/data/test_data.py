@@ -175,12 +175,12 @@ def nothing(batch):
 
 
 def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(reviews_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # code below the current folder runs unasked
     (tmp_path / "my_rows.py").write_text(TRANSFORMS)
     doubled = Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:doubled", columns={"text": "body"})
     rows, held_out = load_rows(doubled, 0)
     assert len(rows) == 56 and len(held_out) == 4 and set(rows.column_names) == {"body", "text"}
     assert set(rows["text"]).isdisjoint(held_out["text"])  # rows are held out before the transform
-    monkeypatch.syspath_prepend(tmp_path)
     rows, _ = load_rows(Data(path=str(reviews_file), transform="my_rows:positive", eval_fraction=0.5), 0)
     positive = {row["text"] for row in REVIEWS if row["label"]}
     assert 0 < len(rows) < 15 and set(rows["text"]) <= positive
@@ -200,7 +200,8 @@ def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(revi
         ("nothing", "no training rows are left"),
     ],
 )
-def test_transforms_that_fail(name, expected, reviews_file, tmp_path):
+def test_transforms_that_fail(name, expected, reviews_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rows.py").write_text(TRANSFORMS)
     found = error(load_rows, Data(path=str(reviews_file), transform=f"{tmp_path}/my_rows.py:{name}"), 0)
     assert "data.transform" in found and expected in found

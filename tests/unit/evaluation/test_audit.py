@@ -361,7 +361,8 @@ def test_half_a_line_and_steps_of_one_rollout_are_left_out(planted):
     assert sum(part["completions"] for part in found["bins"]) == 99 * 8
 
 
-def test_a_judge_that_wants_columns_of_the_data_judges_checkpoints_only(planted, tmp_path):
+def test_a_judge_that_wants_columns_of_the_data_judges_checkpoints_only(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_RECIPES_ALLOW_CODE", str(tmp_path))
     (tmp_path / "judge.py").write_text("def judge(completions, post):\n    return [float(len(p)) for p in post]\n")
     run = planted(honest, judge=f"{{name: '{tmp_path / 'judge.py'}:judge'}}")
     found = audit_runs([run], prompts=4)[run]

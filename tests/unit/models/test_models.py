@@ -316,7 +316,7 @@ def test_old_weights_are_taken_from_the_conversion_of_the_hub(there, policy_fold
         resolve_model(RECIPE, "ppo.policy", f"{name}@main")
 
 
-def test_code_of_a_model_runs_only_by_name(tmp_path):
+def test_code_of_a_model_runs_only_by_name(tmp_path, monkeypatch, capsys):
     tokenizer = word_tokenizer()
     folder = save_pair(tmp_path / "own", causal_lm(tokenizer), tokenizer)
     (folder / "own.py").write_text(
@@ -328,7 +328,11 @@ def test_code_of_a_model_runs_only_by_name(tmp_path):
     with pytest.raises(RecipeError, match=rf"^ppo.policy: {folder} brings Python code.*trust_remote_code=\[{folder}\]"):
         config_of(RECIPE, "ppo.policy", str(folder))
     trusting = recipe_with(trust_remote_code=[str(folder)])
+    with pytest.raises(RecipeError, match=f"rlhf-recipes trust {folder}"):
+        config_of(trusting, "ppo.policy", str(folder))
+    monkeypatch.setenv("RLHF_RECIPES_ALLOW_CODE", str(folder))
     assert config_of(trusting, "ppo.policy", str(folder)).model_type == "own"
+    assert f"a model's own code runs: {folder}" in capsys.readouterr().err
 
 
 def test_scratch_model_fits_its_tokenizer_and_the_seed():

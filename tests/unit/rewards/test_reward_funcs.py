@@ -14,7 +14,7 @@ from rlhf_recipes.recipe.sections import Data, RewardFunc
 from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.calls import score_all
 from rlhf_recipes.rewards.checked import RewardError
-from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_reward_funcs
+from rlhf_recipes.rewards.registry import REWARD_FUNCS, build_reward_funcs, check_functions
 from rlhf_recipes.rewards.score import apply_missing_eos, shape_scores
 from support.tiny_models import causal_lm, save_pair, word_tokenizer
 
@@ -212,7 +212,8 @@ def raises(completions): raise KeyError("oops")
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # code below the current folder runs unasked
     (tmp_path / "own.py").write_text(OWN)
     return f"{tmp_path / 'own.py'}:"
 
@@ -223,8 +224,7 @@ def test_own_functions_and_factories_from_a_file(own):
     assert values({"name": own + "with_argument", "args": {"scale": 0.5}}) == [0.5, 0.5]
 
 
-def test_own_functions_from_a_module(own, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_own_functions_from_a_module(own):
     assert values({"name": "own:brevity"}) == [-11, -8]
 
 
@@ -331,7 +331,7 @@ def test_missing_eos_by_hand():
 )
 def test_names_and_arguments_are_checked_before_any_model_loads(own, spec, expected):
     spec = spec | {"name": spec["name"].replace("OWN:", own)}
-    findings = check_reward_funcs(recipe(spec))
+    findings = check_functions(recipe(spec))
     assert len(findings) == 1 and expected in findings[0], findings
 
 
@@ -360,7 +360,7 @@ def test_a_reward_function_with_a_model_is_one_file_of_the_users(classifier_fold
     monkeypatch.chdir(tmp_path)
     for file in (recipe_file, tmp_path / "child.yaml"):
         made = load_recipe(str(file))
-        assert check_reward_funcs(made) == [] and made.data.transform == "film_reviews.py:sentences"
+        assert check_functions(made) == [] and made.data.transform == "film_reviews.py:sentences"
         assert build_reward_funcs(made, made.reward_funcs)[0](**call()) == [1, 1]
 
 
@@ -371,5 +371,5 @@ def test_a_function_of_the_registry_is_one_entry_in_it(monkeypatch):
 
     monkeypatch.setitem(REWARD_FUNCS, "constant", constant)
     assert values({"name": "constant", "args": {"value": 2.0}}) == [2, 2]
-    assert "nearest: value" in check_reward_funcs(recipe({"name": "constant", "args": {"valeu": 2.0}}))[0]
+    assert "nearest: value" in check_functions(recipe({"name": "constant", "args": {"valeu": 2.0}}))[0]
     assert "constant: The same for all." in CliRunner().invoke(app, ["rewards"]).output
