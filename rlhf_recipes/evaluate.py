@@ -33,10 +33,13 @@ def main(run: Run) -> str:
     from tqdm import tqdm
 
     from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.models.load import config_of
 
     if not run.is_main:
         return ""  # one process measures
     recipe, models = run.recipe, eval_models(run.recipe)
+    for name, model_id in models.items():
+        config_of(recipe, f"eval.models.{name}", model_id)  # before its tokenizer, whose fault may be the model's
     tokenizers = {name: load_tokenizer(recipe, f"eval.models.{name}", models[name]) for name in models}
     rows = held_out_prompts(recipe, tokenizers[eval_reference(recipe)])
     new_tokens = recipe.eval.max_new_tokens or longest_in_training(recipe)

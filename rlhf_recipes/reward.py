@@ -24,7 +24,6 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.reward_quality import gold_texts, kept_pairs, measure, scorer
     from rlhf_recipes.models.limits import fit_length
-    from rlhf_recipes.models.load import config_of
     from rlhf_recipes.models.new_weights import scale_head
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.rewards.scoring import trained_scoring
@@ -37,9 +36,8 @@ def main(run: Run) -> str:
     recipe, reward = run.recipe, run.recipe.reward
     args = trainer_args(run, RewardConfig)
     start = Start(run, args, "model")
-    config = config_of(recipe, "reward.model", reward.model, classifier=True)
     tokenizer = load_tokenizer(recipe, "reward.model", reward.model, classifier=True)
-    fit_length(recipe, "reward", config, tokenizer, args)
+    fit_length(recipe, "reward", start.config, tokenizer, args)
     data, key = (recipe.data, "data") if reward.data is None else (reward.data, "reward.data")
     rows, held_out = load_rows(data, recipe.seed, key)
     limits = (reward.pairs, reward.pairs and max(1, reward.pairs // 10))

@@ -26,7 +26,6 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.tokenizer import load_tokenizer, make_tokenizer
     from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
     from rlhf_recipes.models.limits import fit_length
-    from rlhf_recipes.models.load import config_of
     from rlhf_recipes.models.new_weights import make_model
     from rlhf_recipes.models.start import Start
     from rlhf_recipes.runs.callbacks import attach, save_model
@@ -44,7 +43,7 @@ def main(run: Run) -> str:
         start.model = make_model(sft.scratch, tokenizer, seed=recipe.seed)
         config = start.model.config
     else:
-        config = config_of(recipe, "sft.model", sft.model)
+        config = start.config
         tokenizer = load_tokenizer(recipe, "sft.model", sft.model)
     fit_length(recipe, "sft", config, tokenizer, args)
     asked = rouge_rows(recipe, held_out, tokenizer, sft.rouge_prompts) if sft.rouge_prompts else None

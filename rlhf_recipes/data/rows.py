@@ -5,12 +5,20 @@ recipe that describes data, and `key` is the section's key, for messages.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.user_code import find_function, running_user_code
-from rlhf_recipes.runs.references import FILE_FORMATS, PARQUET, hub_arguments, locate_data
+from rlhf_recipes.runs.references import (
+    FILE_FORMATS,
+    PARQUET,
+    check_cache,
+    hub_arguments,
+    hub_cache,
+    locate_data,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,6 +85,7 @@ def need_column(data: Data, rows: "Dataset", column: str, purpose: str, key: str
 
 
 def _load(data: Data, key: str) -> Any:
+    import datasets
     from datasets import load_dataset, load_from_disk
 
     path = locate_data(f"{key}.path", data.path)
@@ -93,6 +102,8 @@ def _load(data: Data, key: str) -> Any:
         return load_dataset(str(path), data.config if (path / "README.md").is_file() else None)
     except Exception as error:  # datasets raises many types, such as for unreadable files and unknown ids
         cause = error.__cause__ or error
+        check_cache(cause, Path(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE")
+        check_cache(cause, hub_cache(), "HF_HUB_CACHE")
         what = "empty or unreadable" if path is not None else "not available"
         if "scripts are no longer supported" in str(cause):
             what = f"a script, which `datasets` does not run; take the Hub's copy of its rows: {key}.revision={PARQUET}"

@@ -34,6 +34,13 @@ def config_of(recipe: Recipe, key: str, model_id: str, classifier: bool = False)
     trusted = runs_own_code(recipe, model_id)
     config = load_config(key, resolve_model(recipe, key, model_id), trusted)
     has_labels = is_classifier(config)
+    if config.is_encoder_decoder:
+        why = (
+            "a cut-off text has no EOS, at which it reads its score; set a decoder or an encoder"
+            if classifier
+            else "prompts and completions are one text here; set a decoder"
+        )
+        raise RecipeError(f"{key}: {model_id} is an encoder-decoder ({config.model_type}): {why}.")
     if classifier and has_labels and config.num_labels != 1:
         raise RecipeError(
             f"{key}: {model_id} is a classifier with {config.num_labels} labels, and a reward model has one; start from "

@@ -23,7 +23,7 @@ from transformers import (
 from rlhf_recipes.models import hardware
 from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_of
 from rlhf_recipes.models.limits import fit_embeddings
-from rlhf_recipes.models.load import adapter_of, base_of, load_adapter, load_config, load_model
+from rlhf_recipes.models.load import adapter_of, base_of, config_of, load_adapter, load_config, load_model
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE
@@ -48,6 +48,10 @@ class Start:
         self._run, self._args, self._key = run, args, f"{run.stage}.{key}"
         self._model_id = getattr(getattr(run.recipe, run.stage), key)
         self._adapter = adapter_args(run, args)
+        self.config: Any = None
+        """Configuration of the model's language part; None for a model from scratch."""
+        if self._model_id is not None:
+            self.config = config_of(run.recipe, self._key, self._model_id, classifier=run.stage == "reward")
         self.model: Any = None if self._model_id is None else resolve_model(run.recipe, self._key, self._model_id)
         """Folder of the model; a stage may put a model from scratch here."""
 
@@ -59,8 +63,8 @@ class Start:
         Raises:
             RecipeError: The model cannot be loaded, or `peft` does not fit it.
         """
-        with loading(self._key, str(self._model_id)):
-            arguments = {"model": self.model} if self._model_id is None else self.arguments()
+        arguments = {"model": self.model} if self._model_id is None else self.arguments()
+        with loading(self._key, str(self._model_id), by="create_model_from_path"):
             trainer = trainer_class(**arguments, args=self._args, processing_class=tokenizer, **more)
         fit_embeddings(self._key, trainer.model, tokenizer)
         hardware.expect_all_gradients(trainer)

@@ -9,8 +9,14 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.recipe.trainer_keys import CONFIG_CLASSES, adapter_fields, quantization_fields, trainer_fields
+from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
+from rlhf_recipes.recipe.trainer_keys import (
+    CONFIG_CLASSES,
+    adapter_fields,
+    quantization_fields,
+    successor,
+    trainer_fields,
+)
 
 OURS = {
     "output_dir": "runs_dir",
@@ -57,7 +63,10 @@ def check_recipe(values: dict, where: str) -> Recipe:
         section = values.get(stage)
         if isinstance(section, dict):
             if isinstance(trainer := section.get("trainer"), dict):
-                findings += check_keys(trainer, class_name, trainer_fields(stage), f"{stage}.trainer.", OURS)
+                known = trainer_fields(stage)
+                old = {key: new for key in trainer if key not in known and (new := successor(stage, str(key)))}
+                findings += check_keys(trainer, class_name, known, f"{stage}.trainer.", OURS | old)
+                findings += _check_evaluation(stage, trainer)
             findings += _check_adapter(stage, section)
     if findings:
         raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
@@ -91,6 +100,17 @@ def check_keys(
     return findings
 
 
+def _check_evaluation(stage: str, trainer: dict) -> list[str]:
+    """Findings about settings of a training that evaluates, which ppo and rloo do not do."""
+    asked = {"eval_strategy": ("no", False), "eval_on_start": (False,), "load_best_model_at_end": (False,)}
+    found = [key for key, off in asked.items() if stage in ON_POLICY and trainer.get(key, off[0]) not in off]
+    found += ["save_strategy"] if stage in ON_POLICY and trainer.get("save_strategy") == "best" else []
+    return [
+        f"{stage}.trainer.{key}: {stage} does not evaluate while it trains; leave it out. Stage eval measures the models."
+        for key in found
+    ]
+
+
 def _check_adapter(stage: str, section: dict) -> list[str]:
     findings = []
     peft, quantization = section.get("peft"), section.get("quantization")
@@ -113,6 +133,9 @@ def _describe(finding: Mapping[str, Any]) -> str:
     if key in RENAMED:
         return f"{key}: unknown key; it is called {RENAMED[key]}."
     if finding["type"] == "extra_forbidden":
+        section, last = str(finding["loc"][0]), str(finding["loc"][-1])
+        if section in CONFIG_CLASSES and len(finding["loc"]) == 2 and (new := successor(section, last)):
+            return f"{key}: not set here; set {new}."
         return f"{key}: unknown key{_nearest(str(finding['loc'][-1]), _known_keys(finding['loc'][:-1]))}"
     if finding["type"] == "missing":
         return f"{key}: this key is missing."

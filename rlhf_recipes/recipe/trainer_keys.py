@@ -23,6 +23,51 @@ _OF_QUANTIZATION = {
 }
 """Types of the arguments of `BitsAndBytesConfig` whose default does not show the type."""
 
+_SUCCESSORS = {
+    "STAGE.trainer.beta": "init_kl_coef kl_coef kl_loss_coef",
+    "STAGE.trainer.kl_target": "target adap_kl_ctrl kl_ctrl",
+    "STAGE.trainer.kl_horizon": "horizon",
+    "STAGE.trainer.kl_estimator": "kl_penalty kl_loss_type",
+    "STAGE.trainer.lr_kl_target": "target_kl early_stopping",
+    "STAGE.trainer.epsilon": "cliprange clip_range clip_ratio eps_clip",
+    "STAGE.trainer.cliprange_value": "value_clip vf_clip cliprange_vf",
+    "STAGE.trainer.lam": "lambd gae_lambda",
+    "STAGE.trainer.ent_coef": "entropy_coef entropy_coeff entropy_loss_coef",
+    "STAGE.trainer.vf_coef": "value_loss_coef critic_loss_coef",
+    "STAGE.trainer.value_warmup_steps": "freezing_actor_steps critic_warmup",
+    "STAGE.trainer.normalize_scores": "use_score_scaling use_score_norm scale_reward normalize_reward ref_mean ref_std",
+    "STAGE.trainer.normalize_advantages": "normalize_advantage",
+    "STAGE.trainer.reward_clip_range": "score_clip cliprange_reward",
+    "STAGE.trainer.num_iterations": "ppo_epochs num_ppo_epochs max_epochs",
+    "STAGE.trainer.num_generations": "rloo_k n_samples_per_prompt",
+    "STAGE.trainer.steps_per_generation": "num_mini_batches",
+    "STAGE.trainer.generation_batch_size": "rollout_batch_size num_rollouts",
+    "STAGE.trainer.sampling_batch_size": "local_rollout_forward_batch_size micro_rollout_batch_size chunk_size",
+    "STAGE.trainer.per_device_train_batch_size": "batch_size mini_batch_size micro_train_batch_size",
+    "STAGE.global_batch_size": "train_batch_size",
+    "STAGE.trainer.max_completion_length": "response_length max_new_tokens generate_max_len",
+    "STAGE.trainer.generation_kwargs": "gen_kwargs gen_experience_kwargs",
+    "STAGE.trainer.learning_rate": "lr actor_learning_rate critic_learning_rate",
+    "STAGE.trainer.num_train_epochs": "epochs num_epochs",
+    "STAGE.trainer.max_length": "max_seq_length max_seq_len seq_length",
+    "STAGE.trainer.max_steps": "total_steps",
+    "STAGE.trainer.save_steps": "checkpoint_interval",
+    "STAGE.trainer.report_to": "log_with tracker",
+    "STAGE.trainer.adam_beta1 and adam_beta2": "adam_betas",
+    "STAGE.trainer.weight_decay": "l2",
+    "STAGE.policy": "model_name model_path model_name_or_path sft_model_path pretrain",
+    "STAGE.value_model": "value_model value_model_path critic_pretrain num_value_layers_unfrozen",
+    "STAGE.peft": "peft_config use_peft lora_rank lora_alpha lora_r",
+    "reward_funcs": "reward_model reward_model_path reward_pretrain remote_rm_url",
+    "missing_eos": "missing_eos_penalty non_eos_penalty",
+    "episodes": "total_episodes num_episodes",
+    "special_tokens": "stop_token stop_token_id",
+    "data.path": "query_dataset dataset_name prompt_data",
+    "data.max_prompt_tokens": "prompt_max_len max_prompt_length",
+    "name": "exp_name",
+}
+"""Today's key -> names of the same setting in older PPO and RLOO trainers of TRL, in trlX, OpenRLHF and verl."""
+
 _PARENTS = {
     "OnPolicyConfig": "rlhf_recipes/trainers/config.py",
     "RLOOConfig": "trl/trainer/rloo_config.py",
@@ -100,6 +145,15 @@ def launch_options() -> set[str]:
     calls = [node for node in ast.walk(_source("accelerate/commands/launch.py")) if isinstance(node, ast.Call)]
     texts = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
     return {text.removeprefix("--") for text in texts if isinstance(text, str) and text.startswith("--")}
+
+
+def successor(stage: str, key: str) -> str | None:
+    """Today's key for a setting that another library, or an older TRL, has under this name; None: it is no such name."""
+    new = next((new for new, old in _SUCCESSORS.items() if key in old.split()), "")
+    place, _, name = new.rpartition(".")
+    section = TRAINED[stage].model_fields
+    known = {"STAGE.trainer": trainer_fields(stage), "STAGE": section}.get(place, [name] if "policy" in section else [])
+    return new.replace("STAGE", stage) if name.partition(" ")[0] in known else None
 
 
 def _source(file: str) -> ast.Module:

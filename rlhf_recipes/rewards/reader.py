@@ -53,6 +53,11 @@ class RewardModelReader:
                 f"reward_funcs.name: reward_model: {model_id} has {classifier.config.num_labels} labels, a reward model has "
                 "one; use sentiment with one of its labels."
             )
+        if classifier.config.is_encoder_decoder:
+            raise RecipeError(
+                f"reward_funcs.name: reward_model: {model_id} is an encoder-decoder, which reads its score at EOS, and a "
+                "cut-off text has none; use a decoder or an encoder."
+            )
         if stored:
             stored.check_tokenizer(model_id, tokenizer)
         self.__name__ = model_id.split("/")[-1] or type(classifier).__name__

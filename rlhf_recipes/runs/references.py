@@ -6,6 +6,8 @@ In this package, `key` is the key of a model or data set in the recipe, for mess
 import functools
 import logging
 import os
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -138,6 +140,24 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(cache)).expanduser()
 
 
+def check_cache(error: BaseException, folder: Path, variable: str) -> None:
+    """Refuses a cache that cannot be written, if an error is about a file in it, or about a folder above it.
+
+    Raises:
+        RecipeError: The error's cause, and the environment variables that name another folder.
+    """
+    name = getattr(error, "filename", None)
+    if isinstance(name, str) and (folder.is_relative_to(name) or Path(name).is_relative_to(folder)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as cause:
+            raise RecipeError(
+                f"HF_HOME: the cache {folder} cannot be written ({cause.strerror}); set HF_HOME or {variable} to another "
+                "folder."
+            ) from error
+
+
 def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
 
@@ -195,13 +215,15 @@ def _snapshot(name: str, revision: str, cache: Path, offline: bool) -> Path:
 
 
 @contextmanager
-def loading(key: str, model_id: str) -> Iterator[None]:
-    """Turns a library's error about the model at `key` into a `RecipeError`."""
+def loading(key: str, model_id: str, by: str | None = None) -> Iterator[None]:
+    """Turns a library's error about the model at `key` into a `RecipeError`; with `by`, only one out of this function."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if isinstance(error, RecipeError):
+        functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if isinstance(error, RecipeError) or (by is not None and by not in functions):
             raise
+        check_cache(error, hub_cache(), "HF_HUB_CACHE")
         if "trust_remote_code" in str(error):
             raise RecipeError(
                 f"{key}: {model_id} brings Python code of its own. Read the code. To run it, name the model: "

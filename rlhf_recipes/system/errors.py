@@ -35,6 +35,7 @@ def _named_key(text: str, trainer: dict[str, Any]) -> str | None:
             words[key] += map(str, value)
         elif isinstance(value, str):
             words[key] += re.findall(r"(\w+)\s*=", value)  # such as optim_args: "betas=0.9"
+            words[key] += [value] if "/" in value else []  # a path, or a Hub id
     for key, names in words.items():
         if any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names):
             return key

@@ -15,6 +15,7 @@ from trl.models import unwrap_model_for_generation
 from rlhf_recipes.data.tokenizer import continuation
 from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
+from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import call_all_on_every_rank
 from rlhf_recipes.rewards.registry import as_reward_funcs
@@ -95,11 +96,11 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         if self.use_vllm:
             send_policy_only(self)
         if self._is_vlm:
-            raise ValueError(
+            raise RecipeError(
                 f"{type(self).__name__} trains on text only; {type(self.processing_class).__name__} is a multimodal processor."
             )
         if self.distortions and not args.allow_truncated_sampling:
-            raise ValueError(
+            raise RecipeError(
                 f"The model's generation_config has {', '.join(self.distortions)}: completions would not come from the "
                 "policy's own distribution, so ratios and KL would be wrong. Remove it from generation_config.json, or "
                 "set allow_truncated_sampling=True to accept that."

@@ -21,7 +21,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from rlhf_recipes.models.load import load_model
+from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.scoring import stored_scoring
+from rlhf_recipes.runs.references import loading
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -160,7 +162,7 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
     A classifier with several labels gets a new head.
 
     Raises:
-        ValueError: The model has another tokenizer, is no sequence classifier, or looks ahead.
+        RecipeError: The model has another tokenizer, is no sequence classifier, or looks ahead.
     """
     if isinstance(source, str):
         _check_tokenizer(source, tokenizer)
@@ -175,15 +177,15 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
         if Path(name).is_dir() and (Path(name) / "tokenizer_config.json").is_file():
             _check_tokenizer(name, tokenizer)
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"value_model: the weights of {name} are stored quantized, so they cannot be trained.")
+        raise RecipeError(f"value_model: the weights of {name} are stored quantized, so they cannot be trained.")
     vocabulary = model.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
-        raise ValueError(
+        raise RecipeError(
             f"value_model: {name} has {vocabulary} tokens, the policy's tokenizer {len(tokenizer)}: it was trained with "
             "another tokenizer. Use 'shared' or 'policy', or a reward model with this policy's tokenizer."
         )
     if not isinstance(getattr(model, "score", None), nn.Linear) or _looks_ahead(model):
-        raise ValueError(
+        raise RecipeError(
             f"value_model: {name} ({type(model).__name__}) is no causal sequence classifier: the value of a state would "
             "depend on later tokens. Use 'shared' or 'policy', or a reward model with a causal backbone."
         )
@@ -191,9 +193,10 @@ def load_value_model(source: str | PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with loading("value_model", source):
+        other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if other.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
+        raise RecipeError(
             f"value_model: {source} has another tokenizer ({len(other)} tokens) than the policy ({len(tokenizer)}), so it "
             "cannot read the policy's tokens. Use 'shared' or 'policy', or a reward model with this policy's tokenizer."
         )

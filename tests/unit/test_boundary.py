@@ -47,6 +47,8 @@ def sft_stage(tmp_path, monkeypatch, capsys, policy_folder):
             "sft.trainer.lr_scheduler_kwargs: TypeError: ",
         ),
         ("optim: adamw_torch, optim_args: betas", "sft.trainer.optim_args: ValueError: "),
+        ("padding_free: true", "sft.trainer.padding_free: ValueError: "),  # before: the model cannot be used
+        ("chat_template_path: /nowhere", "sft.trainer.chat_template_path: OSError: "),
     ],
 )
 def test_an_argument_that_a_library_refuses_is_named(sft_stage, trainer, place):

@@ -2,12 +2,20 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 from trl import RewardConfig, SFTConfig
 
 from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokenizer
@@ -17,7 +25,7 @@ from rlhf_recipes.models.new_weights import make_model
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.stages import Scratch
-from rlhf_recipes.runs.references import is_hub_model, resolve_model
+from rlhf_recipes.runs.references import check_cache, is_hub_model, resolve_model
 from support.texts import WORDS
 from support.tiny_models import bpe_tokenizer, causal_lm, put_into_cache, save_pair, word_tokenizer
 
@@ -347,3 +355,21 @@ def test_scratch_model_fits_its_tokenizer_and_the_seed():
     assert eos_token_ids(first, tokenizer) == [tokenizer.eos_token_id]
     with pytest.raises(RecipeError, match="sft.scratch"):
         make_model(Scratch(architecture="gtp2"), tokenizer, seed=0)
+
+
+@pytest.mark.parametrize(("kind", "classifier"), [(T5Config, False), (T5Config, True), (BartConfig, False)])
+def test_an_encoder_decoder_is_refused_where_it_would_be_trained(kind, classifier, tmp_path):
+    """Before, stage reward trained it and rloo could not use it; of a policy, its tokenizer was blamed."""
+    kind(d_model=8).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RecipeError, match=r"^x\.model: .* is an encoder-decoder \((t5|bart)\): "):
+        config_of(RECIPE, "x.model", str(tmp_path), classifier)
+
+
+def test_a_cache_that_cannot_be_written_is_named():
+    """Before, the data was said to be empty, or the model to be of no use."""
+    nowhere = FileNotFoundError(2, "No such file or directory", "/proc/x")
+    with pytest.raises(RecipeError, match="^HF_HOME: the cache /proc/x/hub cannot be written .*set HF_HOME or HF_HUB"):
+        check_cache(nowhere, Path("/proc/x/hub"), "HF_HUB_CACHE")
+    check_cache(FileNotFoundError(2, "No such file", "/data/rows.jsonl"), Path("/proc/x/hub"), "HF_HUB_CACHE")
+    check_cache(ValueError("x"), Path("/proc/x/hub"), "HF_HUB_CACHE")

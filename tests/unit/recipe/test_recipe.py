@@ -17,8 +17,10 @@ import rlhf_recipes
 from rlhf_recipes import PPOConfig, RLOOConfig
 from rlhf_recipes.cli import app
 from rlhf_recipes.commands.recipes import recipe_table
+from rlhf_recipes.recipe import trainer_keys
 from rlhf_recipes.recipe.load import load_recipe, recipe_files, recipe_folders, to_yaml
-from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.schema import TRAINED, Recipe, RecipeError
+from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.trainer_keys import adapter_fields, quantization_fields, trainer_fields
 
 MINIMAL = """
@@ -179,6 +181,19 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("name=a b", ["name", "pattern"]),
         ("sft={}", ["exactly one of model"]),
         ("ppo.trainer.trust_remote_code=true", ["ppo.trainer.trust_remote_code", "of the recipe"]),
+        ("ppo.trainer.kl_coef=0.05", ["ppo.trainer.kl_coef: not set here; set ppo.trainer.beta."]),
+        ("ppo.trainer.num_ppo_epochs=4", ["set ppo.trainer.num_iterations."]),
+        ("rloo.trainer.rloo_k=4", ["set rloo.trainer.num_generations."]),
+        ("ppo.trainer.adam_betas=[0.9,0.95]", ["set ppo.trainer.adam_beta1 and adam_beta2."]),
+        ("ppo.trainer.reward_model_path=x", ["set reward_funcs."]),
+        ("ppo.trainer.total_episodes=100", ["set episodes."]),
+        ("ppo.trainer.value_model=policy", ["set ppo.value_model."]),
+        ("ppo.init_kl_coef=0.2", ["ppo.init_kl_coef: not set here; set ppo.trainer.beta."]),
+        ("sft.trainer.lr=1e-5", ["set sft.trainer.learning_rate."]),
+        ("sft.trainer.ppo_epochs=4", ["sft.trainer.ppo_epochs: unknown key of SFTConfig"]),
+        ("rloo.trainer.vf_clip=0.2", ["rloo.trainer.vf_clip: unknown key of RLOOConfig"]),
+        ("rloo.trainer.eval_strategy=steps", ["rloo.trainer.eval_strategy: rloo does not evaluate while it trains"]),
+        ("ppo.trainer.save_strategy=best", ["ppo.trainer.save_strategy: ppo does not evaluate while it trains"]),
         ("ppo.peft.lora_alfa=16", ["ppo.peft.lora_alfa: unknown key of LoraConfig", "nearest: lora_alpha"]),
         ("ppo.peft.r='8'", ["ppo.peft.r", "integer", "'8'"]),
         ("ppo.peft.bias=some", ["ppo.peft.bias", "'none', 'all' or 'lora_only'", "'some'"]),
@@ -273,3 +288,19 @@ def test_shipped_yaml_has_no_duplicate_keys_under_any_reader():
     for folder in recipe_folders()[1:]:
         for path in folder.rglob("*.yaml"):
             assert YAML(typ="safe", pure=True).load(path.read_text())
+
+
+def test_every_old_name_of_a_setting_leads_to_a_key_that_exists():
+    """And none is itself a key today, or it would be refused."""
+    for stage in ("sft", "ppo", "rloo"):
+        for new, old in trainer_keys._SUCCESSORS.items():
+            for name in old.split():
+                found = trainer_keys.successor(stage, name)
+                assert found is None or found.replace(stage, "STAGE") == new
+                if new.startswith("STAGE.trainer") and found is not None:
+                    assert name not in trainer_keys.trainer_fields(stage)
+    for new in trainer_keys._SUCCESSORS:
+        section, _, key = new.replace("STAGE", "ppo").rpartition(".")
+        known = {"ppo.trainer": trainer_keys.trainer_fields("ppo"), "ppo": TRAINED["ppo"].model_fields}
+        known |= {"data": Data.model_fields, "": Recipe.model_fields}
+        assert key.split()[0] in known[section] or key in trainer_keys.trainer_fields("sft"), new
