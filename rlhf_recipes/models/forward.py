@@ -40,11 +40,16 @@ def completion_logits(
 
 def takes_position_ids(model: Any) -> bool:
     """Whether the model's forward has `position_ids`; models with positions from the mask (BLOOM) do not."""
+    return takes(model, "position_ids")
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
     while hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+    return name in inspect.signature(type(model).forward).parameters
 
 
 PLAIN = ("UnsafeViewBackward0", "ViewBackward0", "MmBackward0", "AddmmBackward0")
@@ -75,6 +80,9 @@ def sampled_logps(
     return logps.view_as(tokens), entropies.view_as(tokens) if entropy else entropies
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
 class _SampledLogps(torch.autograd.Function):
     """log p_y and H = -sum p log p of p = softmax(logits / temperature), with explicit gradients.
 
@@ -93,7 +101,8 @@ class _SampledLogps(torch.autograd.Function):
             logps[rows] = z.gather(-1, tokens[rows]) - logsumexp[rows]
             if entropy:
                 p = (z - logsumexp[rows]).exp_()
-                entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z).unsqueeze(-1)
+                # A token that cannot be drawn has p = 0 and z = -inf, whose product must be 0.
+                entropies[rows] = logsumexp[rows] - torch.linalg.vecdot(p, z.clamp(min=LOWEST)).unsqueeze(-1)
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
         ctx.temperature, ctx.overwrite = temperature, overwrite
         return logps, entropies
@@ -113,7 +122,7 @@ class _SampledLogps(torch.autograd.Function):
             )
             if entropies.numel():
                 g_entropy = of_entropies[rows] / ctx.temperature
-                of_z = -log_p.exp() * (g + g_entropy * (log_p + entropies[rows]))
+                of_z = -log_p.exp() * (g + g_entropy * (log_p.clamp(min=LOWEST) + entropies[rows]))
             else:
                 of_z = log_p.exp_().mul_(-g)
             of_z.scatter_add_(-1, tokens[rows], g)

@@ -4,8 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
-from rlhf_recipes.models.forward import pad_batch, rows_at_once, takes_position_ids
+from rlhf_recipes.models.forward import pad_batch, rows_at_once, takes, takes_position_ids
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""Names of the cache, among a model's arguments and outputs: of most models, of Mamba's relatives, of RWKV."""
 
 
 @torch.no_grad()
@@ -39,35 +43,38 @@ def sample_completions(
     sampled = torch.full((len(input_ids), max_new_tokens), -1, device=input_ids.device)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     running = torch.ones_like(rows, dtype=torch.bool)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    more = {"position_ids": positions} if takes_position_ids(model) else {}
+    more = {"position_ids": _positions(attention_mask)} if takes_position_ids(model) else {}
+    cache_name = next((name for name in CACHES if takes(model, name)), None)
     cache = None
     for t in range(max_new_tokens):
         outputs = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **({cache_name: cache} if cache_name else {}),
             **more,
         )
-        cache, token = outputs.past_key_values, _draw(outputs.logits[:, -1], temperature)
+        cache, token = cache_name and outputs[cache_name], _draw(outputs.logits[:, -1], temperature)
         sampled[rows[running], t] = token[running]
         running = running & ~torch.isin(token, ends)
         if not running.any():
             break
-        positions = positions[:, -1:] + 1
         # Copying the cache takes time too, so not for every finished completion.
-        if running.sum() <= 0.875 * len(rows) and hasattr(cache, "batch_select_indices"):
+        if running.sum() <= 0.875 * len(rows) and isinstance(cache, Cache):
             kept = running.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, token, attention_mask, positions = rows[kept], token[kept], attention_mask[kept], positions[kept]
-            running = running[kept]
-        input_ids = token[:, None]
+            cache.reorder_cache(kept)  # every kind of layer has it, linear attention and convolutions too
+            rows, token, attention_mask, running = rows[kept], token[kept], attention_mask[kept], running[kept]
+        new = 1 if cache_name else input_ids.size(1) + 1  # without a cache (GPT-1) the model reads the whole text again
+        input_ids = torch.cat([input_ids[: len(rows)], token[:, None]], dim=1)[:, -new:]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
         if more:
-            more["position_ids"] = positions
+            more["position_ids"] = _positions(attention_mask)[:, -new:]
     return [[token for token in row if token >= 0] for row in sampled.tolist()]
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _draw(logits: Tensor, temperature: float) -> Tensor:

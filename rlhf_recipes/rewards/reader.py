@@ -62,7 +62,7 @@ class RewardModelReader:
             stored.check_tokenizer(model_id, tokenizer)
         self.__name__ = model_id.split("/")[-1] or type(classifier).__name__
         self._model_id, self._classifier, self._batch_size = model_id, classifier, batch_size
-        self._tokenizer: Any = tokenizer  # transformers declares one return type for all options of its methods
+        self.tokenizer: Any = tokenizer  # transformers declares one return type for all options of its methods
         self._scoring = stored or assumed_scoring(classifier, tokenizer)
         self._longest = self._limit(max_length)
         source = f"read as its {SCORING} says" if stored else f"no {SCORING}, so read as TRL's RewardTrainer trains"
@@ -85,7 +85,7 @@ class RewardModelReader:
 
     def _limit(self, max_length: int | None) -> float:
         """Longest text in tokens that is read whole; infinite if nothing limits it."""
-        context = context_length(self._classifier.config, self._tokenizer)
+        context = context_length(self._classifier.config, self.tokenizer)
         trained = min(self._scoring.max_length or context, context)
         if max_length is None:
             return trained
@@ -118,7 +118,7 @@ class RewardModelReader:
 
     def _token_ids(self, prompt: Any, completion: Any, finished: bool) -> list[int]:
         """Token ids of one text, by the same calls as in TRL's RewardTrainer."""
-        scoring, tokenizer, chat = self._scoring, self._tokenizer, not isinstance(prompt, str)
+        scoring, tokenizer, chat = self._scoring, self.tokenizer, not isinstance(prompt, str)
         if scoring.format is not None and chat != (scoring.format == "chat"):
             kinds = ("plain texts", "chat messages")
             raise RewardError(
@@ -145,5 +145,5 @@ class RewardModelReader:
         """The last tokens, where the score is read; a BOS or [CLS] at the beginning stays."""
         if len(ids) <= self._longest:
             return ids
-        first = ids[:1] if ids[0] in (self._tokenizer.bos_token_id, self._tokenizer.cls_token_id) else []
+        first = ids[:1] if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
         return first + ids[len(ids) - int(self._longest) + len(first) :]

@@ -216,8 +216,8 @@ def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
     return RewardModelReader(model_id, classifier, tokenizer, batch_size=64, max_length=None)
 
 
-def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | None) -> list[CheckedReward]:
-    """What TRL's trainers take as `reward_funcs`, one or several, as checked functions.
+def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | None) -> tuple[list[CheckedReward], list]:
+    """What TRL's trainers take as `reward_funcs`, one or several, as checked functions; and the tokenizer of each.
 
     Args:
         functions: One, or a list; each as `as_reward_func` takes it.
@@ -225,14 +225,23 @@ def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | No
         timeout: Seconds to answer in. A function of an importable module, or a partial of one, then gets a process of its
             own. Models, objects, lambdas and functions inside of functions get a thread, which cannot be stopped: one
             that holds the interpreter (a regular expression that backtracks) also holds the timeout and signals.
+
+    Raises:
+        RecipeError: There are more or fewer processing classes than functions.
     """
     from trl.trainer.utils import get_callable_name
 
     functions = functions if isinstance(functions, list) else [functions]
     several = isinstance(processing_classes, list)
     tokenizers = processing_classes if several else [processing_classes] * len(functions)
+    if len(tokenizers) != len(functions):
+        raise RecipeError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions; give one for "
+            "each, None for a function that is no model."
+        )
     made = [as_reward_func(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
-    return [_with_timeout(f, get_callable_name(f), timeout) for f in made]
+    tokenizers = [getattr(f, "tokenizer", tokenizer) for f, tokenizer in zip(made, tokenizers, strict=True)]
+    return [_with_timeout(f, get_callable_name(f), timeout) for f in made], tokenizers
 
 
 def _with_timeout(function: Callable, name: str, timeout: float | None) -> CheckedReward:

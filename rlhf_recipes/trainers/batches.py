@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -106,5 +107,8 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._sampler.seed + int(self._trainer.state.epoch or 0))
+            seed, epoch = self._sampler.seed, int(self._trainer.state.epoch or 0)
+            # Not seed + epoch, which is the next seed's first order.
+            mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+            self._sampler.generator.manual_seed(mixed if epoch else seed)
         return iter(self._sampler)

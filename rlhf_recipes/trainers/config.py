@@ -53,6 +53,13 @@ class OnPolicyConfig(trl.RLOOConfig):
         default=None, metadata={"help": "Trades time for GPU memory. None: on if there is a GPU, as in TRL."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the first ratio differ from 1."})
+    check_first_step: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop if the policy differs from the rollout's, or from the reference it starts from, before the first "
+            "step: by more than 1e-3 nats per token in float32, 0.1 in lower precision."
+        },
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k1", metadata={"help": "Estimator of the KL in the reward; see kl.py."}
     )
@@ -143,6 +150,10 @@ class OnPolicyConfig(trl.RLOOConfig):
             raise ValueError(
                 "lr_kl_target needs more than one optimizer step per rollout (num_iterations, steps_per_generation): "
                 "the KL of the first step is always 0."
+            )
+        if self.lr_kl_target is not None and self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ValueError(
+                "lr_kl_target and lr_scheduler_type reduce_lr_on_plateau both adapt the learning rate; remove one."
             )
 
     @property

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from torch import Tensor
+
+from rlhf_recipes.models.dropout import rates
 
 
 def likely_cause(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tensor, at_start: bool) -> str:
@@ -30,9 +32,8 @@ def kl_suspects(trainer: Any, log_ratio: Tensor, mask: Tensor, prompt_mask: Tens
     sampled_at = trainer.temperature if trainer.use_vllm else trainer.generation_config.temperature
     if sampled_at != trainer.temperature:
         found.append(f"temperature: {sampled_at} in generation, {trainer.temperature} in training")
-    active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training]
-    if active:
-        found.append(f"dropout: it is on in {len(active)} layers ({active[0]}); set disable_dropout=True")
+    if active := [f"{type(owner).__name__}.{name} = {value}" for owner, name, value in rates(model)]:
+        found.append(f"dropout: it is on in {len(active)} places ({active[0]}); set disable_dropout to true")
     by_row = (log_ratio.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
     padded = (prompt_mask == 0).any(1)
     if padded.any() and (~padded).any() and by_row[padded].mean() > 10 * by_row[~padded].mean():

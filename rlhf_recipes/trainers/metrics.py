@@ -19,6 +19,11 @@ PHASES = ("generate", "score", "forward", "update")
 """Sampling; reward functions; passes without gradient; passes with gradient and optimizer steps."""
 
 
+def in_float64(values: Tensor) -> Tensor:
+    """For sums whose difference counts, such as those of a variance; float32 on Apple's GPUs, which lack float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 class MetricLog:
     """Sums of every metric since the last line: the next line has means over all tokens or rows, not means of means."""
 
@@ -36,7 +41,7 @@ class MetricLog:
             copies: Number of processes that add these same values.
         """
         mask = torch.ones_like(values) if mask is None else mask
-        sums = torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
+        sums = torch.stack([(in_float64(values.detach()) * mask).sum(), in_float64(mask.sum())])
         self.sums[mode][name] = self.sums[mode].get(name, 0.0) + (sums if copies == 1 else sums / copies)
 
     def take_means(self, mode: str, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
@@ -89,6 +94,22 @@ class RolloutLogs:
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, an evaluation has the logs to itself; afterwards they are the training rollout's again."""
+        kept = self.to_dict()
+        self._clear()
+        try:
+            yield
+        finally:
+            self._clear()
+            self.load(kept)
+
+    def _clear(self) -> None:
+        for values in self._logs.values():
+            for column in values.values() if isinstance(values, dict) else [values]:
+                column.clear()
 
     def first(self, number: int, step: int) -> list[dict[str, Any]]:
         """The first `number` completions; a score that is NaN is None."""

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from rlhf_recipes.data.tokenizer import continuation
+from rlhf_recipes.models.dropout import switch_off
 from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
 from rlhf_recipes.recipe.schema import RecipeError
@@ -24,10 +26,11 @@ from rlhf_recipes.runs.callbacks import CompletionTables
 from rlhf_recipes.runs.checkpoints import Resumable
 from rlhf_recipes.trainers.batches import EpochSampler, MicroBatches
 from rlhf_recipes.trainers.config import OnPolicyConfig, distortions
+from rlhf_recipes.trainers.first_step import check_first_step, starts_from_reference
 from rlhf_recipes.trainers.kl import KLControl, k3, kl_metrics
 from rlhf_recipes.trainers.kl_diagnosis import likely_cause
 from rlhf_recipes.trainers.metrics import MetricLog, PhaseTimer, RolloutLogs, rename
-from rlhf_recipes.trainers.reference import frozen_copy, prepare
+from rlhf_recipes.trainers.reference import SyncReference, frozen_copy, prepare
 from rlhf_recipes.trainers.state import Forward, Rollout, RunState, in_parts, own_random_numbers, read_state
 from rlhf_recipes.trainers.vllm import send_policy_only
 
@@ -73,13 +76,22 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._run_state, self._kl, self._metric_log = RunState(), KLControl(args), MetricLog()
         self._timer, self._micro_batches = PhaseTimer(args.device.type), MicroBatches(args, self._sum_over_ranks)
         self._rollout: Rollout | None = None
-        reward_funcs = as_reward_funcs(reward_funcs, reward_processing_classes, args.reward_timeout)
-        reference, beta = frozen_copy(model, args, peft_config), args.beta
-        args.beta = beta if reference is None else 0.0  # with 0, TRL loads no reference
+        reward_funcs, tokenizers = as_reward_funcs(reward_funcs, reward_processing_classes, args.reward_timeout)
+        reference, beta, syncs = frozen_copy(model, args, peft_config), args.beta, args.sync_ref_model
+        if reference is not None:
+            args.beta, args.sync_ref_model = 0.0, False  # with 0, TRL loads no reference
         super().__init__(model, reward_funcs, args, *more, peft_config=peft_config, **kwargs)
-        self.beta = args.beta = beta
+        self.reward_processing_classes = tokenizers
+        self.beta, args.beta, args.sync_ref_model = beta, beta, syncs
         if reference is not None:
             self.ref_model = prepare(reference, self.accelerator)
+        if syncs:
+            self.remove_callback(SyncRefModelCallback)
+            self.add_callback(SyncReference(self))
+        self.rates_of_dropout = switch_off(self.model) if args.disable_dropout else []
+        """What `disable_dropout` has set to 0; the final model's configuration gets it back."""
+        if self.ref_model is not None and args.disable_dropout:
+            switch_off(self.ref_model)
         self._rollout_logs = RolloutLogs(self._logs)
         self._reward_streams = RewardStreams(args.seed, self.accelerator.process_index)
         kept: tuple = (
@@ -197,11 +209,12 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
                 self._log_mean(name, values, mask if values.ndim == 2 else None)
             self._log_mean("beta", torch.tensor([self.beta], device=mask.device))
             if self.model.training:
-                at_start = self._run_state.episodes == 0
-                exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-                if wrong := self._kl.watch(log_ratio, mask, at_start, exact, self._sum_over_ranks):
-                    cause = likely_cause(self, log_ratio, mask, output["prompt_mask"], at_start)
-                    self._run_state.warn_once("kl at start" if at_start else "negative kl", f"{wrong}. {cause}")
+                about = log_ratio, mask, output["prompt_mask"]
+                if self._run_state.episodes == 0:
+                    check_first_step(self, "the reference", *about, must_be_equal=starts_from_reference(self))
+                if wrong := self._kl.watch(log_ratio, self._sum_over_ranks):
+                    cause = likely_cause(self, *about, at_start=False)
+                    self._run_state.warn_once("negative kl", f"{wrong}. {cause}")
         rewards = self._local_rows(rollout.scores) - self.beta * rollout.kl.sum(1)
         self._log_mean("reward_mean", rewards.nan_to_num(), (~rewards.isnan()).float())
 
@@ -230,13 +243,17 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             logits, outputs = completion_logits(model, input_ids, attention_mask, length, **more)
         logps, entropies = sampled_logps(logits, input_ids[:, -length:], self.temperature, entropy, overwrite=True)
         values, aux_loss = getattr(outputs, "state_values", None), outputs.aux_loss if more else None
-        return Forward(logps, entropies if entropy else None, values, aux_loss)
+        return Forward(logps, entropies if entropy else None, None if values is None else values.real, aux_loss)
 
     def _forward_batch(self, model: Any, inputs: dict[str, Tensor], entropy: bool = False) -> Forward:
         """One pass over a micro-batch."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        return self._forward(model, ids, attention_mask, inputs["completion_ids"].size(1), entropy)
+        prompt_mask, mask = inputs["prompt_mask"], inputs["completion_mask"]
+        now = self._forward(model, ids, torch.cat([prompt_mask, mask], dim=1), mask.size(1), entropy)
+        if self.model.training and self.state.global_step == 0:
+            log_ratio = now.logps.detach() - inputs["old_per_token_logps"]
+            check_first_step(self, "the policy that sampled the rollout", log_ratio, mask, prompt_mask)
+        return now
 
     # Losses
 
@@ -265,12 +282,18 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     def _with_aux_loss(self, loss: Tensor, now: Forward) -> Tensor:
         return loss if now.aux_loss is None else loss + self.router_aux_loss_coef * now.aux_loss
 
-    def _log_update(self, log_ratio: Tensor, mask: Tensor) -> None:
-        """Logs how far the policy is from the rollout's, in nats per token (k3), from log pi - log pi_old, (B, T)."""
+    def _log_update(self, log_ratio: Tensor, mask: Tensor, moves: bool = True) -> None:
+        """Logs how far the policy is from the rollout's, in nats per token (k3).
+
+        Args:
+            log_ratio: log pi - log pi_old, (B, T).
+            mask: Completion tokens, (B, T).
+            moves: False while the policy does not train: the learning rate is then not adapted to its KL.
+        """
         with torch.no_grad():
             moved = k3(-log_ratio * mask)
         self._log_mean("approx_kl", moved, mask)
-        if self.model.training:
+        if self.model.training and moves:
             self._kl.add_step_kl(moved, mask)
 
     # Batches
@@ -298,7 +321,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         of_training = self._reward_streams
         self._reward_streams = RewardStreams(self.args.seed, self.accelerator.process_index)
         try:
-            with self._timer.paused(), own_random_numbers(self.args.seed):
+            with self._timer.paused(), self._rollout_logs.set_aside(), own_random_numbers(self.args.seed):
                 return super().evaluate(*args, **kwargs)
         finally:
             self._reward_streams = of_training
@@ -352,6 +375,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             self._micro_batches.clear()  # the next step samples a new rollout
         state = {name: part.to_dict() for name, part in self._kept_in_checkpoints.items()}
         state |= {"step": self._step, "beta": self.beta}
+        if self.args.sync_ref_model:  # else the reference is the start of the run
+            state["reference"] = self.accelerator.unwrap_model(self.ref_model).state_dict()
         torch.save(state, Path(output_dir) / STATE_FILE.format(rank=self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -363,3 +388,5 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             for name, part in self._kept_in_checkpoints.items():
                 part.load(state[name])
             self._step, self.beta = state["step"], state["beta"]
+            if "reference" in state:
+                self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])

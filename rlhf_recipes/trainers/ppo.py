@@ -8,11 +8,13 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from trl.trainer.utils import disable_dropout_in_model
 
+from rlhf_recipes.launch.setup import launched
+from rlhf_recipes.models.dropout import switch_off
 from rlhf_recipes.runs.files import VALUE_MODEL
 from rlhf_recipes.trainers.advantages import gae, masked_whiten, token_rewards
 from rlhf_recipes.trainers.config import OnPolicyConfig
+from rlhf_recipes.trainers.metrics import in_float64
 from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
 from rlhf_recipes.trainers.state import Forward, Rollout
 from rlhf_recipes.trainers.value_network import ValueNetwork, copy_of_policy, load_value_model
@@ -41,9 +43,10 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.value_warmup_steps > 0 and self.deepspeed_plugin is not None:
+        sharded = self.deepspeed_plugin is not None or self.fsdp_plugin_args or launched().kind == "FSDP"
+        if self.value_warmup_steps > 0 and sharded:
             raise ValueError(
-                f"value_warmup_steps is {self.value_warmup_steps}, but an optimizer step of DeepSpeed changes all "
+                f"value_warmup_steps is {self.value_warmup_steps}, but an optimizer step of DeepSpeed or FSDP changes all "
                 "weights, also the policy's; set it to 0, or launch with DDP."
             )
 
@@ -93,7 +96,7 @@ class PPOTrainer(OnPolicyTrainer):
         else:
             model = load_value_model(source, self._tokenizer)
         if self.args.disable_dropout:
-            disable_dropout_in_model(model)
+            switch_off(model)
         if self.args.gradient_checkpointing:
             model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         return model
@@ -131,7 +134,7 @@ class PPOTrainer(OnPolicyTrainer):
         self._log_mean("return_mean", returns, counts)
         for name, x in (("returns", returns), ("errors", returns - values)):  # `explained_variance` follows from these
             self._log_mean(f"{name}_1", x, counts)
-            self._log_mean(f"{name}_2", x.square(), counts)
+            self._log_mean(f"{name}_2", in_float64(x).square(), counts)
         return self.accelerator.gather(output["advantages"].sum(1) / counts.sum(1).clamp(min=1))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -157,7 +160,7 @@ class PPOTrainer(OnPolicyTrainer):
 
         self._log_mean("value_loss", value_losses, mask)
         self._log_mean("value_clip_fraction", ((now.values - old_values).abs() > clip).float(), mask)
-        self._log_update(log_ratio, mask)
+        self._log_update(log_ratio, mask, moves=not self.warming_up)
         return self._with_aux_loss(loss, now)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

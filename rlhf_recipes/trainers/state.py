@@ -108,7 +108,8 @@ class RunState:
 def own_random_numbers(seed: int) -> Iterator[None]:
     """Inside, random numbers come from the seed and the rank; afterwards all streams are as before."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Only this process's GPU: touching another one would take memory there.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         set_seed(seed, device_specific=True)
         yield
     random.setstate(states[0])

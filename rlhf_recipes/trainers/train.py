@@ -7,6 +7,7 @@ from datasets import Dataset
 from rlhf_recipes.data.rows import load_rows
 from rlhf_recipes.data.shapes import prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.dropout import switch_on
 from rlhf_recipes.models.limits import check_context
 from rlhf_recipes.models.start import Start
 from rlhf_recipes.recipe.schema import RecipeError
@@ -36,6 +37,7 @@ def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) ->
     trainer = start.trainer(trainer_class, tokenizer, reward_funcs=reward_funcs, train_dataset=train, **more)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
+    switch_on(trainer.rates_of_dropout)  # the saved configuration is the one that the policy came with
     save_model(trainer, run)
     return callback.summary()
 

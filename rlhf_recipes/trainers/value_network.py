@@ -10,6 +10,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,7 +31,10 @@ HEAD_FILE = "value_head.safetensors"
 
 @dataclass
 class PolicyOutput(ModelOutput):
-    """Logits (B, T, vocabulary), values (B, T) of the same states, and the balancing loss of a mixture of experts."""
+    """Logits (B, T, vocabulary), values (B, T) of the same states, and the balancing loss of a mixture of experts.
+
+    The values are the real part of `state_values`.
+    """
 
     logits: Tensor | None = None
     state_values: Tensor | None = None
@@ -83,6 +87,8 @@ class ValueNetwork(nn.Module):
             hidden_states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             values = self._values(self.model.score, hidden_states[:, kwargs["logits_to_keep"]])
             values = values - getattr(self.model.config, "score_center", 0.0)  # as stage reward scores
+        if isinstance(policy, FSDPModule):  # it would round every real output to its precision, such as bf16
+            values = torch.complex(values, torch.zeros_like(values))
         return PolicyOutput(outputs.logits, values, getattr(outputs, "aux_loss", None))
 
     @staticmethod
@@ -131,6 +137,11 @@ def copy_of_policy(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
         layers = copy.deepcopy(policy.base_model)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(
+            f"value_model: transformers has no sequence classifier for {config.model_type}, which 'policy' needs; use "
+            "'shared', a head on the policy."
+        )
     with torch.device("meta"):  # random weights would cost time and random numbers
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, layers)

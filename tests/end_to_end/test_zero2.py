@@ -405,7 +405,7 @@ def test_value_warmup_is_refused_under_deepspeed(launcher):
     codes = launcher.run(ZERO2, "ppo", "warm", *settings("ppo-shared", ZERO2), "ppo.trainer.value_warmup_steps=1")
     assert codes == [2, 2]
     assert (
-        "error: ppo.trainer.value_warmup_steps is 1, but an optimizer step of DeepSpeed changes all weights"
+        "error: ppo.trainer.value_warmup_steps is 1, but an optimizer step of DeepSpeed or FSDP changes all"
         in launcher.output("warm")
     )
 

@@ -56,6 +56,12 @@ def causal_lm(tokenizer, architecture: str = "gpt2", seed: int = 0, **config):
             "num_local_experts": 4,
             "max_position_embeddings": 64,
         },
+        "cohere": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
     }[architecture]
     torch.manual_seed(seed)
     settings = (

@@ -2,12 +2,14 @@
 
 import inspect
 import logging
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
@@ -62,7 +64,7 @@ def test_metrics_have_one_set_of_names(trainer_class, own, others, policy_folder
 
 
 def test_metrics_are_means_over_tokens_and_completions_by_hand(policy_folder, tmp_path):
-    trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1)
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1, check_first_step=False)
     with torch.no_grad():  # a policy that has moved
         for parameter in trainer.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -286,7 +288,8 @@ def test_finished_is_told_apart_from_cut_off_when_pad_is_eos(bpe_policy_folder, 
         seen.update(ids=completion_ids, finished=finished)
         return [0.0] * len(finished)
 
-    trainer = make(PPOTrainer, bpe_policy_folder, tmp_path, watch, tokenizer=tokenizer, max_completion_length=40)
+    trainer = make(PPOTrainer, bpe_policy_folder, tmp_path, watch, tokenizer=tokenizer, max_completion_length=40,
+                   check_first_step=False)  # fmt: skip
     with torch.no_grad():  # make EOS likely, so that both kinds occur
         trainer.model.lm_head.weight[tokenizer.eos_token_id] += 0.2 * torch.randn(
             32, generator=torch.Generator().manual_seed(0)
@@ -527,13 +530,28 @@ def test_learning_rate_follows_the_kl_of_the_update(policy_folder, tmp_path):
         assert rates == pytest.approx([1e-3, 1e-3, 1e-3 * change, 1e-3 * change])
     with pytest.raises(ValueError, match="more than one optimizer step"):
         make(PPOTrainer, policy_folder, tmp_path, lr_kl_target=0.1)
+    with pytest.raises(ValueError, match="both adapt the learning rate"):
+        make(PPOTrainer, policy_folder, tmp_path, num_iterations=2, lr_kl_target=0.1,
+             lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_dataset=PROMPTS)  # fmt: skip
+
+
+def test_learning_rate_stays_while_the_policy_cannot_move(policy_folder, tmp_path):
+    """While only the value network trains, and where all rewards are equal; TRL's step counts both."""
+    still = {"num_iterations": 2, "lr_kl_target": 1.0, "max_steps": 4, "lr_scheduler_type": "constant", "beta": 0.0}
+    for trainer in (
+        make(PPOTrainer, policy_folder, tmp_path, value_warmup_steps=4, **still),
+        make(RLOOTrainer, policy_folder, tmp_path, lambda completions, **columns: [1.0] * len(completions), **still),
+    ):
+        trainer.train()
+        assert [line["learning_rate"] for line in logged(trainer)] == pytest.approx([1e-3] * 4)
 
 
 @pytest.mark.parametrize("trainer_class", ALGORITHMS)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_reward_takes_the_chosen_kl_estimate(trainer_class, estimator, policy_folder, tmp_path):
     settings = {"whiten_advantages": False, "lam": 1.0} if trainer_class is PPOTrainer else {"baseline": "none"}
-    trainer = make(trainer_class, policy_folder, tmp_path, beta=0.5, kl_estimator=estimator, **settings)
+    trainer = make(trainer_class, policy_folder, tmp_path, beta=0.5, kl_estimator=estimator, check_first_step=False,
+                   **settings)  # fmt: skip
     with torch.no_grad():
         trainer.model.transformer.wpe.weight.mul_(3.0)
     output = rollout(trainer)
@@ -558,15 +576,81 @@ def warnings_of(trainer, caplog, steps=1):
     return " ".join(record.getMessage() for record in caplog.records)
 
 
-def test_a_kl_that_is_not_0_at_the_start_is_explained(policy_folder, tmp_path, caplog):
-    trainer = make(PPOTrainer, policy_folder, tmp_path, beta=0.1)
-    assert warnings_of(trainer, caplog) == ""
-    trainer = make(PPOTrainer, policy_folder, tmp_path, beta=0.1)
+def with_other_weights(trainer):
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(0.1 * torch.randn(trainer.model.lm_head.weight.shape))
-    assert "not 0" in (text := warnings_of(trainer, caplog)) and "weights: policy and reference differ" in text
-    trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1, disable_dropout=False)
-    assert "dropout: it is on in" in warnings_of(trainer, caplog)
+    return trainer
+
+
+def test_a_policy_that_is_not_its_reference_at_the_start_does_not_train(policy_folder, tmp_path, caplog):
+    trainer = make(PPOTrainer, policy_folder, tmp_path, beta=0.1)
+    assert warnings_of(trainer, caplog) == ""
+    with pytest.raises(RecipeError, match="differs from the reference by .* weights: policy and reference differ"):
+        with_other_weights(make(PPOTrainer, policy_folder, tmp_path, beta=0.1)).train()
+    trainer = with_other_weights(make(PPOTrainer, policy_folder, tmp_path, beta=0.1, check_first_step=False))
+    assert "weights: policy and reference differ" in warnings_of(trainer, caplog)
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_a_policy_that_is_not_the_rollouts_in_the_first_pass_does_not_train(trainer_class, policy_folder, tmp_path):
+    for beta in (0.0, 0.1):
+        settings = {"beta": beta, "disable_dropout": False}
+        with pytest.raises(RecipeError, match="before the first step .* dropout: it is on in"):
+            make(trainer_class, policy_folder, tmp_path, **settings).train()
+        make(trainer_class, policy_folder, tmp_path, **settings, check_first_step=False).train()
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_weights_that_are_not_finite_do_not_train(trainer_class, policy_folder, tmp_path):
+    trainer = make(trainer_class, policy_folder, tmp_path, beta=0.0)
+    with torch.no_grad():
+        trainer.model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(RecipeError, match="before the first step"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_a_synced_reference_follows_the_policy_and_survives_a_resume(trainer_class, policy_folder, tmp_path):
+    """By hand: after a sync with mix-up 1, the reference is the policy. An instance is its own first reference."""
+    from transformers import AutoModelForCausalLM
+
+    def changed():
+        model = AutoModelForCausalLM.from_pretrained(policy_folder)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        return model
+
+    settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    trainer = make(trainer_class, changed(), tmp_path / "run", **settings)
+    trainer.train()
+    kl = [line["kl"] for line in logged(trainer)]
+    assert kl[0] == pytest.approx(0, abs=1e-5) and abs(kl[1]) > 1e-4 and kl[2] == pytest.approx(0, abs=1e-5)
+    policy = trainer.model.state_dict()
+    for name, tensor in trainer.ref_model.state_dict().items():
+        assert torch.equal(tensor, policy[name]), name
+    again = make(trainer_class, changed(), tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert logged(again)[-1]["kl"] == kl[3]
+
+
+def test_tokenizers_of_reward_models_are_one_for_each_function(policy_folder, tmp_path):
+    tokenizer = word_tokenizer()
+    data = {"train_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": tokenizer}
+    args = RLOOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    trainer = RLOOTrainer(str(policy_folder), length, args, reward_processing_classes=tokenizer, **data)
+    assert trainer.reward_processing_classes == [tokenizer]
+    with pytest.raises(RecipeError, match="reward_processing_classes has 1 entries for 2 reward functions"):
+        RLOOTrainer(str(policy_folder), [length, length], args, reward_processing_classes=[tokenizer], **data)
+
+
+def test_an_evaluation_has_its_own_completions(policy_folder, tmp_path):
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, eval_dataset=["a very"] * 2, per_device_eval_batch_size=4)
+    rollout(trainer, PROMPTS * 2)
+    before, during = trainer.sampled_completions(8), []
+    trainer.log = lambda logs, *more: during.extend(trainer.sampled_completions(8))
+    trainer.evaluate()
+    assert {row["prompt"] for row in during} == {"a very"} and trainer.sampled_completions(8) == before
 
 
 def test_an_adapter_that_is_not_0_at_the_start_is_explained(policy_folder, tmp_path, caplog):
@@ -586,7 +670,7 @@ def test_going_on_from_an_adapter_starts_at_kl_0(policy_folder, tmp_path, caplog
 
 
 def test_positions_that_depend_on_padding_are_named(policy_folder, tmp_path, caplog, monkeypatch):
-    trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1)
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, beta=0.1, check_first_step=False)
     forward = trainer.ref_model.forward
     trainer.ref_model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     assert "padding: only completions of padded prompts differ" in warnings_of(trainer, caplog)
@@ -755,7 +839,7 @@ def test_canary_keys_of_the_rollout(policy_folder, tmp_path):
 
 def test_canary_trls_reward_is_ours_where_nothing_is_shaped(policy_folder, tmp_path):
     """TRL's own advantages, which RLOO replaces by the same: if they part, TRL changed how it makes them."""
-    trainer = make(RLOOTrainer, policy_folder, tmp_path, sum_of_ids, beta=0.1)
+    trainer = make(RLOOTrainer, policy_folder, tmp_path, sum_of_ids, beta=0.1, check_first_step=False)
     theirs = {}
     add = trainer._add_advantages
     trainer._add_advantages = lambda out, roll: theirs.update(a=out["advantages"].clone()) or add(out, roll)

@@ -6,15 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model, TrainerCallback
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.models.forward import pad_batch
+from rlhf_recipes.models.forward import completion_logits, pad_batch
 from rlhf_recipes.runs.files import VALUE_MODEL
 from rlhf_recipes.trainers.advantages import gae, masked_whiten
-from rlhf_recipes.trainers.value_network import HEAD_FILE
+from rlhf_recipes.trainers.value_network import HEAD_FILE, ValueNetwork
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair, word_tokenizer
-from support.tiny_trainers import PROMPTS, logged, make, micro_batches, rollout, sum_of_ids, train_on
+from support.tiny_trainers import ALGORITHMS, PROMPTS, logged, make, micro_batches, rollout, sum_of_ids, train_on
 
 VALUE_MODELS = ["shared", "policy", "classifier"]
 
@@ -45,7 +48,8 @@ def head_of(trainer):
 
 
 def test_loss_by_hand(policy_folder, tmp_path):
-    trainer = ppo(policy_folder, tmp_path, vf_coef=0.5, epsilon=0.2, cliprange_value=0.1, ent_coef=0.3)
+    trainer = ppo(policy_folder, tmp_path, vf_coef=0.5, epsilon=0.2, cliprange_value=0.1, ent_coef=0.3,
+                  check_first_step=False)  # fmt: skip
     output = rollout(trainer)
     mask = output["completion_mask"].float()
     moved = torch.linspace(-0.6, 0.6, mask.numel()).view_as(mask)
@@ -190,6 +194,49 @@ def test_an_instance_as_value_model_is_copied(policy_folder, value_folder, tmp_p
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_policy_without_a_classifier_of_its_kind_cannot_be_copied_as_value_model(tmp_path):
+    with pytest.raises(ValueError, match="no sequence classifier for cohere, .* use 'shared'"):
+        make(PPOTrainer, causal_lm(word_tokenizer(), "cohere"), tmp_path, value_model="policy")
+
+
+def test_value_warmup_is_refused_under_fsdp(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="value_warmup_steps is 1, but an optimizer step of DeepSpeed or FSDP"):
+        PPOConfig(str(tmp_path), value_warmup_steps=1, use_cpu=True, bf16=False)
+
+
+def test_values_keep_their_precision_under_fsdp(tmp_path):
+    """FSDP casts what a model returns to its own precision; values of bf16 would be 1 % off."""
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        policy = causal_lm(word_tokenizer(), "llama")
+        network = ValueNetwork(policy)
+        torch.nn.init.normal_(network.head.weight)
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+        fully_shard(policy, mesh=init_device_mesh("cpu", (1,)), mp_policy=precision)
+        ids = torch.arange(3, 19)[None]
+        _, outputs = completion_logits(policy, ids, torch.ones_like(ids), 12)
+        values = outputs.state_values.real
+        assert outputs.logits.dtype == torch.bfloat16 and values.dtype == torch.float32
+        assert not torch.equal(values, values.bfloat16().float())
+        values.sum().backward()
+        assert network.head.weight.grad.full_tensor().abs().sum() > 0
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize("trainer_class", ALGORITHMS)
+def test_a_rollout_whose_completions_are_all_masked_moves_no_weight(
+    trainer_class, policy_folder, tmp_path, monkeypatch
+):
+    trainer = make(trainer_class, policy_folder, tmp_path, sum_of_ids, mask_truncated_completions=True, beta=0.1)
+    never_ends = [7, 8, 9]
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda ids, *more: [never_ends for _ in ids])
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
 def test_value_models_that_cannot_be_one_are_refused(policy_folder, classifier_folder, tmp_path):
     tokenizer = bpe_tokenizer()
     other = AutoModelForSequenceClassification.from_config(one_label(causal_lm(tokenizer).config))
@@ -298,7 +345,7 @@ def test_explained_variance_by_hand(policy_folder, tmp_path):
 
 def test_returns_are_score_minus_kl_in_every_row_wherever_eos_stands(policy_folder, tmp_path):
     """EOS in the middle, in the last slot, first, and nowhere; gamma = lam = 1 and values 0."""
-    trainer = ppo(policy_folder, tmp_path, beta=0.3, lam=1.0, num_generations=1)
+    trainer = ppo(policy_folder, tmp_path, beta=0.3, lam=1.0, num_generations=1, check_first_step=False)
     eos, completions = 1, [[5, 6, 1], [5, 6, 7, 8, 9, 1], [1], [5, 6, 7, 8, 9, 4]]
     assert trainer.eos_token_ids == [eos]
     trainer._generate_single_turn = lambda prompt_ids, *rest: completions

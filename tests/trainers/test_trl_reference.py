@@ -131,6 +131,7 @@ def run(case, tmp_path, monkeypatch, whiten=unbiased, **changes):
         value_model=value_model,
         num_generations=1,
         max_completion_length=ABOUT["new_tokens"],
+        check_first_step=False,
         **(ours | changes),
     )
     load(trainer.ref_model.parameters(), "ref")

@@ -129,3 +129,17 @@ def test_completions_that_leave_the_batch_change_nothing_for_the_others(architec
         expected.append(row[: first + 1])
     assert len({len(row) for row in expected}) > 1
     assert sample_completions(model, prompts, tokenizer.pad_token_id, 12, 1e-4, ends) == expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_that_cannot_be_drawn_leave_entropy_and_gradients_finite(temperature):
+    """A logit of -inf, against the same distribution without that token."""
+    logits = torch.tensor([[[1.0, 2.0, 0.5]]])
+    found = []
+    for end in (torch.full((1, 1, 1), -torch.inf), torch.empty(1, 1, 0)):
+        whole = torch.cat([logits, end], -1).requires_grad_()
+        logps, entropies = sampled_logps(whole, torch.tensor([[1]]), temperature, entropy=True)
+        (logps + entropies).sum().backward()
+        found.append((logps.detach(), entropies.detach(), whole.grad[..., :3]))
+    for with_end, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_end, without)

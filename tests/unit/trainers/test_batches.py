@@ -73,3 +73,5 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
         orders.append(list(running))
         assert list(sampler()) == orders[-1] and len(running) == 20
     assert orders[0] != orders[1] != orders[2]
+    trainer.state.epoch = None
+    assert orders[1] != list(EpochSampler(RepeatSampler(list(range(20)), mini_repeat_count=1, seed=2), trainer))

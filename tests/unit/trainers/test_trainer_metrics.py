@@ -33,6 +33,16 @@ def test_explained_variance_follows_from_the_moments(returns, expected):
     assert log.take_means("train", same) == expected
 
 
+def test_explained_variance_keeps_its_digits_where_returns_vary_little():
+    """Returns of 100 +- 0.022: in float32, the square of the mean takes all digits of the variance."""
+    returns = 100 + 0.022 * torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    log = MetricLog()
+    for name, values in (("returns", returns), ("errors", 0.5 * (returns - 100))):
+        log.add("train", f"{name}_1", values)
+        log.add("train", f"{name}_2", metrics.in_float64(values).square())
+    assert log.take_means("train", same)["explained_variance"] == pytest.approx([0.75], rel=1e-6)
+
+
 def test_time_counts_for_the_phase_that_ends_and_a_pause_for_none(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
