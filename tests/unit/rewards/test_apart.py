@@ -195,9 +195,9 @@ def test_a_functions_process_ends_with_the_process_that_asks_it(timed, tmp_path)
 
 def test_functions_of_modules_get_a_process_and_others_a_thread():
     """As `reward_timeout` of a trainer in a program of the user's."""
-    kinds = [type(f).__name__ for f in as_reward_funcs([fmean, lambda completions: [1.0]], None, timeout=60)]
+    kinds = [type(f).__name__ for f in as_reward_funcs([fmean, lambda completions: [1.0]], None, timeout=60)[0]]
     assert kinds == ["TimedReward", "SyncReward"]
-    assert [type(f).__name__ for f in as_reward_funcs([fmean], None, timeout=None)] == ["SyncReward"]
+    assert [type(f).__name__ for f in as_reward_funcs([fmean], None, timeout=None)[0]] == ["SyncReward"]
 
 
 def test_a_late_answer_is_late_although_nobody_waited_for_it(timed):
