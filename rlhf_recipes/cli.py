@@ -1,5 +1,6 @@
 """The command line, `rlhf-recipes`. Nothing here imports torch before a stage has to run."""
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 from rlhf_recipes.commands import experiments, recipes, stages, tools
 from rlhf_recipes.launch.start import USER_ERROR
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.system.errors import explain
 from rlhf_recipes.system.terminal import complain, say
 
 app = typer.Typer(
@@ -38,11 +40,16 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: an error in the user's input becomes one message and exit code 2."""
+    """Entry point: an error becomes one message and exit code 2."""
     try:
         app()
     except (RecipeError, OSError) as error:  # such as a path that is longer than the system allows
         complain(str(error))
+        sys.exit(USER_ERROR)
+    except Exception as error:
+        if "RLHF_RECIPES_TRACEBACK" in os.environ:
+            raise
+        complain(f"{explain(error, 'rlhf-recipes', {})} (set RLHF_RECIPES_TRACEBACK=1 to see where)")
         sys.exit(USER_ERROR)
 
 

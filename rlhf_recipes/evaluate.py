@@ -10,6 +10,7 @@ measured: after a stop, the same command continues with the next model, and the 
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from rlhf_recipes.runs.files import COMPLETIONS, PARTS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import log_eval
 from rlhf_recipes.stage import stage_command
-from rlhf_recipes.system.files import as_lines, read_json, stamp_of, write_whole, writing
+from rlhf_recipes.system.files import as_lines, read_json, sealed, stamp_of, write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def main(run: Run) -> str:
@@ -51,11 +54,15 @@ def main(run: Run) -> str:
         for name in models:
             file = folder / f"{_fingerprint(run, name, rows)}.json"
             if file.exists():
-                bar.update(len(rows))
-            else:
-                part = evaluator.measure(name, bar.update)
-                with writing(f"the result of {name}", file):
-                    write_whole(file, json.dumps(part, ensure_ascii=False))
+                try:
+                    parts[name] = read_json(file)
+                    bar.update(len(rows))
+                    continue
+                except RecipeError as error:
+                    logger.warning("%s is measured again: %s", name, str(error).partition(";")[0])
+            part = evaluator.measure(name, bar.update)
+            with writing(f"the result of {name}", file):
+                write_whole(file, sealed(part))
             parts[name] = read_json(file)
     _write(run, rows, parts, new_tokens)
     log_eval(recipe, run.path, run.manifest["id"])

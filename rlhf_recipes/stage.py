@@ -1,34 +1,35 @@
 """Runs one stage as a process: arguments, signals, exit codes, and the error message of whatever goes wrong."""
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.launch.checks import check_launch
+from rlhf_recipes.launch.ranks import (
+    LOST,
+    has_joined,
+    is_distributed,
+    is_lost_connection,
+    join,
+    of_main,
+    wait_for_failing_rank,
+)
 from rlhf_recipes.launch.setup import launched, prepare
-from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOPPED, USER_ERROR, end_with_parent
+from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOP_CODES, USER_ERROR, end_with_parent, on_stop
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.registry import check_functions
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
 from rlhf_recipes.system.errors import explain
-from rlhf_recipes.system.files import DISK_ERRNOS, checkpoints, step_of, write_error
+from rlhf_recipes.system.files import checkpoints, is_disk_error, read_json, step_of, write_error
 from rlhf_recipes.system.terminal import complain, hush_libraries, log_to, say
-
-LOST = (
-    "another process of this run has ended: with its own error, shown above, or because the system killed it (out of "
-    "memory). The same command resumes from the last checkpoint."
-)
-"""Message of a process that cannot continue without the others."""
 
 
 def stage_command(stage: str, main: Callable[[Run], str]) -> None:
@@ -45,21 +46,31 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a run with other settings; it is moved aside")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
-    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite)
-    if code in (0, STOPPED) and _has_joined():
+    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite, is_own_process=True)
+    if code in (0, *STOP_CODES) and has_joined():
         from accelerate import PartialState
 
         PartialState().destroy_process_group()  # otherwise its threads abort the interpreter's exit
     sys.exit(code)
 
 
-def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list[str], overwrite: bool) -> int:
-    """Runs one stage of a recipe in this process; returns its exit code."""
+def run_stage(
+    stage: str,
+    main: Callable[[Run], str],
+    name: str,
+    overrides: list[str],
+    overwrite: bool,
+    is_own_process: bool = False,
+) -> int:
+    """Runs one stage of a recipe in this process; returns its exit code. Arguments as those of its command.
+
+    `is_own_process`: this process ends with the stage, so that its temporary files can go with it.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
     run = log = None
     given: dict[str, Any] = {}
     try:
-        signal.signal(signal.SIGTERM, _leave)
+        _on_request(_leave)
         _end_with_launcher()
         logging.raiseExceptions = False  # report a full disk once, not for every line of log.txt
         recipe = load_checked(name, overrides)
@@ -69,9 +80,13 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         if hub_references(recipe, stage):
             go_offline()  # before the first import of a Hugging Face library, perhaps in the next line
         check_launch(given)
-        _join(given)
+        join(given)
         run = Run(recipe, stage, is_main)
-        if _of_main(lambda: run.is_done(overwrite)):
+        of_main(run.lock.take)
+        if is_own_process:
+            of_main(run.temporary.sweep)
+            run.temporary.use()
+        if of_main(lambda: run.is_done(overwrite)):
             if is_main:
                 say(f"{stage:<8} finished before, nothing to do   {run.path}")
             return 0
@@ -80,10 +95,10 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         check_references(recipe, stage)
         log = run.path / "log.txt" if is_main else None
         log_to(log if log and log.is_file() else None)  # `run.start` may warn about an earlier attempt
-        run.checkpoint = _of_main(lambda: run.start(launched()))
+        run.checkpoint = of_main(lambda: run.start(launched()))
         log_to(log)
         hush_libraries()
-        _of_main(lambda: run.record_sources(sources(recipe, stage)))
+        of_main(lambda: run.record_sources(sources(recipe, stage)))
         if is_main and run.checkpoint is not None:
             say(f"{stage:<8} resumes from {_progress(run.checkpoint)}   {run.path}")
         line = main(run)
@@ -95,42 +110,45 @@ def run_stage(stage: str, main: Callable[[Run], str], name: str, overrides: list
         _fail(run, error)
         logging.getLogger(__name__).info("stopped by: %s", traceback.format_exc())
         if not is_main:
-            _wait_for_failing_rank()
+            wait_for_failing_rank()
         complain(str(error))
         return USER_ERROR
-    except KeyboardInterrupt as error:
-        _fail(run, error)
-        complain("interrupted.")
-        return INTERRUPTED
-    except SystemExit as leaving:
-        if leaving.code not in (STOPPED, USER_ERROR):  # a library exits
+    except (KeyboardInterrupt, SystemExit) as leaving:
+        code = leaving.code if isinstance(leaving, SystemExit) else INTERRUPTED
+        if code not in (USER_ERROR, *STOP_CODES):  # a library exits
             _fail(run, leaving)
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it more than once
-        if leaving.code == STOPPED and is_main and run is not None:
+        _on_request(signal.SIG_IGN)  # a cluster asks more than once
+        if code != USER_ERROR and is_main and run is not None:
             run.stop()
             say(f"{stage:<8} stopped, {_how_to_resume(run)}   {run.path}")
-        return leaving.code
+        return code
     except BaseException as error:  # noqa: BLE001 - every error becomes a message
-        lost = _is_distributed() and _is_lost_connection(error)
+        lost = is_distributed() and is_lost_connection(error)
         message = LOST if lost else _explained(error, stage, given, run)
         _fail(run, RecipeError(message))
         logging.getLogger(__name__).info("died of: %s", traceback.format_exc())
         if lost or not is_main:
-            _wait_for_failing_rank(is_ended_by_launcher=not is_main)
+            wait_for_failing_rank(is_ended_by_launcher=not is_main)
         if log is not None and log.is_file():
             message += "" if lost else f" (traceback in {log})"
-        elif not lost:
+        elif not lost and not is_disk_error(error):
             traceback.print_exc()
         complain(message)
         return USER_ERROR
+    finally:
+        if run is not None:
+            if is_own_process and is_main and run.lock.is_taken:
+                run.temporary.sweep()
+            run.lock.release()
 
 
 def _explained(error: BaseException, stage: str, given: dict[str, Any], run: Run | None) -> str:
     """The message for an error of a library, or a bug; the caller adds the file of the traceback."""
-    if run is not None and isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-        what = "a file" if error.filename else "a file of a library (perhaps a temporary one)"
-        return write_error(what, Path(error.filename or run.path), error)
+    if run is not None and is_disk_error(error):
+        file = getattr(error, "filename", None)
+        what = "a file" if file else "a file of a library (perhaps a temporary one)"
+        return write_error(what, Path(file or run.path), error)
     return explain(error, stage, given)
 
 
@@ -143,11 +161,18 @@ def _how_to_resume(run: Run) -> str:
 
 
 def _leave(number, frame) -> None:
-    raise SystemExit(STOPPED)
+    raise SystemExit(128 + number)
+
+
+def _on_request(handler: Any) -> None:
+    """Handle the `STOP_SIGNALS` that are not ignored; Ctrl-C stays a KeyboardInterrupt."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    on_stop(handler)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _fail(run: Run | None, error: BaseException) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all ranks when one ends
+    _on_request(signal.SIG_IGN)  # a launcher asks all ranks when one ends
     if run is not None:
         run.fail(error)
 
@@ -161,75 +186,9 @@ def _end_with_launcher() -> None:
         end_with_parent()
 
 
-def _wait_for_failing_rank(is_ended_by_launcher: bool = True) -> None:
-    """Waits for the process that has the error, so that only this process reports it.
-
-    Args:
-        is_ended_by_launcher: True: the launcher ends this process when the other one ends. False: this process reports
-            that the other one has ended, because the system may have killed it.
-    """
-    if is_ended_by_launcher:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(10 if is_ended_by_launcher else 3)  # an interpreter with torch takes seconds to end
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective operation failed because another process has ended."""
-    from torch.distributed import DistError
-
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "gloo/transport")
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
-    )
-
-
-def _join(given: dict[str, Any]) -> None:
-    """Connects to the other processes of this launch, on the device that the stage trains on."""
-    if _is_distributed():
-        prepare()
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=bool(given.get("use_cpu")) or not torch.accelerator.is_available())
-
-
-def _has_joined() -> bool:
-    """Whether `_join` has run. It imports nothing: a stop during the import of torch leaves a broken module."""
-    state = sys.modules.get("accelerate.state")
-    return bool(getattr(getattr(state, "PartialState", None), "_shared_state", None))
-
-
 def _progress(checkpoint: Path) -> str:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(checkpoint / "trainer_state.json")
     return f"step {state['global_step']} of {state['max_steps']}"
-
-
-def _is_distributed() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def _of_main(question: Callable[[], Any]) -> Any:
-    """The main process's answer, on every rank: other processes must not read a folder while it changes.
-
-    If the answer is an error, the main process raises it, and the others exit without a message.
-    """
-    if not _is_distributed():
-        return question()
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    answer = error = None
-    if PartialState().is_main_process:
-        try:
-            answer = question()
-        except RecipeError as caught:
-            error = caught
-    answer, failed = broadcast_object_list([answer, error is not None])
-    if error is not None:
-        raise error
-    if failed:
-        raise SystemExit(USER_ERROR)
-    return answer
 
 
 def load_checked(name: str, overrides: list[str]) -> Recipe:

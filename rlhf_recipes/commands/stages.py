@@ -3,7 +3,7 @@
 import typer
 
 from rlhf_recipes.commands.options import Config, Name, Overrides, Overwrite
-from rlhf_recipes.launch.start import STOPPED, launch_stage
+from rlhf_recipes.launch.start import STOP_CODES, launch_stage
 from rlhf_recipes.pages.tables import print_models
 from rlhf_recipes.recipe.graph import stages_to_run
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe
@@ -27,7 +27,7 @@ def run(name: Name, overrides: Overrides, accelerate_config: Config = None, over
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
         code = exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config), stage_run.path)
-        if code not in (0, STOPPED):
+        if code not in (0, *STOP_CODES):
             log = stage_run.path / "log.txt"
             complain(f"stage {stage} did not finish; {log} has the details. Finished stages are kept.")
         if code != 0:

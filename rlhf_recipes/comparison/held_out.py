@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_recipes.comparison.differences import identity
 from rlhf_recipes.comparison.runs import TrainedRun
 from rlhf_recipes.runs.files import COMPLETIONS, read_manifest
-from rlhf_recipes.system.files import read_json, read_lines
+from rlhf_recipes.system.files import read_json, read_log
 
 MOST_SAMPLES = 500
 """Prompts whose completions a comparison contains."""
@@ -41,7 +41,7 @@ class Measured:
 
     @property
     def prompts_sha256(self) -> str:
-        prompts = [json.dumps(line["prompt"]) for line in read_lines(self.folder / COMPLETIONS)]
+        prompts = [json.dumps(line["prompt"]) for line in read_log(self.folder / COMPLETIONS, needed=("prompt",))]
         return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
@@ -71,7 +71,7 @@ def read_samples(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """The first lines of the first eval's completions."""
     if not measured:
         return []
-    lines = read_lines(next(iter(measured.values())).folder / COMPLETIONS, MOST_SAMPLES)
+    lines = read_log(next(iter(measured.values())).folder / COMPLETIONS, ("prompt",), MOST_SAMPLES)
     return [line for line in lines if "models" in line]  # earlier versions wrote another form
 
 

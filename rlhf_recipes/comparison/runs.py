@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_recipes.pages.metrics import FROM_TRL, our_name
 from rlhf_recipes.recipe.schema import ON_POLICY, RecipeError
-from rlhf_recipes.runs.files import read_manifest, read_metrics
+from rlhf_recipes.runs.files import METRICS, read_manifest, read_metrics
 from rlhf_recipes.system.files import checkpoints
 
 TRAINER_STATE = "trainer_state.json"
@@ -74,8 +74,14 @@ def _read(argument: str) -> TrainedRun:
     label, path = _split(argument)
     if not path.exists():
         raise RecipeError(f"{path}: no such run (looked from {Path.cwd()}).")
-    manifest = read_manifest(path)
-    if isinstance(manifest, dict) and manifest.keys() >= {"stage", "status", "settings"}:  # a run of this project
+    state = _trainer_state(path)
+    try:
+        manifest = read_manifest(path)
+    except RecipeError:
+        if state is None or (path / METRICS).exists():
+            raise
+        manifest = None  # of another program, beside a plain Trainer's run
+    if manifest is not None and manifest.keys() >= {"stage", "status", "settings"}:  # a run of this project
         stage, status = manifest["stage"], manifest["status"]
         if stage not in ON_POLICY:
             raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
@@ -83,11 +89,9 @@ def _read(argument: str) -> TrainedRun:
             raise RecipeError(
                 f"{path}: not a finished run (stage {stage}, {status}); first: rlhf-recipes {stage} {manifest['recipe']}"
             )
-        try:
-            return TrainedRun(label or stage, path, manifest, columns(read_metrics(path)))
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{path}: its metrics.jsonl cannot be read ({error}); run the stage again.") from error
-    state = _trainer_state(path)
+        if not (lines := read_metrics(path)):
+            raise RecipeError(f"{path}: its metrics.jsonl cannot be read: it has no whole line; run the stage again.")
+        return TrainedRun(label or stage, path, manifest, columns(lines))
     if state is None:
         raise RecipeError(
             f"{path}: not a finished run of ppo or rloo: it has neither a manifest.json of rlhf-recipes nor a "

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.experiments.grid import short_hash
-from rlhf_recipes.launch.start import INTERRUPTED, STOPPED, launch_stage
+from rlhf_recipes.launch.start import STOP_CODES, launch_stage
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, input_stages, sections_of
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
-from rlhf_recipes.runs.files import exit_code, read_manifest, run_path
+from rlhf_recipes.runs.files import MANIFEST, exit_code, read_manifest, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import write_whole, writing
 from rlhf_recipes.system.terminal import complain, say
@@ -164,7 +164,7 @@ def run_jobs(
         except RecipeError as error:
             code, why = 1, first_line(str(error))
             complain(str(error))
-        if code in (STOPPED, INTERRUPTED):
+        if code in STOP_CODES:
             say(f"{what} stopped after {i - 1} of {len(jobs)} jobs; the same command resumes it   {folder}")
             return code
         if code != 0:
@@ -174,17 +174,21 @@ def run_jobs(
 
 def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
     """Runs a job; returns its exit code, and the reason if it failed."""
-    before = read_manifest(job.path)
+    before = _text_of(job.path / MANIFEST)
     file = job.path.parent / "recipe.yaml"
     with writing("the run's recipe", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_yaml(job.recipe))
     code = exit_code(launch_stage(job.stage, str(file), [], overwrite, config), job.path)
-    manifest = read_manifest(job.path)
-    if manifest in (None, before):
+    if _text_of(job.path / MANIFEST) in (None, before):
         return code, f"exit code {code} before the run began; see its message above"
+    manifest = read_manifest(job.path) or {}
     said = first_line(manifest["error"]) if "error" in manifest else f"exit code {code}"
     return code, f"{said}   {job.path / 'log.txt'}"
+
+
+def _text_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def only_stage(recipe: Recipe, stage: str) -> Recipe:

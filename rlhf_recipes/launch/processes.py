@@ -2,7 +2,7 @@
 
     python -m rlhf_recipes.launch.processes --config_file FILE -m rlhf_recipes.ppo --recipe imdb_tiny
 
-Takes the arguments of `accelerate launch`. Passes SIGTERM on to the processes and waits for them; SIGINT kills them. Hides
+Takes the arguments of `accelerate launch`. Passes SIGHUP and SIGTERM on to the processes and waits for them; SIGINT kills them. Hides
 the launcher's own log and traceback, because the processes report their errors.
 """
 
@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import psutil
 
-from rlhf_recipes.launch.start import COMMAND, STOPPED, USER_ERROR, as_shell, end_with_parent
+from rlhf_recipes.launch.start import COMMAND, STOP_CODES, USER_ERROR, as_shell, end_with_parent, ended_by, on_stop
 from rlhf_recipes.system.terminal import complain
 
 SECONDS_TO_STOP = 45
@@ -31,18 +31,20 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     given = launch.launch_command_parser().parse_args()
-    given.signals_to_handle = "SIGHUP,SIGQUIT"  # without SIGTERM and SIGINT: they would hide the processes' exit codes
+    given.signals_to_handle = "SIGQUIT"  # the others would hide the processes' exit codes
     given.shutdown_timeout = SECONDS_TO_STOP
     launch.simple_launcher = _become
     os.environ[COMMAND] = shlex.join(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda number, frame: _pass_on(number))
-    signal.signal(signal.SIGINT, lambda number, frame: _pass_on(signal.SIGKILL))
+    on_stop(lambda number, frame: _pass_on(signal.SIGKILL if number == signal.SIGINT else number))
     try:
         launch.launch_command(given)
     except ChildFailedError as failed:
+        for rank, failure in failed.failures.items():
+            if failure.exitcode < 0 and as_shell(failure.exitcode) not in STOP_CODES:
+                complain(f"rank {rank}: {ended_by(failure.pid, failure.exitcode)}")
         codes = [as_shell(failure.exitcode) for failure in failed.failures.values()]
         # A rank that fails with a message makes the others stop or fail, so its exit code comes first.
-        sys.exit(min(codes, key=lambda code: (code != USER_ERROR, code == STOPPED)))
+        sys.exit(min(codes, key=lambda code: (code != USER_ERROR, code in STOP_CODES)))
     except SignalException as ended:
         sys.exit(128 + ended.sigval)
     except ValueError as error:  # accelerate refuses the configuration

@@ -1,9 +1,11 @@
 """Output of a run while it trains: a progress bar, `metrics.jsonl`, sampled completions, TensorBoard and W&B."""
 
 import json
+import logging
 import os
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from transformers.trainer_callback import PrinterCallback
 from rlhf_recipes.launch.checks import confirm
 from rlhf_recipes.pages.metrics import SUPERVISED, TRAINING
 from rlhf_recipes.recipe.messages import with_roles
-from rlhf_recipes.runs.files import COMPLETIONS, METRICS
+from rlhf_recipes.runs.files import COMPLETIONS, COPY, MANIFEST, METRICS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import as_table, start_wandb
 from rlhf_recipes.system import files
 from rlhf_recipes.system.files import read_json, step_of, write_whole, writing
 
+logger = logging.getLogger(__name__)
+
 SIZES = "log_sizes.json"
-"""In a checkpoint: the bytes of both files when it was saved. If it is missing, nothing was logged after the checkpoint."""
+"""In a checkpoint: size and checksum of both logs when it was saved; earlier versions wrote the size alone."""
 
 IN_PROGRESS_BAR = [name for name, metric in (TRAINING | SUPERVISED).items() if metric.progress]
 """Metrics that the progress bar shows, if the stage has them."""
@@ -70,7 +74,7 @@ class RunCallback(TrainerCallback):
         _drop_later(self.run.path / COMPLETIONS, sizes.get(COMPLETIONS), step)
         for line in _drop_later(self.run.path / METRICS, sizes.get(METRICS), step):
             self._remember(line)
-            self._started = time.monotonic() - line["seconds"]
+            self._started = time.monotonic() - line.get("seconds", 0.0)
 
     def _remember(self, logs: dict[str, Any]) -> None:
         self.last |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
@@ -93,15 +97,16 @@ class RunCallback(TrainerCallback):
         if hasattr(self.trainer, "sampled_completions"):
             self._append(COMPLETIONS, self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            logs = [path for path in (self.run.path / METRICS, self.run.path / COMPLETIONS) if path.exists()]
-            checkpoint = self.run.path / f"checkpoint-{state.global_step}"
-            with writing(checkpoint.name, checkpoint):
-                for path in logs:
-                    with open(path, "r+b") as file:
-                        os.fsync(file.fileno())
-                write_whole(checkpoint / SIZES, json.dumps({path.name: path.stat().st_size for path in logs}))
+    def on_checkpoint(self, folder: Path) -> None:
+        """Write what a resumed run checks its logs and its manifest against. `Resumable` calls it before it marks `folder`."""
+        sizes = {}
+        for path in (self.run.path / METRICS, self.run.path / COMPLETIONS):
+            if path.exists():
+                with open(path, "r+b") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = {"size": path.stat().st_size, "crc32": zlib.crc32(file.read())}
+        write_whole(folder / SIZES, json.dumps(sizes))
+        shutil.copyfile(self.run.path / MANIFEST, folder / COPY)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -185,17 +190,20 @@ class SetupCallback(TrainerCallback):
         self._run.record_setup(confirm(self._trainer))
 
 
-def _drop_later(path: Path, size: int | None, step: int) -> list[dict]:
+def _drop_later(path: Path, saved: dict[str, int] | int | None, step: int) -> list[dict]:
     """Drop the lines of a jsonl file that were written after a checkpoint; returns the others.
 
-    `size` is the file's bytes when the checkpoint of `step` was saved; None: not known.
+    `saved` is the entry in `SIZES` of the checkpoint of `step`; None: not known. A warning says if lines were lost.
     """
-    if not path.exists():
+    if saved is None and not path.exists():
         return []
+    size, checksum = (saved["size"], saved["crc32"]) if isinstance(saved, dict) else (saved, None)
     with writing(path.name, path):
-        if size is not None:
+        if path.exists() and size is not None:
             os.truncate(path, min(size, path.stat().st_size))
-        kept = [line for line in files.read_lines(path, skip_damaged=True) if line["step"] <= step]
+        if checksum not in (None, zlib.crc32(path.read_bytes() if path.exists() else b"")):
+            logger.warning("%s has been damaged or changed since checkpoint-%d; only its whole lines stay.", path, step)
+        kept = [line for line in files.read_log(path, needed=("step",)) if line["step"] <= step]
         write_whole(path, files.as_lines(kept))
     return kept
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.launch.checks import require_setup
 from rlhf_recipes.launch.setup import setup_of
+from rlhf_recipes.launch.start import on_stop
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.system.files import last_complete, mark_complete, writing
+from rlhf_recipes.system.files import checkpoints, last_complete, mark_complete, step_of, writing
 from rlhf_recipes.system.terminal import expected
 
 
@@ -38,7 +38,8 @@ class Resumable(_Trainer):
     1. The last file of a checkpoint lists all its files with checksums. Only then is an older checkpoint deleted.
     2. A checkpoint holds the sums since the last log line, so that the next line equals that of an unstopped run.
     3. No step is trained after a checkpoint of the last step; transformers' trainer would train one.
-    4. SIGTERM saves a checkpoint at the end of the current step, the same on all ranks; then the signal takes effect.
+    4. A signal to stop (`STOP_SIGNALS`) saves a checkpoint at the end of the current step, the same on all ranks; then
+       it takes effect. A second Ctrl-C takes effect at once.
     5. If a checkpoint cannot be written, it is removed, and all ranks stop.
     """
 
@@ -98,6 +99,8 @@ class Resumable(_Trainer):
 
         def mark() -> None:
             if is_main and not self.args.save_only_model:  # without the optimizer's state, none can resume
+                for callback in self.callback_handler.callbacks:
+                    getattr(callback, "on_checkpoint", lambda folder: None)(folder)
                 mark_complete(folder, setup_of(self).to_dict())
 
         try:
@@ -105,9 +108,13 @@ class Resumable(_Trainer):
                 self.write_together(folder.name, folder, write)
         finally:
             self.args.save_total_limit = limit
-        if is_main:
-            with expected("mtime may not be reliable"):  # two checkpoints within a second
-                rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if is_main and limit is not None and limit > 0:
+            best = self.state.best_model_checkpoint
+            # By step: a clock that steps back makes the newest files look old.
+            older = [path for path in checkpoints(folder.parent) if step_of(path) < self.state.global_step]
+            others = [path for path in older if str(path) != best]
+            for path in others[: max(0, len(older) + 1 - limit)]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.is_deepspeed_enabled and state_dict is not None:
@@ -172,41 +179,45 @@ class Resumable(_Trainer):
 
 
 class StopCallback(TrainerCallback):
-    """Ends training after the current step on SIGTERM, and saves each checkpoint at a point training can resume from.
+    """Ends training after the current step when asked to, and saves each checkpoint at a point training can resume from.
 
     At the end of an epoch, that point is after the epoch's own logging and evaluation: a resumed run skips them.
     """
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._asked = False
+        self._asked: int | None = None  # the signal
         self._stopping = False
         self._save_due = False
         self._saved_step: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Delays SIGTERM until the end of the step; on exit, the signal has its earlier effect."""
+        """Delays `STOP_SIGNALS` until the end of the step; on exit, the signal has its earlier effect."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
         process = os.getpid()
 
         def note(number, frame) -> None:
-            if os.getpid() == process:
-                self._asked = True
-            else:  # a forked child, such as a worker of a reward function
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
+            if os.getpid() != process:  # a forked child, such as a worker of a reward function
+                if number == signal.SIGTERM:  # a terminal sends the others to all its processes, and this one decides
+                    signal.signal(number, signal.SIG_DFL)
+                    signal.raise_signal(number)
+            elif number == signal.SIGINT and self._asked is not None:
+                signal.default_int_handler(number, frame)
+            else:
+                self._asked = self._asked or number
 
-        previous = signal.signal(signal.SIGTERM, note)
+        before = on_stop(note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
-        if self._asked or self._stopping:
-            self._asked = self._stopping = False
-            signal.raise_signal(signal.SIGTERM)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._asked is not None or self._stopping:
+            number, self._asked, self._stopping = self._asked or signal.SIGTERM, None, False
+            signal.raise_signal(number)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stopping = self._asked_anywhere()
@@ -229,6 +240,6 @@ class StopCallback(TrainerCallback):
     def _asked_anywhere(self) -> bool:
         """Whether any rank has been asked to stop. A signal may reach the ranks in different steps."""
         if self._trainer.args.world_size == 1:
-            return self._asked
-        asked = torch.tensor([float(self._asked)], device=self._trainer.accelerator.device)
+            return self._asked is not None
+        asked = torch.tensor([float(self._asked is not None)], device=self._trainer.accelerator.device)
         return self._trainer.accelerator.reduce(asked).item() > 0

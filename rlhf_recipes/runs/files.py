@@ -5,10 +5,13 @@ from typing import Any
 
 from rlhf_recipes.launch.start import USER_ERROR
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.system.files import read_json, read_lines
+from rlhf_recipes.system.files import read_json, read_log
 from rlhf_recipes.system.terminal import complain
 
 MANIFEST = "manifest.json"
+
+COPY = "manifest_copy.json"
+"""In a checkpoint: the manifest when it was saved."""
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -33,14 +36,23 @@ def run_path(recipe: Recipe, stage: str) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder; None if there is none."""
+    """The manifest of a run folder; None if there is none.
+
+    Raises:
+        RecipeError: It is damaged.
+    """
     file = path / MANIFEST
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    manifest = read_json(file)
+    if not isinstance(manifest.get("status"), str):
+        raise RecipeError(f"{file} is damaged: it has no status; give the command of its run again.")
+    return manifest
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged lines of the run in a folder."""
-    return read_lines(path / METRICS)
+    return read_log(path / METRICS, needed=("step",))
 
 
 def audit_file(path: Path) -> Path:
@@ -55,7 +67,7 @@ def read_audit(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     manifest, found = read_manifest(path) or {}, read_json(file)
-    return found if found["id"] == manifest.get("id") else None
+    return found if found.get("id") == manifest.get("id") else None
 
 
 def is_finished(path: Path) -> bool:

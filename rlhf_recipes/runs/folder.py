@@ -5,11 +5,10 @@ A run is finished only when its manifest says so. The manifest is written last.
 
 import json
 import logging
-import os
-import platform
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +21,16 @@ from rlhf_recipes.recipe.graph import stage_settings
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.runs.changes import changed_files, differences
-from rlhf_recipes.runs.files import MANIFEST, PARTS, read_manifest, run_path
+from rlhf_recipes.runs.files import COPY, MANIFEST, PARTS, read_manifest, run_path
 from rlhf_recipes.runs.inputs import input_ids
+from rlhf_recipes.runs.lock import RunLock, TemporaryFiles
 from rlhf_recipes.system import environment
-from rlhf_recipes.system.files import checkpoints, last_complete, step_of, write_whole, writing
+from rlhf_recipes.system.files import checkpoints, last_complete, read_json, step_of, write_whole, writing
 
 logger = logging.getLogger(__name__)
+
+NEEDED = {"settings": dict, "inputs": dict, "id": str}
+"""Keys without which a run cannot go on, and the types of their values."""
 
 ALONE = Setup(1, "NO")
 """The setup of a process without a launcher."""
@@ -43,15 +46,19 @@ class Run:
 
     Attributes:
         checkpoint: The checkpoint from which the started run resumes; None: a new run.
+        lock: Whoever runs the stage takes it before `is_done`, and releases it at the end.
+        temporary: The place for the temporary files of its process.
     """
 
     checkpoint: Path | None = None
+    _copy: dict[str, Any] | None = None
 
     def __init__(self, recipe: Recipe, stage: str, is_main: bool = True):
         self.recipe, self.stage, self.is_main = recipe, stage, is_main
         self.path = run_path(recipe, stage)
         self.settings = json.loads(json.dumps(stage_settings(recipe, stage)))  # as the manifest holds them
         self.inputs = input_ids(recipe, stage)
+        self.lock, self.temporary = RunLock(self.path), TemporaryFiles(self.path)
         self.manifest: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self._started = time.monotonic()
@@ -62,7 +69,7 @@ class Run:
         Raises:
             RecipeError: The folder holds another run, and `overwrite` is False.
         """
-        manifest = read_manifest(self.path)
+        manifest = self._earlier(overwrite)
         if manifest is None:
             if self.path.exists() and any(p.name != f".{MANIFEST}" for p in self.path.iterdir()) and not overwrite:
                 raise RecipeError(f"{self.path} holds files that are no run. Set another runs_dir or name.")
@@ -78,6 +85,25 @@ class Run:
             )
         return manifest["status"] == "finished" and not found
 
+    def _earlier(self, overwrite: bool) -> dict[str, Any] | None:
+        """The manifest in the folder; in place of a damaged or missing one, the copy in the last complete checkpoint.
+
+        Raises:
+            RecipeError: It is damaged, there is no copy, and `overwrite` is False.
+        """
+        file, manifest = self.path / MANIFEST, None
+        with suppress(RecipeError):
+            manifest = read_manifest(self.path)
+        if manifest and all(isinstance(manifest.get(key), kind) for key, kind in NEEDED.items()):
+            return manifest
+        found = f"{file} is {'damaged' if file.is_file() else 'missing'}"
+        if self._copy is None and (checkpoint := last_complete(self.path)) and (checkpoint / COPY).is_file():
+            self._copy = read_json(checkpoint / COPY)
+            logger.warning("%s; the run goes on with the copy in %s.", found, checkpoint.name)
+        if self._copy is None and file.is_file() and not overwrite:
+            raise RecipeError(f"{found}, and no checkpoint has a copy of it. Begin anew: add --overwrite.")
+        return self._copy
+
     def start(self, setup: Setup = ALONE) -> Path | None:
         """Resume this very run from its last complete checkpoint or its `PARTS`, or else make the folder of a new run.
 
@@ -88,14 +114,11 @@ class Run:
             setup: The setup of this launch.
 
         Raises:
-            RecipeError: Another process works on this run, another setup saved the checkpoint, or the folder cannot
-                be written.
+            RecipeError: Another setup saved the checkpoint, or the folder cannot be written.
         """
         if not self.is_main:
             return None
-        earlier = read_manifest(self.path)
-        if earlier is not None:
-            self._require_no_other_process(earlier)
+        earlier = self._earlier(overwrite=True)  # `is_done` has refused what must not be moved aside
         with writing("runs_dir: the run's folder", self.path):
             if earlier is not None and self._can_resume(earlier):
                 if self.checkpoint is not None:
@@ -104,19 +127,6 @@ class Run:
             else:
                 self._begin()
         return self.checkpoint
-
-    def _require_no_other_process(self, manifest: dict[str, Any]) -> None:
-        process = manifest.get("process")
-        if manifest["status"] != "running" or process is None:
-            return
-        if process["host"] != platform.node():
-            found = f"process {process['pid']} was started on {process['host']}"
-            logger.warning("%s: %s, and may still work on this run; if it does, stop one of the two.", self.path, found)
-        elif process["pid"] != os.getpid() and environment.is_alive(process):
-            raise RecipeError(
-                f"{self.path}: process {process['pid']} still works on this run. Wait for it, or stop it with "
-                f"kill {process['pid']}; then the same command resumes the run."
-            )
 
     def _can_resume(self, manifest: dict[str, Any]) -> bool:
         if manifest["status"] == "finished" or self._differences_to(manifest):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.runs.files import require_stage
+from rlhf_recipes.system.files import is_disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +225,8 @@ def loading(key: str, model_id: str, by: str | None = None) -> Iterator[None]:
         if isinstance(error, RecipeError) or (by is not None and by not in functions):
             raise
         check_cache(error, hub_cache(), "HF_HUB_CACHE")
+        if is_disk_error(error):
+            raise
         if "trust_remote_code" in str(error):
             raise RecipeError(
                 f"{key}: {model_id} brings Python code of its own. Read the code. To run it, name the model: "

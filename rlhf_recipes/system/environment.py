@@ -15,17 +15,8 @@ PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "r
 
 
 def this_process() -> dict[str, Any]:
-    """This process, for `is_alive`; `since` is in seconds."""
-    return {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
-
-
-def is_alive(process: dict[str, Any]) -> bool:
-    """True if a process of this host still runs. The start time excludes a later process with the same number."""
-    try:
-        found = psutil.Process(process["pid"])
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["since"]) < 2
-    except psutil.NoSuchProcess:
-        return False
+    """This process's host and number."""
+    return {"host": platform.node(), "pid": os.getpid()}
 
 
 def versions() -> dict[str, str | None]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,9 @@ from typing import Any
 from rlhf_recipes.recipe.schema import RecipeError
 
 logger = logging.getLogger(__name__)
+
+CHECKSUM = "crc32"
+"""Key of a JSON object's own checksum."""
 
 MARKER = "complete.json"
 """Last file of a checkpoint: names the checkpoint's files, with their sizes and checksums."""
@@ -48,37 +51,66 @@ def stamp_of(path: Path) -> tuple[str, int, int]:
     return path.name, path.stat().st_size, path.stat().st_mtime_ns
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file that a run has written.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a run has written; in a file of `sealed` text, without its checksum.
 
     Raises:
         RecipeError: The file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes())
+        checksum = value.pop(CHECKSUM, None)  # earlier versions wrote none
+        if checksum not in (None, _checksum(value)):
+            raise ValueError("its content has changed since it was written")
+        return value
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RecipeError(
-            f"{path} cannot be read ({error}); delete the folder {path.parent} and give its command again."
+            f"{path} cannot be read ({error}); move the folder {path.parent} aside and give its command again."
         ) from error
 
 
-def read_lines(path: Path, most: int | None = None, skip_damaged: bool = False) -> list[Any]:
+def sealed(value: dict[str, Any]) -> str:
+    """The text of a JSON file with a checksum, by which `read_json` finds any damage."""
+    return json.dumps(value | {CHECKSUM: _checksum(value)}, indent=2)
+
+
+def read_lines(path: Path, most: int | None = None) -> list[Any]:
     """The values in a jsonl file, one a line; empty lines are skipped. A line ends at a line break only, not at U+2028.
 
     Args:
         path: The file.
         most: Read only the first so many lines.
-        skip_damaged: Leave out lines that are not JSON, such as half a line that a killed writer left.
     """
-    found = []
     with open(path, "rb") as file:
-        for line in islice(filter(bytes.strip, file), most):
+        return [json.loads(line) for line in islice(filter(bytes.strip, file), most)]
+
+
+def read_log(path: Path, needed: Collection[str], most: int | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a jsonl file that a run has written; none without a file.
+
+    A warning says which other lines are left out. A killed writer leaves half a line at the end, which gets no warning.
+
+    Args:
+        path: The file.
+        needed: Keys that every whole line has.
+        most: Read only the first so many lines.
+    """
+    if not path.is_file():
+        return []
+    kept, lost = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(islice(file, most), 1):
             try:
-                found.append(json.loads(line))
+                value = json.loads(line)
             except (ValueError, RecursionError):
-                if not skip_damaged:
-                    raise
-    return found
+                value = None
+            if isinstance(value, dict) and value.keys() >= set(needed):
+                kept.append(value)
+            elif line.strip() and line.endswith(b"\n"):
+                lost.append(number)
+    if lost:
+        logger.warning("%s: %d damaged lines are left out, the first is line %d.", path, len(lost), lost[0])
+    return kept
 
 
 def as_lines(rows: Iterable[dict]) -> str:
@@ -108,7 +140,7 @@ def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
         with open(path, "r+b") as file:
             _sync(file)
             files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
-    write_whole(checkpoint / MARKER, json.dumps({"setup": setup, "files": files}, indent=2))
+    write_whole(checkpoint / MARKER, sealed({"setup": setup, "files": files}))
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         folder = os.open(checkpoint, os.O_DIRECTORY)
         os.fsync(folder)
@@ -151,8 +183,11 @@ def writing(what: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except RecipeError:
+        raise
     except Exception as error:
-        if not _cannot_write(error):
+        is_systems = isinstance(error, OSError) and error.errno is not None  # an upload's network error has no errno
+        if not (is_systems or is_disk_error(error) or "os error" in str(error)):  # safetensors' words
             raise
         raise RecipeError(write_error(what, path, error)) from error
 
@@ -170,30 +205,36 @@ def write_error(what: str, path: Path, error: Exception) -> str:
     )
 
 
-def _cannot_write(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno is not None  # an upload's network error has no errno
-    # torch.save and safetensors raise their own errors, which hold the system's error only in their text.
-    text = str(error)
-    return "inline_container" in text or "PytorchStreamWriter" in text or "os error" in text
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, says that a disk takes no more; libraries have own errors for that."""
+    if error is None:
+        return False
+    said = ["PytorchStreamWriter", "inline_container", *map(os.strerror, DISK_ERRNOS)]
+    is_one = any(part in str(error) for part in said) or getattr(error, "errno", None) in DISK_ERRNOS
+    return is_one or is_disk_error(error.__cause__ or error.__context__)
 
 
 def _damage(checkpoint: Path) -> str | None:
-    try:
-        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    if not (checkpoint / MARKER).is_file():
         return f"it has no {MARKER}, so saving it was interrupted"
-    except (ValueError, KeyError):
+    try:
+        for name, saved in read_json(checkpoint / MARKER)["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != saved["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {saved['size']}"
+            if _crc32(path) != saved["crc32"]:
+                return f"the content of {name} has changed since it was saved"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    except (RecipeError, LookupError, AttributeError, TypeError):  # a list where an object should be, and the like
         return f"its {MARKER} is damaged"
-    for name, saved in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != saved["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {saved['size']}"
-        if _crc32(path) != saved["crc32"]:
-            return f"the content of {name} has changed since it was saved"
     return None
+
+
+def _checksum(value: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _crc32(path: Path) -> int:

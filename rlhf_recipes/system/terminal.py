@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Kinds of warnings for the authors of libraries, not for their users."""
@@ -26,12 +27,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def say(line: str = "") -> None:
     """Print one line."""
-    print(line, flush=True)
+    _print(line, sys.stdout)
 
 
 def complain(message: str) -> None:
     """Print an error on stderr."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    _print(f"error: {message}", sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """If nobody reads the line, as behind `| head`, or the disk of its file is full, the work goes on without a word."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what libraries print, too
 
 
 def print_table(
@@ -55,7 +64,10 @@ def print_table(
     for row in rows:
         table.add_row(*map(Text, row))
     needed = 0 if wrap else Console(width=1000).measure(table).maximum
-    Console(width=max(Console().width, needed), highlight=False).print(table)
+    console = Console(width=max(Console().width, needed), highlight=False)
+    with console.capture() as shown:
+        console.print(table)
+    say(shown.get().rstrip("\n"))
 
 
 def log_to(file: Path | None) -> None:

@@ -8,7 +8,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.files import METRICS, read_manifest
-from rlhf_recipes.system.files import MARKER, checkpoints, read_lines, step_of
+from rlhf_recipes.system.files import MARKER, checkpoints, read_log, step_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +50,8 @@ class AuditedRun:
         return self.manifest["status"] == "finished"
 
     def logged(self, file: str) -> list[dict[str, Any]]:
-        """Lines of a log; none without it. A run that was killed while it wrote has left half a line."""
-        path = self.path / file
-        return read_lines(path, skip_damaged=True) if path.is_file() else []
+        """Lines of a log; none without it."""
+        return read_log(self.path / file, needed=("step",))
 
     def new_tokens(self) -> int:
         """Longest completion in training."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_recipes.evaluation.judge.parse import Answer, Question
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.system.files import read_lines
+from rlhf_recipes.system.files import read_log
 
 
 class Answers:
@@ -26,7 +26,7 @@ class Answers:
     def __init__(self, path: Path, identity: dict[str, Any]):
         self.path, self.identity = path, identity
         try:
-            entries = read_lines(path, skip_damaged=True) if path.exists() else []
+            entries = read_log(path, needed=("key",))
             self._is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it readable, or remove it.") from error

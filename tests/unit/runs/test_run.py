@@ -2,17 +2,20 @@
 
 import json
 import os
+import signal
+import tempfile
+from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf_recipes.launch.setup import Setup
 from rlhf_recipes.recipe.graph import input_stages, stages_to_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.runs.files import is_finished, read_manifest, require_stage
+from rlhf_recipes.runs.files import is_finished, read_manifest, read_metrics, require_stage
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.system.files import mark_complete, sha256_of
+from rlhf_recipes.runs.lock import TemporaryFiles
+from rlhf_recipes.system.files import MARKER, mark_complete, sha256_of
 
 
 @pytest.fixture
@@ -151,12 +154,6 @@ def killed(load, tmp_path):
     return run
 
 
-def change_manifest(run: Run, **process) -> None:
-    manifest = read_manifest(run.path)
-    manifest["process"] |= process
-    (run.path / "manifest.json").write_text(json.dumps(manifest))
-
-
 def test_another_precision_than_the_checkpoints_is_refused_before_models_are_loaded(killed, load):
     again = Run(load(), "sft")
     again.check_precision("bf16")  # no checkpoint to resume from yet
@@ -200,17 +197,109 @@ def test_other_settings_inputs_or_processes_do_not_resume(killed, load):
     assert any((path / "checkpoint-20").is_dir() for path in killed.path.parent.iterdir() if path.name != "sft")
 
 
-def test_a_run_of_another_process_is_refused(killed, load, caplog):
-    parent = psutil.Process(os.getppid())
-    change_manifest(killed, pid=parent.pid, since=parent.create_time())
-    for settings in ([], ["sft.trainer.max_steps=9"]):
-        with pytest.raises(RecipeError, match=f"process {parent.pid} still works on this run"):
-            Run(load(*settings), "sft").start()
-    change_manifest(killed, since=parent.create_time() - 100)  # a later process with the same number
-    assert Run(load(), "sft").start() is not None and not caplog.records
-    change_manifest(killed, host="elsewhere")
-    assert Run(load(), "sft").start() is not None
-    assert "was started on elsewhere" in caplog.text
+def forked(work) -> int:
+    """The id of a forked process that does some work, and then waits to be killed."""
+    done, said = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os.write(said, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(done, 1) == b"x"
+    return pid
+
+
+def test_a_run_of_another_process_is_refused_until_that_one_is_dead(killed, load):
+    """Whatever the settings; and a worker that it forked does not keep the lock."""
+    workers, said = os.pipe()
+    run = Run(load(), "sft")
+
+    def hold() -> None:
+        run.lock.take()
+        os.write(said, forked(lambda: None).to_bytes(4, "big"))
+
+    other = forked(hold)
+    worker = int.from_bytes(os.read(workers, 4), "big")
+    try:
+        for settings in ([], ["sft.trainer.max_steps=9"]):
+            with pytest.raises(RecipeError, match=f"process {other} still works on this run.*kill {other};"):
+                Run(load(*settings), "sft").lock.take()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    try:
+        lock = Run(load(), "sft").lock
+        lock.take()
+        assert lock.is_taken
+        lock.release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"status": "running"}', b"[" * 9000, None],
+    ids=["empty", "half", "list", "null", "number", "no text", "few keys", "deep", "missing"],
+)
+def test_a_damaged_manifest_is_replaced_by_its_copy_in_the_last_checkpoint(content, killed, load, caplog):
+    file, checkpoint = killed.path / "manifest.json", killed.path / "checkpoint-20"
+
+    def damage() -> None:
+        file.unlink() if content is None else file.write_bytes(content)
+
+    whole = file.read_bytes()
+    damage()
+    with pytest.raises(RecipeError, match=r"(damaged|cannot be read).*--overwrite|files that are no run"):
+        Run(load(), "sft").is_done()
+    file.write_bytes(whole)
+    (checkpoint / MARKER).unlink()
+    (checkpoint / "manifest_copy.json").write_bytes(whole)
+    mark_complete(checkpoint, Setup(1, "NO", mixed_precision="no").to_dict())
+    damage()
+    run = Run(load(), "sft")
+    assert not run.is_done() and run.start() == checkpoint
+    assert read_manifest(run.path)["id"] == killed.manifest["id"]
+    assert [r.getMessage() for r in caplog.records if "goes on with the copy in checkpoint-20" in r.getMessage()]
+    damage()
+    with pytest.raises(RecipeError, match="other settings"):
+        Run(load("sft.trainer.max_steps=9"), "sft").is_done()
+
+
+def test_a_damaged_manifest_without_a_copy_is_moved_aside_when_asked_to(load):
+    run = finish(load(), "sft")
+    (run.path / "manifest.json").write_text("{")
+    again = Run(load(), "sft")
+    assert not again.is_done(overwrite=True) and again.start() is None
+    assert [path.name[:4] for path in sorted(run.path.parent.iterdir())] == ["sft", "sft."]
+
+
+def test_logs_are_read_as_far_as_they_are_whole(tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n\n{"step": 2}\n{"step": 3, "loss"')  # half a line of a killed writer
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}] and not caplog.records
+    for harm in (b"{", b"[1]", b"null", b"\xff\xfe", b'{"stop": 2}', b"[" * 9000):
+        caplog.clear()
+        file.write_bytes(b'{"step": 1}\n' + harm + b'\n{"step": 3}\n')
+        assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+        (record,) = caplog.records
+        assert "1 damaged lines are left out, the first is line 2" in record.getMessage()
+    file.unlink()
+    assert read_metrics(tmp_path) == []
+
+
+def test_temporary_files_go_beside_the_run_and_a_long_path_leaves_room_for_sockets(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    near, far = TemporaryFiles(Path("/runs/tiny/ppo")), TemporaryFiles(Path("/runs") / ("long" * 20) / "ppo")
+    assert near.path == Path("/runs/tiny/.ppo.tmp") and far.path.parent == tmp_path
+    assert far.path == TemporaryFiles(Path("/runs") / ("long" * 20) / "ppo").path  # the next start finds it
+    far.use()
+    assert Path(tempfile.mkdtemp()).parent == far.path == Path(os.environ["TMPDIR"])
+    far.sweep()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_error_is_not_hidden_by_a_manifest_that_cannot_be_written(killed, monkeypatch):
@@ -269,9 +358,10 @@ def test_unfinished_stages_are_not_built_upon(load):
 
 def test_a_damaged_manifest_is_named(load):
     run = finish(load(), "sft")
-    (run.path / "manifest.json").write_text('{"status": "fin')
-    with pytest.raises(RecipeError, match="manifest.json cannot be read"):
-        is_finished(run.path)
+    for content in ('{"status": "fin', '{"stage": "sft"}'):
+        (run.path / "manifest.json").write_text(content)
+        with pytest.raises(RecipeError, match="manifest.json (cannot be read|is damaged: it has no status)"):
+            is_finished(run.path)
 
 
 def test_other_ranks_write_nothing(load):
