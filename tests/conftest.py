@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOWEST = ("end_to_end", "nightly", "stages")
+SLOWEST = ("end_to_end", "nightly", "stages", "faults")
 """Folders whose tests take longest begin first, so that neither process waits for the other's last long file."""
 
 
