@@ -22,7 +22,8 @@ def main(run: Run) -> str:
     paths = [str(require_stage(recipe, stage, "compare")) for stage in trained]
     title = f"{recipe.name}: {' and '.join(stage.upper() for stage in trained)}"
     notes = notes_on(run_path(recipe, "sft"), run_path(recipe, "reward"))
-    comparison = build_comparison(read_runs(paths), title, notes)
+    runs, failed = read_runs(paths)
+    comparison = build_comparison(runs, title, notes, failed)
     write_comparison(run.path, comparison)
     log_comparison(recipe, "compare", run.path)
     return verdict_line(comparison)

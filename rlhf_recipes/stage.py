@@ -105,6 +105,8 @@ def run_stage(
         run.finish()
         if is_main:
             say(f"{stage:<8} {run.seconds:5.0f} s   {line}   {run.path}")
+            for finding in run.findings:
+                say(f"note: {stage}: {finding}")
         return 0
     except RecipeError as error:
         _fail(run, error)

@@ -4,6 +4,7 @@ It holds curves, bands over seeds, differences of settings, held-out numbers and
 is compared and how the verdict is made.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf_recipes.comparison.differences import (
 )
 from rlhf_recipes.comparison.held_out import Measured, find_held_out, read_samples
 from rlhf_recipes.comparison.runs import TrainedRun, points
-from rlhf_recipes.comparison.verdict import UNITS, decide, view_of, void
+from rlhf_recipes.comparison.verdict import UNITS, decide, view_of, void, without_winner
 from rlhf_recipes.evaluation.intervals import bootstrap_interval
 from rlhf_recipes.runs.files import read_audit
 from rlhf_recipes.system.files import read_json, without_nan
@@ -25,13 +26,16 @@ from rlhf_recipes.system.files import read_json, without_nan
 UNKNOWN = "Plain Trainer runs do not store their settings, so models, data, rewards and budgets may differ."
 
 
-def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> dict[str, Any]:
+def build_comparison(
+    runs: list[TrainedRun], title: str, notes: list[str], failed: Sequence[str] = ()
+) -> dict[str, Any]:
     """Compares runs.
 
     Args:
-        runs: Runs with the same label are seeds of one algorithm.
+        runs: Finished runs; runs with the same label are seeds of one algorithm.
         title: Heading of the page.
         notes: Sentences to show before those of the comparison itself.
+        failed: A sentence for each run that failed. With any, no winner is named.
     """
     labels = list(dict.fromkeys(run.label for run in runs))
     differences = find_differences(runs)
@@ -42,6 +46,9 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
     views = _views(runs, labels, measured, machines) if len(labels) == 2 else []
     if refusing:
         views = [void(view, "The runs differ in more than the algorithm.") for view in views]
+    failures = f"{len(failed)} of {len(runs) + len(failed)} runs failed" if failed else ""
+    if failed:
+        views = [without_winner(view, failures) for view in views]
     seeds = {label: {r.name if r.seed is None else r.seed for r in runs if r.label == label} for label in labels}
     evaluation = next(iter(measured.values())).content if measured else None
     comparison = {
@@ -52,7 +59,7 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
         "comparable": not refusing and not unknown,
         "single_seed": any(len(of_label) == 1 for of_label in seeds.values()),
         "differences": differences,
-        "verdict": decide(views, labels, refusing, unknown, _kl(runs, labels, measured)),
+        "verdict": decide(views, labels, refusing, unknown, _kl(runs, labels, measured), failures),
         "views": views,
         "held_out": _held_out(runs, labels, measured),
         "bands": bands(runs, labels),
@@ -62,7 +69,8 @@ def build_comparison(runs: list[TrainedRun], title: str, notes: list[str]) -> di
         "samples": read_samples(measured),
         "judge": _judge_files(measured),
         "audit": {run.name: found for run in runs if (found := read_audit(run.path)) is not None},
-        "notes": [*notes, *found_notes, *_own_notes(measured, machines)],
+        "failed": list(failed),
+        "notes": [*failed, *notes, *found_notes, *_own_notes(measured, machines), *_findings(runs)],
     }
     return _plain(comparison)
 
@@ -198,6 +206,10 @@ def _own_notes(measured: dict[str, Measured], machines: list[str]) -> list[str]:
     if machines:
         notes.append(f"Times and memory cannot be compared: the runs differ in {', '.join(machines)}.")
     return notes
+
+
+def _findings(runs: list[TrainedRun]) -> list[str]:
+    return [f"{run.name}: {finding}." for run in runs for finding in run.manifest.get("findings", [])]
 
 
 def _plain(value: Any) -> Any:

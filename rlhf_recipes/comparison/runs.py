@@ -44,30 +44,40 @@ class TrainedRun:
         return self.manifest.get("seed")
 
 
-def read_runs(arguments: list[str]) -> list[TrainedRun]:
+class _Failed(RecipeError):
+    """A run that has failed; the message is a sentence about it."""
+
+
+def read_runs(arguments: list[str]) -> tuple[list[TrainedRun], list[str]]:
     """Reads the runs that the command line names, and gives each its own name.
 
     Args:
         arguments: `PATH` of a run of this project, or `LABEL=PATH` of such a run or of a plain Trainer's output.
 
+    Returns:
+        The finished runs, and a sentence for each failed one, which stays out of every number.
+
     Raises:
-        RecipeError: A run is no finished run of ppo or rloo, has logged no score, or is named twice. Lists every finding.
+        RecipeError: A run is neither a finished nor a failed run of ppo or rloo, has logged no score, or is named twice; or
+            all have failed. Lists every finding.
     """
-    runs, findings = [], []
+    runs, failed, findings = [], [], []
     for argument in arguments:
         try:
             runs.append(_read(argument))
+        except _Failed as error:
+            failed.append(str(error))
         except RecipeError as error:
             findings.append(str(error))
     places = [(run.path if run.manifest else _trainer_state(run.path) or run.path).resolve() for run in runs]
     findings += [f"the same run twice: {path}." for path in dict.fromkeys(places) if places.count(path) > 1]
-    if findings:
-        raise RecipeError("\n".join(findings))
+    if findings or not runs:
+        raise RecipeError("\n".join(findings or failed))
     for i, run in enumerate(runs):
         name = f"{run.label} seed {run.seed}" if run.seed is not None else run.label
         same = [other.label == run.label and other.seed == run.seed for other in runs]
         run.name = name if sum(same) == 1 else f"{name} #{sum(same[: i + 1])}"
-    return runs
+    return runs, failed
 
 
 def _read(argument: str) -> TrainedRun:
@@ -85,6 +95,9 @@ def _read(argument: str) -> TrainedRun:
         stage, status = manifest["stage"], manifest["status"]
         if stage not in ON_POLICY:
             raise RecipeError(f"{path}: not a finished run of ppo or rloo, but stage {stage}; name one of those.")
+        if status == "failed":
+            seed = f" seed {manifest['seed']}" if "seed" in manifest else ""
+            raise _Failed(f"{label or stage}{seed} failed: {manifest.get('error', 'no reason known')}   {path}")
         if status != "finished":
             raise RecipeError(
                 f"{path}: not a finished run (stage {stage}, {status}); first: rlhf-recipes {stage} {manifest['recipe']}"

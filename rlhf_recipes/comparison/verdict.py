@@ -68,6 +68,16 @@ def void(view: dict[str, Any], why: str) -> dict[str, Any]:
     return view | {"winner": None, "label": "not comparable", "sentence": why}
 
 
+def without_winner(view: dict[str, Any], failures: str) -> dict[str, Any]:
+    """The view of the runs that finished, in which no algorithm wins: those that failed have no numbers.
+
+    Args:
+        view: From `view_of`.
+        failures: A clause such as `1 of 6 runs failed`.
+    """
+    return view | {"winner": None, "label": failures, "sentence": f"{_numbers(view)} {failures}, so nobody wins."}
+
+
 def name_of(label: str) -> str:
     return label.upper() if label in ON_POLICY else label
 
@@ -78,6 +88,7 @@ def decide(
     refusing: list[str],
     unknown: str = "",
     kl: dict[str, float] | None = None,
+    failures: str = "",
 ) -> dict[str, Any]:
     """The verdict: `winner`, `label` and `sentence`, which follows the label.
 
@@ -87,7 +98,10 @@ def decide(
         refusing: Keys whose difference makes the comparison invalid.
         unknown: A sentence that says why nobody can know whether the runs are comparable; "" if they are.
         kl: Algorithm -> its KL to the reference, if all are known.
+        failures: A clause such as `1 of 6 runs failed`; "" if none did.
     """
+    if failures and len(labels) != 2:
+        return _verdict(None, failures, f"All runs that finished are of {', '.join(map(name_of, labels))}.")
     if len(labels) != 2:
         found = f"there are {len(labels)}: {', '.join(map(name_of, labels))}"
         if len(labels) == 1:

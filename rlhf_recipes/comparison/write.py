@@ -25,9 +25,9 @@ def compare_runs(arguments: list[str], folder: Path) -> bool:
     Returns:
         Whether the runs are comparable.
     """
-    runs = read_runs(arguments)
+    runs, failed = read_runs(arguments)
     title = "Comparison: " + " and ".join(dict.fromkeys(name_of(run.label) for run in runs))
-    comparison = build_comparison(runs, title, [])
+    comparison = build_comparison(runs, title, [], failed)
     with writing("the comparison", folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_comparison(folder, comparison)

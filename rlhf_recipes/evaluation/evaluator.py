@@ -144,13 +144,14 @@ class Evaluator:
             ]
         if metrics["kl"] is not None and metrics["perplexity"] is not None:
             return []
-        what = "likelihoods of its completions are not finite, so KL and perplexity are unknown"
-        if all(map(math.isfinite, own)):
-            return [
-                f"{name}: under {self.ref_name}, the {what}; {self.ref_name} may have diverged, or lack tokens that "
-                f"{name} writes."
-            ]
-        return [f"{name}: the {what}; its training may have diverged."]
+        if not all(map(math.isfinite, own)):
+            raise RecipeError(
+                f"eval.models.{name}: the likelihoods of its own completions are not finite: its training has diverged."
+            )
+        return [
+            f"{name}: under {self.ref_name}, the likelihoods of its completions are not finite, so KL and perplexity are "
+            f"unknown; {self.ref_name} may have diverged, or lack tokens that {name} writes."
+        ]
 
 
 def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ON_POLICY) -> int:

@@ -211,8 +211,9 @@ def run_duel(duel: Duel, overwrite: bool = False, config: Path | None = None) ->
     if evaluation in failed:
         complain(f"{evaluation.label}: {failed[evaluation]}")
     notes = _notes(duel, failed) + _audited([job.path for job in there.values()])
-    runs = read_runs([str(job.path) for job in there.values()])
-    comparison = build_comparison(runs, f"{duel.recipe.name}: PPO and RLOO", notes)
+    runs, _ = read_runs([str(job.path) for job in there.values()])
+    trained = [f"{job.label} failed: {failed[job]}" for job in duel.trained.values() if job in failed]
+    comparison = build_comparison(runs, f"{duel.recipe.name}: PPO and RLOO", notes, trained)
     with writing("the comparison", duel.folder):
         write_comparison(duel.folder, comparison)
     log_comparison(duel.recipe, "duel", duel.folder)
@@ -237,4 +238,5 @@ def _notes(duel: Duel, failed: dict[Job, str]) -> list[str]:
     paths = {job.stage: job.path for job in duel.planner.jobs}
     nowhere = duel.folder / "none"
     notes = notes_on(paths.get("sft", nowhere), paths.get("reward", nowhere))
-    return [*notes, *(f"Failed: {job.label}: {why}." for job, why in failed.items())]
+    shown = duel.trained.values()  # whose failures the comparison names
+    return [*notes, *(f"Failed: {job.label}: {why}." for job, why in failed.items() if job not in shown)]

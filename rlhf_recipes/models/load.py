@@ -123,8 +123,10 @@ def load_model(
     With `new_head`, missing weights may be random. `settings` are arguments of `from_pretrained`.
 
     Raises:
-        RecipeError: It cannot be loaded, or weights are missing.
+        RecipeError: It cannot be loaded, or weights are missing or not finite.
     """
+    from rlhf_recipes.runs.divergence import first_not_finite
+
     adapter = adapter_of(key, model)
     source = model
     if adapter is not None and adapter.is_prompt_learning:
@@ -143,6 +145,8 @@ def load_model(
     if missing and not new_head:
         kind = "classifier" if "Classification" in auto_class.__name__ else "language model"
         raise RecipeError(f"{key}: {model} is no trained {kind}: it has no {', '.join(sorted(missing)[:4])}.")
+    if (name := first_not_finite(loaded)) is not None:
+        raise RecipeError(f"{key}: the weights of {model} are not finite ({name}): its training has diverged.")
     return loaded
 
 

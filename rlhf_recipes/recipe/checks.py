@@ -101,12 +101,13 @@ def check_keys(
 
 
 def _check_evaluation(stage: str, trainer: dict) -> list[str]:
-    """Findings about settings of a training that evaluates, which ppo and rloo do not do."""
+    """Findings about settings of a training that evaluates, which follow from other keys in ppo and rloo."""
     asked = {"eval_strategy": ("no", False), "eval_on_start": (False,), "load_best_model_at_end": (False,)}
     found = [key for key, off in asked.items() if stage in ON_POLICY and trainer.get(key, off[0]) not in off]
     found += ["save_strategy"] if stage in ON_POLICY and trainer.get("save_strategy") == "best" else []
     return [
-        f"{stage}.trainer.{key}: {stage} does not evaluate while it trains; leave it out. Stage eval measures the models."
+        f"{stage}.trainer.{key}: leave it out; {stage} evaluates while it trains only for {stage}.keep_best and "
+        f"{stage}.stop_when. Stage eval measures the models."
         for key in found
     ]
 

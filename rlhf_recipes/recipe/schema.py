@@ -6,7 +6,7 @@ Every section is closed: an unknown key is an error. `checks` compares the keys 
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_recipes.recipe.sections import Data, RewardFunc, Section
 from rlhf_recipes.recipe.stages import Eval, Judge, OnPolicy, Ppo, Reward, Rloo, Sft, Trained
@@ -110,6 +110,17 @@ class Recipe(Section):
     rloo: Rloo | None = None
     eval: Eval = Eval()
     judge: Judge = Judge()
+
+    @model_validator(mode="after")
+    def _held_out_score(self):
+        for stage in self.on_policy_stages():
+            section = getattr(self, stage)
+            if not self.eval.held_out_funcs and (
+                section.keep_best == "held_out_mean" or section.stop_when.held_out_falls
+            ):
+                key = "keep_best" if section.keep_best == "held_out_mean" else "stop_when.held_out_falls"
+                raise ValueError(f"{stage}.{key}: there is no held-out score; set eval.held_out_funcs")
+        return self
 
     def stages(self) -> list[str]:
         """Names of the recipe's stages, in the order in which they run."""

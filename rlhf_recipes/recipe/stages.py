@@ -97,11 +97,30 @@ class Reward(Trained):
     """TRL's `RewardConfig`."""
 
 
+class StopWhen(Section):
+    """Bounds at which an on-policy training ends early, with its model. None: no bound."""
+
+    kl_above: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest KL to the reference, in nats per completion, of one logged line."""
+    held_out_falls: int | None = Field(default=None, gt=0)
+    """Number of checkpoints in a row, each with a lower held-out score than the one before."""
+
+
 class OnPolicy(Trained):
     """Settings that all on-policy stages share, such as `ppo` and `rloo`."""
 
     policy: str = "stage:sft"
     """The model to train, `stage:sft`, a Hub id or a folder; a frozen copy of it is the reference."""
+    stop_when: StopWhen = StopWhen()
+    """Bounds at which training ends early."""
+    keep_best: Literal["held_out_mean", "score_mean"] | None = None
+    """The final model is the checkpoint with the highest mean of the held-out score (`eval.held_out_funcs`), or of the score,
+    on 64 held-out prompts; eval uses other ones if there are enough. None: the model of the last step."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether every checkpoint is measured on held-out prompts."""
+        return self.keep_best is not None or self.stop_when.held_out_falls is not None
 
 
 class Ppo(OnPolicy):

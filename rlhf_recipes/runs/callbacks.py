@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from rlhf_recipes.launch.checks import confirm
 from rlhf_recipes.pages.metrics import SUPERVISED, TRAINING
 from rlhf_recipes.recipe.messages import with_roles
+from rlhf_recipes.runs.divergence import require_finite_output, require_finite_weights
 from rlhf_recipes.runs.files import COMPLETIONS, COPY, MANIFEST, METRICS
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trackers import as_table, start_wandb
@@ -94,7 +95,8 @@ class RunCallback(TrainerCallback):
         self._append(METRICS, [line])
         if self._bar is not None:
             self._bar.set_postfix({key: f"{self.last[key]:.3g}" for key in IN_PROGRESS_BAR if key in self.last})
-        if hasattr(self.trainer, "sampled_completions"):
+        is_evaluation = any(key.startswith("eval_") for key in logs)
+        if hasattr(self.trainer, "sampled_completions") and not is_evaluation:
             self._append(COMPLETIONS, self.trainer.sampled_completions(COMPLETIONS_PER_LOG))
 
     def on_checkpoint(self, folder: Path) -> None:
@@ -227,6 +229,8 @@ def save_model(trainer: Any, run: Run) -> None:
 
     All ranks call this. Files are written to a temporary folder and moved when they are complete.
     """
+    require_finite_weights(trainer)
+    require_finite_output(trainer)
     folder = run.path / ".final"
     # transformers' trainer switches the cache off in the configuration; a user of the saved model generates with it.
     for config in (trainer.model.config, getattr(trainer.model, "generation_config", None)):

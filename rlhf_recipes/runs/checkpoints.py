@@ -18,6 +18,7 @@ from rlhf_recipes.launch.checks import require_setup
 from rlhf_recipes.launch.setup import setup_of
 from rlhf_recipes.launch.start import on_stop
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.runs.divergence import require_finite, require_finite_weights
 from rlhf_recipes.system.files import checkpoints, last_complete, mark_complete, step_of, writing
 from rlhf_recipes.system.terminal import expected
 
@@ -41,10 +42,12 @@ class Resumable(_Trainer):
     4. A signal to stop (`STOP_SIGNALS`) saves a checkpoint at the end of the current step, the same on all ranks; then
        it takes effect. A second Ctrl-C takes effect at once.
     5. If a checkpoint cannot be written, it is removed, and all ranks stop.
+    6. Training stops before the first optimizer step whose loss or gradient is not finite, and saves no such weights.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._loss_of_step: Any = 0.0
         self._stop = StopCallback(self)
         self.add_callback(self._stop)
 
@@ -88,7 +91,22 @@ class Resumable(_Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**arguments)
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The parent calls it before every optimizer step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, self._loss_of_step = float(self._loss_of_step), 0.0
+        require_finite(self, "loss", loss)
+        if norm is not None and not self.args.fp16:  # fp16 skips such steps, and lowers its loss scale
+            require_finite(self, "gradient norm", float(norm))
+        return norm
+
     def _save_checkpoint(self, model, trial) -> None:
+        require_finite_weights(self)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         is_main = self.is_world_process_zero()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # until the new one is complete

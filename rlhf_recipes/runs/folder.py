@@ -61,6 +61,8 @@ class Run:
         self.lock, self.temporary = RunLock(self.path), TemporaryFiles(self.path)
         self.manifest: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
+        self.findings: list[str] = []
+        """What a reader of the finished run must know, such as a collapse; shown wherever the run is shown."""
         self._started = time.monotonic()
 
     def is_done(self, overwrite: bool = False) -> bool:
@@ -231,6 +233,7 @@ class Run:
         self.manifest |= {
             "status": status,
             "results": self.results,
+            "findings": self.findings,
             "wall_seconds": round(self.seconds, 1),
             "peak_memory_gib": environment.peak_memory_gib(),
             "peak_gpu_memory_gib": environment.peak_gpu_memory_gib(),

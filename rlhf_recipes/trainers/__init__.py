@@ -8,6 +8,8 @@ A test compares this table with the code.
 | `__init__` | Resumable | adds the callback that stops after a step |
 | `train` | Resumable | refuses a checkpoint of another setup; trains no step after the last |
 | `_run_epoch` | Resumable | a run resumed at its last step runs no epoch |
+| `training_step` | Resumable | adds up the loss of an optimizer step |
+| `_get_grad_norm` | Resumable | stops before a step whose loss or gradient is not finite |
 | `_save_checkpoint` | Resumable | a checkpoint is complete on all ranks, or removed; only then are older ones removed |
 | `_save` | Resumable | DeepSpeed's copy of the weights has tied weights twice |
 | `_save_rng_state` | Resumable | adds the sums since the last log line, on every rank |

@@ -45,6 +45,11 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     if isinstance(section, OnPolicy):
         values["reward_weights"] = [spec.weight for spec in run.recipe.reward_funcs]
         values["missing_eos"] = run.recipe.missing_eos and run.recipe.missing_eos.model_dump()
+        if section.is_watched:
+            values |= {"eval_strategy": "steps", "eval_steps": values["save_steps"], "num_generations_eval": 1}
+        if section.keep_best is not None:
+            best = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{section.keep_best}"}
+            values |= best | {"greater_is_better": True}
         own = type(section).model_fields.keys() & config_class.__dataclass_fields__.keys()  # such as rloo's baseline
         values |= {key: getattr(section, key) for key in own}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")

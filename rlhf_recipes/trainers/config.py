@@ -102,6 +102,12 @@ class OnPolicyConfig(trl.RLOOConfig):
     )
 
     def __post_init__(self):
+        for name, value in [
+            *vars(self).items(),
+            *(("missing_eos.value", v) for v in (self.missing_eos or {}).values()),
+        ]:
+            if isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{name} must be a finite number, in float32 too, not {value}.")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")

@@ -1,7 +1,9 @@
 """The part that PPO and RLOO share on top of TRL's `RLOOTrainer`: everything but the advantages and the loss."""
 
+import math
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,12 @@ from rlhf_recipes.models.forward import completion_logits, sampled_logps
 from rlhf_recipes.models.sampling import sample_completions
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.apart import RewardStreams
-from rlhf_recipes.rewards.calls import call_all_on_every_rank
+from rlhf_recipes.rewards.calls import CheckedReward, call_all_on_every_rank
 from rlhf_recipes.rewards.registry import as_reward_funcs
-from rlhf_recipes.rewards.score import shape_scores
+from rlhf_recipes.rewards.score import shape_scores, weighted_sum
 from rlhf_recipes.runs.callbacks import CompletionTables
 from rlhf_recipes.runs.checkpoints import Resumable
+from rlhf_recipes.runs.divergence import require_finite
 from rlhf_recipes.trainers.batches import EpochSampler, MicroBatches
 from rlhf_recipes.trainers.config import OnPolicyConfig, distortions
 from rlhf_recipes.trainers.first_step import check_first_step, starts_from_reference
@@ -33,6 +36,8 @@ from rlhf_recipes.trainers.metrics import MetricLog, PhaseTimer, RolloutLogs, re
 from rlhf_recipes.trainers.reference import SyncReference, frozen_copy, prepare
 from rlhf_recipes.trainers.state import Forward, Rollout, RunState, in_parts, own_random_numbers, read_state
 from rlhf_recipes.trainers.vllm import send_policy_only
+
+OF_SCORES = "a weight of reward_funcs, missing_eos.value, or values of a reward function that are too large"
 
 STATE_FILE = "on_policy_{rank}.pt"
 """In a checkpoint: the state that a rank needs to continue exactly where it stopped."""
@@ -76,6 +81,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._run_state, self._kl, self._metric_log = RunState(), KLControl(args), MetricLog()
         self._timer, self._micro_batches = PhaseTimer(args.device.type), MicroBatches(args, self._sum_over_ranks)
         self._rollout: Rollout | None = None
+        self.held_out: tuple[list[CheckedReward], Tensor] | None = None
+        """Reward functions, and their weights, of which evaluations log the weighted sum as `held_out_mean`."""
+        self._evaluated: dict[str, float] = {}
         reward_funcs, tokenizers = as_reward_funcs(reward_funcs, reward_processing_classes, args.reward_timeout)
         reference, beta, syncs = frozen_copy(model, args, peft_config), args.beta, args.sync_ref_model
         if reference is not None:
@@ -140,6 +148,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         output["old_per_token_logps"] = rollout.policy_pass.logps
         self._log_mean("eos_rate", rollout.finished.float(), same_everywhere=True)
         rollout.scores = self._scores(rollout)
+        # NaN: no reward function applies.
+        require_finite(self, "score", rollout.scores.nan_to_num(0.0, math.inf, -math.inf).sum().item(), OF_SCORES)
         self._measure_kl(output, rollout)
         self._log_mean("entropy", rollout.policy_pass.entropies, output["completion_mask"])
         self._rollout_logs.replace_advantages(self._add_advantages(output, rollout).tolist())
@@ -183,6 +193,13 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             "log_metric": self._log_metric,
         }
         values = call_all_on_every_rank(self.reward_funcs, self._reward_streams, **columns)
+        if self.held_out is not None and not self.model.training:
+            functions, weights = self.held_out
+            held_out = call_all_on_every_rank(functions, self._reward_streams, **columns)
+            scores = weighted_sum(torch.tensor(np.array(held_out, dtype=np.float32).T), weights).to(
+                self.accelerator.device
+            )
+            self._log_mean("held_out_mean", scores.nan_to_num(), (~scores.isnan()).float())
         table = torch.tensor(np.array(values, dtype=np.float32).T, device=self.accelerator.device)  # None becomes NaN
         if table.isnan().all(1).any():
             message = "No reward function applies to some completions; the policy does not learn from them."
@@ -212,7 +229,9 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
                 about = log_ratio, mask, output["prompt_mask"]
                 if self._run_state.episodes == 0:
                     check_first_step(self, "the reference", *about, must_be_equal=starts_from_reference(self))
-                if wrong := self._kl.watch(log_ratio, self._sum_over_ranks):
+                wrong = self._kl.watch(log_ratio, self._sum_over_ranks)
+                require_finite(self, "KL to the reference", self._kl.kl_sums[-1][1])
+                if wrong:
                     cause = likely_cause(self, *about, at_start=False)
                     self._run_state.warn_once("negative kl", f"{wrong}. {cause}")
         rewards = self._local_rows(rollout.scores) - self.beta * rollout.kl.sum(1)
@@ -317,12 +336,15 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     # Evaluation
 
     def evaluate(self, *args, **kwargs):
-        """As TRL's, with its own random numbers: training continues as if there had been no evaluation."""
+        """As TRL's, with its own random numbers: training continues as if there had been no evaluation.
+
+        The returned metrics are those of the log line, so that a metric of ours can choose the best model.
+        """
         of_training = self._reward_streams
         self._reward_streams = RewardStreams(self.args.seed, self.accelerator.process_index)
         try:
             with self._timer.paused(), self._rollout_logs.set_aside(), own_random_numbers(self.args.seed):
-                return super().evaluate(*args, **kwargs)
+                return super().evaluate(*args, **kwargs) | self._evaluated
         finally:
             self._reward_streams = of_training
 
@@ -345,6 +367,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         metrics = self._metrics[mode]
         rename(metrics)
         metrics.update(self._metric_log.take_means(mode, self._sum_over_ranks))
+        if mode == "eval":
+            self._evaluated = {f"eval_{name}": fmean(values) for name, values in metrics.items()}
         with self._timer.paused():
             if mode == "train":
                 logs["episodes"] = self._run_state.episodes

@@ -1,7 +1,9 @@
 """The work of every on-policy stage: from the recipe to the trained policy."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from rlhf_recipes.data.rows import load_rows
@@ -15,7 +17,9 @@ from rlhf_recipes.rewards.registry import build_reward_funcs
 from rlhf_recipes.runs.callbacks import attach, save_model
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.trainers.args import trainer_args
+from rlhf_recipes.trainers.collapse import signs_of_collapse
 from rlhf_recipes.trainers.on_policy import OnPolicyTrainer
+from rlhf_recipes.trainers.stop_early import StopEarly
 
 
 def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) -> str:
@@ -31,15 +35,38 @@ def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) ->
     start = Start(run, args, "policy")
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer(recipe, key, policy)
-    train = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[0], tokenizer, recipe.seed)
+    rows, held_out = load_rows(recipe.data, recipe.seed)
+    train = prompts(recipe.data, rows, tokenizer, recipe.seed)
     _check_enough_prompts(run, args, train)
     check_context(recipe, key, policy, train, tokenizer, args.max_completion_length)
+    section, stop = getattr(recipe, run.stage), StopEarly(getattr(recipe, run.stage).stop_when)
+    if section.is_watched:
+        held_out = prompts(recipe.data, held_out, tokenizer, recipe.seed).shuffle(seed=recipe.seed)
+        # From the end of the order from whose beginning eval takes its own.
+        more["eval_dataset"] = held_out.select(range(max(0, len(held_out) - WATCHED), len(held_out)))
     trainer = start.trainer(trainer_class, tokenizer, reward_funcs=reward_funcs, train_dataset=train, **more)
+    if section.is_watched and (specs := recipe.eval.held_out_funcs):
+        functions = build_reward_funcs(recipe, specs, key="eval.held_out_funcs")
+        trainer.held_out = functions, torch.tensor([spec.weight for spec in specs])
+    trainer.add_callback(stop)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     switch_on(trainer.rates_of_dropout)  # the saved configuration is the one that the policy came with
     save_model(trainer, run)
-    return callback.summary()
+    line = callback.summary()
+    run.findings = signs_of_collapse(callback.scores, callback.last, trainer.sampled_completions(WATCHED))
+    if stop.reason is not None:
+        run.findings.insert(0, f"stopped early: {stop.reason}")
+    if section.keep_best is not None:
+        run.findings.insert(
+            0,
+            f"the model is that of {Path(trainer.state.best_model_checkpoint or '').name}: the best {section.keep_best}",
+        )
+    return line
+
+
+WATCHED = 64
+"""Held-out prompts on which every checkpoint is measured, and completions in which signs of collapse are looked for."""
 
 
 def _check_enough_prompts(run: Run, args: Any, prompts: Dataset) -> None:

@@ -100,7 +100,10 @@ def _audit(run: AuditedRun, prompts: int) -> dict[str, Any]:
             "no held-out score: set eval.held_out_funcs to reward functions that training does not see; without one, an "
             "audit sees length, copying and repetition, and not whether the score still means anything"
         )
+    if run.manifest["status"] == "failed":
+        notes.insert(0, f"the run failed: {run.manifest.get('error', 'no reason known')}")
     highest, signs = signs_in_log(parts)
+    signs = [*run.manifest.get("findings", []), *signs]
     peak = None
     if highest is not None:
         peak = _peak_of_log(highest, bins, models)

@@ -22,7 +22,8 @@ from support.texts import write_jsonl
 
 
 def compared(*paths):
-    return build_comparison(read_runs([str(path) for path in paths]), "t", [])
+    runs, failed = read_runs([str(path) for path in paths])
+    return build_comparison(runs, "t", [], failed)
 
 
 def pair(tmp_path, of_rloo=(), **manifest):
@@ -414,10 +415,41 @@ def plain(folder, log):
     return folder
 
 
+@pytest.mark.parametrize("ppo_failed", [[1], [0, 1, 2]])
+def test_failed_runs_stay_out_of_every_mean_and_nobody_wins(ppo_failed, tmp_path):
+    """Three seeds each, far apart: without the failed ones, RLOO would win."""
+    paths = [
+        trained(tmp_path / f"{stage}{seed}", stage, seed, score + 0.01 * seed,
+                **({"status": "failed", "error": "Diverged: step 3"} if stage == "ppo" and seed in ppo_failed else {}))
+        for seed in range(3) for stage, score in (("ppo", 0.1), ("rloo", 0.9))
+    ]  # fmt: skip
+    found, k = compared(*paths), len(ppo_failed)
+    assert found["verdict"]["winner"] is None and found["verdict"]["label"] == f"{k} of 6 runs failed"
+    assert [run["seed"] for run in found["runs"] if run["algorithm"] == "ppo"] == [
+        s for s in range(3) if s not in ppo_failed
+    ]
+    assert found["notes"][:k] == found["failed"] and "ppo seed 1 failed: Diverged: step 3" in " ".join(found["notes"])
+    for view in found["views"]:
+        assert view["winner"] is None and view["label"] == f"{k} of 6 runs failed"
+    write_comparison(tmp_path, found)
+    assert f"{k} of 6 runs failed" in (tmp_path / "report.md").read_text()
+
+
+def test_a_comparison_of_failed_runs_only_says_why_each_failed(tmp_path):
+    failed = trained(tmp_path / "a", "ppo", status="failed", error="Diverged: step 3: the loss is nan")
+    with pytest.raises(RecipeError, match="ppo seed 42 failed: Diverged: step 3: the loss is nan"):
+        compared(failed)
+
+
+def test_findings_of_a_run_are_shown_with_the_comparison(tmp_path):
+    found = pair(tmp_path, findings=["the entropy is 0.001"])
+    assert "rloo seed 42: the entropy is 0.001." in found["notes"]
+
+
 def test_plain_trainers_runs_are_read_under_our_names(tmp_path):
     plain(tmp_path / "rloo/checkpoint-2", RLOO_LOG[:1])
     plain(tmp_path / "rloo/checkpoint-10", RLOO_LOG)
-    ppo, rloo = read_runs([f"ppo={plain(tmp_path / 'ppo', PPO_LOG)}", f"rloo={tmp_path / 'rloo'}"])
+    (ppo, rloo), _ = read_runs([f"ppo={plain(tmp_path / 'ppo', PPO_LOG)}", f"rloo={tmp_path / 'rloo'}"])
     assert (
         ppo.curves["score_mean"] == [0.2, 0.4]
         and ppo.curves["episodes"] == [64, 128]
@@ -433,7 +465,7 @@ def test_plain_trainers_runs_are_read_under_our_names(tmp_path):
     assert wanted.items() <= rloo.curves.items() and "kl" not in rloo.curves
     with pytest.raises(RecipeError, match="the same run twice"):
         read_runs([f"x={tmp_path / 'rloo'}", f"y={tmp_path / 'rloo/checkpoint-10'}"])
-    (same,) = read_runs([f"x={tmp_path / 'rloo/checkpoint-10/trainer_state.json'}"])
+    (same,) = read_runs([f"x={tmp_path / 'rloo/checkpoint-10/trainer_state.json'}"])[0]
     assert same.curves == rloo.curves and same.seed is None
 
 
@@ -498,7 +530,7 @@ def test_a_comparison_contains_the_files_of_judge_and_audit(tmp_path):
 
 def test_versions_are_listed_and_identical_runs_have_no_difference(tmp_path):
     same = [trained(tmp_path / name, "ppo", seed) for name, seed in (("a", 42), ("b", 43))]
-    assert find_differences(read_runs([str(path) for path in same])) == []
+    assert find_differences(read_runs([str(path) for path in same])[0]) == []
 
 
 def test_manifests_say_which_run_made_a_model_and_which_file_a_function(tmp_path):

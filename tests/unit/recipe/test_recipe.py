@@ -192,8 +192,14 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("sft.trainer.lr=1e-5", ["set sft.trainer.learning_rate."]),
         ("sft.trainer.ppo_epochs=4", ["sft.trainer.ppo_epochs: unknown key of SFTConfig"]),
         ("rloo.trainer.vf_clip=0.2", ["rloo.trainer.vf_clip: unknown key of RLOOConfig"]),
-        ("rloo.trainer.eval_strategy=steps", ["rloo.trainer.eval_strategy: rloo does not evaluate while it trains"]),
-        ("ppo.trainer.save_strategy=best", ["ppo.trainer.save_strategy: ppo does not evaluate while it trains"]),
+        (
+            "rloo.trainer.eval_strategy=steps",
+            ["rloo.trainer.eval_strategy: leave it out; rloo evaluates while it trains only"],
+        ),
+        (
+            "ppo.trainer.save_strategy=best",
+            ["ppo.trainer.save_strategy: leave it out; ppo evaluates while it trains only"],
+        ),
         ("ppo.peft.lora_alfa=16", ["ppo.peft.lora_alfa: unknown key of LoraConfig", "nearest: lora_alpha"]),
         ("ppo.peft.r='8'", ["ppo.peft.r", "integer", "'8'"]),
         ("ppo.peft.bias=some", ["ppo.peft.bias", "'none', 'all' or 'lora_only'", "'some'"]),
