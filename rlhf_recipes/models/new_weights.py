@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.models.load import is_classifier
+from rlhf_recipes.recipe.checks import refuse_unknown
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.stages import Scratch
 
@@ -23,6 +24,9 @@ def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int
 
     set_seed(seed)
     try:
+        default = AutoConfig.for_model(scratch.architecture)
+        known = {*default.to_dict(), *default.attribute_map}
+        refuse_unknown("sft.scratch.config", scratch.config, known, type(default).__name__)
         config = AutoConfig.for_model(
             scratch.architecture,
             vocab_size=len(tokenizer),
@@ -32,6 +36,8 @@ def make_model(scratch: Scratch, tokenizer: "PreTrainedTokenizerBase", seed: int
             **scratch.config,
         )
         return AutoModelForCausalLM.from_config(config)
+    except RecipeError:
+        raise
     except (ValueError, TypeError) as error:
         raise RecipeError(f"sft.scratch: transformers refuses {scratch.architecture}: {str(error)[:300]}") from error
 

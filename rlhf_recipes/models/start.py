@@ -4,6 +4,8 @@ start = Start(run, args, "policy")
 trainer = start.trainer(PPOTrainer, tokenizer, reward_funcs=reward_funcs, train_dataset=prompts)
 """
 
+import inspect
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
+    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -24,6 +27,7 @@ from rlhf_recipes.models import hardware
 from rlhf_recipes.models.adapters import adapter_args, fit, require_same, shape_of
 from rlhf_recipes.models.limits import fit_embeddings
 from rlhf_recipes.models.load import adapter_of, base_of, config_of, load_adapter, load_config, load_model
+from rlhf_recipes.recipe.checks import refuse_unknown
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE
@@ -88,6 +92,7 @@ class Start:
         trusted = runs_own_code(run.recipe, model_id)
         config = load_config(where, model, trusted)
         settings = {"dtype": "float32"} | hardware.attention(args, auto_class, config)
+        _refuse_unknown_settings(run.stage, config, args.model_init_kwargs or {})
         settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
         settings |= {"use_safetensors": True, "trust_remote_code": trusted}
         start = adapter_of(where, model)
@@ -115,6 +120,14 @@ class Start:
         with loading(where, base):
             whole = auto_class.from_pretrained(base, **settings)
         return {"model": load_adapter(where, whole, model, start, is_trainable=True)[0]}
+
+
+def _refuse_unknown_settings(stage: str, config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """Refuses keys of `model_init_kwargs` that neither `from_pretrained` nor the model's configuration has."""
+    load = PreTrainedModel.from_pretrained
+    known = {*inspect.signature(load).parameters, *re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(load))}
+    known |= {*config.to_dict(), *config.attribute_map, "attn_implementation", "dtype", "torch_dtype"}
+    refuse_unknown(f"{stage}.trainer.model_init_kwargs", given, known, f"from_pretrained and {type(config).__name__}")
 
 
 def _name_bases(adapted: Any, model: str, model_id: str) -> None:

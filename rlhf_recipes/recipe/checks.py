@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from rlhf_recipes.recipe.ranges import out_of_range
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
 from rlhf_recipes.recipe.trainer_keys import (
     CONFIG_CLASSES,
@@ -26,6 +27,7 @@ OURS = {
     "reward_timeout": "reward_funcs[].timeout",
     "missing_eos": "missing_eos, beside reward_funcs: it is the same for ppo and rloo",
     "baseline": "rloo.baseline",
+    "resume_from_checkpoint": "nothing: the same command goes on from the last checkpoint",
     "disable_tqdm": "nothing: each stage has its own progress bar",
     "trust_remote_code": "trust_remote_code of the recipe, which lists models by name",
 }
@@ -67,6 +69,7 @@ def check_recipe(values: dict, where: str) -> Recipe:
                 old = {key: new for key in trainer if key not in known and (new := successor(stage, str(key)))}
                 findings += check_keys(trainer, class_name, known, f"{stage}.trainer.", OURS | old)
                 findings += _check_evaluation(stage, trainer)
+                findings += [f"{stage}.trainer.{finding}" for finding in out_of_range(trainer)]
             findings += _check_adapter(stage, section)
     if findings:
         raise RecipeError("\n".join(f"{where}: {finding}" for finding in findings))
@@ -98,6 +101,22 @@ def check_keys(
                 expected = " or ".join(sorted({found["msg"].split("Input should be ")[-1] for found in error.errors()}))
                 findings.append(f"{prefix}{key}: should be {expected}, not {value!r}.")
     return findings
+
+
+def refuse_unknown(where: str, given: Collection[str], known: Collection[str], library: str) -> None:
+    """Refuses keys that a library's class or function does not have, such as a typing error that it would ignore.
+
+    Args:
+        where: The section, such as `sft.scratch.config`.
+        given: The user's keys.
+        known: Those of the library.
+        library: Its class or function, for the message.
+
+    Raises:
+        RecipeError: With the nearest known keys.
+    """
+    if wrong := [key for key in given if key not in known]:
+        raise RecipeError(f"{where}.{wrong[0]}: unknown key of {library}{_nearest(wrong[0], known)}")
 
 
 def _check_evaluation(stage: str, trainer: dict) -> list[str]:

@@ -13,7 +13,7 @@ Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 class Section(BaseModel):
     """A section of a recipe. It refuses unknown keys and converts no types: `seed: "42"` is an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -62,6 +62,14 @@ class Data(Section):
     """The same in words; it replaces `prompt_tokens`."""
     invalid_rows: Literal["refuse", "drop"] = "refuse"
     """Action on rows with an empty prompt or completion, or with two equal texts in a pair; `drop` reports their number."""
+
+    @model_validator(mode="after")
+    def _held_out_rows_are_others(self):
+        if self.eval_split == self.train_split:
+            raise ValueError(
+                f"eval_split is {self.eval_split}, the training rows; leave it out to hold eval_fraction out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranges_ascend(self):

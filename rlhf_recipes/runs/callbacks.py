@@ -7,6 +7,7 @@ import shutil
 import time
 import zlib
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -116,8 +117,10 @@ class RunCallback(TrainerCallback):
 
     def summary(self) -> str:
         """The closing line of an on-policy stage. Its numbers also become the run's results."""
+        if not self.scores:
+            return "no rollout was logged: logging_steps is larger than the number of steps"
         tenth = max(1, len(self.scores) // 10)  # single rollouts are noisy
-        first, last = (sum(part) / max(len(part), 1) for part in (self.scores[:tenth], self.scores[-tenth:]))
+        first, last = (fmean(part) for part in (self.scores[:tenth], self.scores[-tenth:]))
         self.run.results = {
             "score_first": first,
             "score_last": last,

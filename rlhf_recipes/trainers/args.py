@@ -1,17 +1,20 @@
 """The arguments of a stage's trainer: the keys of the recipe's `trainer:`, then defaults that fit this machine."""
 
+import inspect
 import logging
 import math
 import os
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from rlhf_recipes.launch.checks import check_setup
 from rlhf_recipes.launch.setup import asked, launched
 from rlhf_recipes.models import hardware as machine
 from rlhf_recipes.recipe.batch import batch_settings, rows_of_step
+from rlhf_recipes.recipe.checks import refuse_unknown
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.stages import OnPolicy
 from rlhf_recipes.runs.folder import Run
@@ -20,6 +23,9 @@ from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 logger = logging.getLogger(__name__)
 
 # Ten checkpoints per run: a killed run loses at most a tenth of its work.
+OF_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""Arguments of a schedule that the trainer fills in."""
+
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
 """Defaults that replace TRL's; a recipe may set other values."""
 
@@ -59,6 +65,7 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
         message = str(error)[:500]
         about_a_setting = message.partition(" ")[0] in config_class.__dataclass_fields__
         raise RecipeError(f"{run.stage}.trainer{'.' if about_a_setting else ': '}{message}") from error
+    _check_schedule(run.stage, args)
     check_setup(args)
     run.check_precision(args.mixed_precision)
     if args.n_gpu > 1:  # transformers would use all GPUs in one process, by DataParallel
@@ -72,7 +79,25 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
             args.logging_steps = args.steps_per_rollout  # one line per rollout, the only steps with a new score
         if run.recipe.episodes is not None:
             _set_budget(run, args, given)
+        if 0 < args.max_steps < args.logging_steps:
+            raise RecipeError(
+                f"{run.stage}.trainer.logging_steps: {args.logging_steps:g} is more than the {args.max_steps} steps of the "
+                "training, of which nothing would be logged."
+            )
     return args
+
+
+def _check_schedule(stage: str, args: TrainingArguments) -> None:
+    """Refuses `lr_scheduler_kwargs` that the schedule does not have, or that it needs and does not get."""
+    schedule, given = TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type], args.lr_scheduler_kwargs or {}
+    known = {name: p for name, p in inspect.signature(schedule).parameters.items() if name not in OF_TRAINER}
+    where, name = f"{stage}.trainer.lr_scheduler_kwargs", SchedulerType(args.lr_scheduler_type).value
+    refuse_unknown(where, given, known, name)
+    needed = [
+        key for key, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and key not in given
+    ]
+    if needed:
+        raise RecipeError(f"{where}: {name} needs {', '.join(needed)}.")
 
 
 def rows_of_training(args: TrainingArguments, rows: Dataset) -> Dataset:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import trl
+from transformers import GenerationConfig
 
 from rlhf_recipes.recipe.batch import rows_of_rollout, steps_of_rollout
 
@@ -16,6 +17,9 @@ NEUTRAL = {
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
     "repetition_penalty": (None, 1.0),
+    "top_h": (None,),
+    "encoder_repetition_penalty": (None, 1.0),
+    "guidance_scale": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,),
     "suppress_tokens": (None, []),
@@ -36,6 +40,13 @@ def distortions(settings: dict[str, Any]) -> list[str]:
     """`name=value` of every generation setting that changes the model's distribution."""
     return [f"{name}={settings[name]}" for name in NEUTRAL if settings.get(name) not in NEUTRAL[name]]
 
+
+NOT_GIVEN = dict.fromkeys(
+    ("eos_token_id", "pad_token_id", "bos_token_id", "stop_strings"),
+    "the tokenizer and the model's generation_config.json say which tokens end a completion",
+) | dict.fromkeys(("max_length", "max_new_tokens", "max_time"), "set max_completion_length")
+NOT_GIVEN |= dict.fromkeys(("num_return_sequences",), "set num_generations")
+"""Generation setting that this project decides -> what to do instead; training would not know of another value."""
 
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
@@ -131,6 +142,11 @@ class OnPolicyConfig(trl.RLOOConfig):
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
         rows_of_rollout(settings, self.world_size)
+        for key in self.generation_kwargs or {}:
+            if key in NOT_GIVEN:
+                raise ValueError(f"generation_kwargs has {key}, which is not set there; {NOT_GIVEN[key]}.")
+            if not hasattr(GenerationConfig(), key):
+                raise ValueError(f"generation_kwargs has {key}, which is no setting of GenerationConfig.")
         given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given |= {"repetition_penalty": self.repetition_penalty} | (self.generation_kwargs or {})
         if given.get("temperature", self.temperature) != self.temperature:
