@@ -1,5 +1,6 @@
 """PPO or RLOO, on your task? Recipes for RLHF on Hugging Face TRL."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PPOConfig", "PPOTrainer", "RLOOConfig", "RLOOTrainer"]
 
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before huggingface_hub is imported: TRL reports each trainer
 
 if sys.argv[:1] == ["-m"]:  # `python -m rlhf_recipes.ppo` would import torch from a torch.py in the current folder
     del sys.path[0]

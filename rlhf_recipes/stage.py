@@ -24,6 +24,8 @@ from rlhf_recipes.launch.setup import launched, prepare
 from rlhf_recipes.launch.start import INTERRUPTED, PARENT, STOP_CODES, USER_ERROR, end_with_parent, on_stop
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import redacted
+from rlhf_recipes.recipe.trust import refuse_uploads
 from rlhf_recipes.rewards.registry import check_functions
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.inputs import check_packages, check_references, go_offline, hub_references, sources
@@ -44,9 +46,10 @@ def stage_command(stage: str, main: Callable[[Run], str]) -> None:
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe (rlhf-recipes list), or path of a YAML file")
     parser.add_argument("--overwrite", action="store_true", help="replace a run with other settings; it is moved aside")
+    parser.add_argument("--push", action="store_true", help="upload to the Hub as the recipe says")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ppo.trainer.beta=0.1")
     given = parser.parse_intermixed_args()
-    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite, is_own_process=True)
+    code = run_stage(stage, main, given.recipe, given.overrides, given.overwrite, given.push, is_own_process=True)
     if code in (0, *STOP_CODES) and has_joined():
         from accelerate import PartialState
 
@@ -60,6 +63,7 @@ def run_stage(
     name: str,
     overrides: list[str],
     overwrite: bool,
+    push: bool = False,
     is_own_process: bool = False,
 ) -> int:
     """Runs one stage of a recipe in this process; returns its exit code. Arguments as those of its command.
@@ -76,6 +80,8 @@ def run_stage(
         recipe = load_checked(name, overrides)
         if stage != "compare" and getattr(recipe, stage) is None:
             raise RecipeError(f"recipe {recipe.name} has no stage {stage}; it has: {', '.join(recipe.stages())}.")
+        sys.argv = redacted(sys.argv)  # W&B sends it
+        refuse_uploads(recipe, [stage], push)
         given = getattr(getattr(recipe, stage, None), "trainer", {})
         if hub_references(recipe, stage):
             go_offline()  # before the first import of a Hugging Face library, perhaps in the next line
@@ -135,7 +141,7 @@ def run_stage(
         if log is not None and log.is_file():
             message += "" if lost else f" (traceback in {log})"
         elif not lost and not is_disk_error(error):
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
         complain(message)
         return USER_ERROR
     finally:
@@ -200,7 +206,6 @@ def load_checked(name: str, overrides: list[str]) -> Recipe:
         RecipeError: Every finding, one per line.
     """
     recipe = load_recipe(name, overrides)
-    findings = check_functions(recipe)
-    if findings:
+    if findings := check_functions(recipe):
         raise RecipeError("\n".join(f"{recipe.name}: {finding}" for finding in findings))
     return recipe

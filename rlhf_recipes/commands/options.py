@@ -23,4 +23,7 @@ Config = Annotated[
         help="train as several processes: see `configs`; or path of a YAML file",
     ),
 ]
+Push = Annotated[
+    bool, typer.Option("--push", help="upload to the Hub as the recipe says; without it such a recipe is refused")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace runs with other settings; they are moved aside")]

@@ -2,11 +2,12 @@
 
 import typer
 
-from rlhf_recipes.commands.options import Config, Name, Overrides, Overwrite
+from rlhf_recipes.commands.options import Config, Name, Overrides, Overwrite, Push
 from rlhf_recipes.launch.start import STOP_CODES, launch_stage
 from rlhf_recipes.pages.tables import print_models
 from rlhf_recipes.recipe.graph import stages_to_run
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe
+from rlhf_recipes.recipe.trust import refuse_uploads
 from rlhf_recipes.runs.files import exit_code, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import load_checked
@@ -17,16 +18,23 @@ app = typer.Typer()
 
 
 @app.command()
-def run(name: Name, overrides: Overrides, accelerate_config: Config = None, overwrite: Overwrite = False) -> None:
+def run(
+    name: Name,
+    overrides: Overrides,
+    accelerate_config: Config = None,
+    overwrite: Overwrite = False,
+    push: Push = False,
+) -> None:
     """Run a recipe from its first needed stage to the report, each stage as a process; finished stages are reused."""
     recipe = load_checked(name, overrides)
     stages = stages_to_run(recipe)
+    refuse_uploads(recipe, stages, push)
     for stage in stages:
         stage_run = Run(recipe, stage)
         if stage_run.is_done(overwrite):
             say(f"{stage:<8} reused: finished before   {stage_run.path}")
             continue
-        code = exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config), stage_run.path)
+        code = exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config, push), stage_run.path)
         if code not in (0, *STOP_CODES):
             log = stage_run.path / "log.txt"
             complain(f"stage {stage} did not finish; {log} has the details. Finished stages are kept.")
@@ -45,10 +53,16 @@ def _show_measured(recipe: Recipe) -> None:
 
 def _add_stage(stage: str, doc: str) -> None:
     def command(
-        name: Name, overrides: Overrides, accelerate_config: Config = None, overwrite: Overwrite = False
+        name: Name,
+        overrides: Overrides,
+        accelerate_config: Config = None,
+        overwrite: Overwrite = False,
+        push: Push = False,
     ) -> None:
-        path = run_path(load_checked(name, overrides), stage)  # here, or every process would report the same error
-        raise typer.Exit(exit_code(launch_stage(stage, name, overrides, overwrite, accelerate_config), path))
+        recipe = load_checked(name, overrides)  # here, or every process would report the same error
+        refuse_uploads(recipe, [stage], push)
+        code = launch_stage(stage, name, overrides, overwrite, accelerate_config, push)
+        raise typer.Exit(exit_code(code, run_path(recipe, stage)))
 
     command.__doc__ = f"Run stage {stage}: {doc}"
     app.command(stage)(command)

@@ -51,6 +51,11 @@ def export_run(run: Path, out: Path | None, merge: bool, dtype: Dtype | None) ->
     adapter = read_json(run / ADAPTER) if (run / ADAPTER).is_file() else None
     if adapter is not None and dtype is not None and not merge:
         raise RecipeError(f"--dtype: {run} holds an adapter, which is small and is exported as it is; add --merge.")
+    for path in run.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+            raise RecipeError(
+                f"{path} is a link to {path.resolve()}, outside of the run: the export would publish that file."
+            )
     out = out or run.resolve().parent / f"export-{manifest['stage']}{'-merged' if adapter and merge else ''}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out: {out} exists already; name a new folder, or move that one away.")

@@ -1,6 +1,7 @@
 """Jobs of a sweep or a duel: a job is a stage of a run, or of several runs. Jobs run one after another."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rlhf_recipes.launch.start import STOP_CODES, launch_stage
 from rlhf_recipes.recipe.graph import eval_models, eval_reference, input_stages, sections_of
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import HANDED_ON, secrets_in
+from rlhf_recipes.recipe.trust import refuse_uploads
 from rlhf_recipes.runs.files import MANIFEST, exit_code, read_manifest, run_path
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.system.files import write_whole, writing
@@ -115,10 +118,11 @@ def refuse_other_settings(name: str, jobs: list[Job], overwrite: bool) -> None:
         overwrite: True: such runs are moved aside instead.
 
     Raises:
-        RecipeError: Names every such folder.
+        RecipeError: Names every such folder; or the recipe uploads.
     """
     findings = []
     for job in jobs:
+        refuse_uploads(job.recipe, [job.stage], push=False)
         try:
             Run(job.recipe, job.stage).is_done(overwrite)
         except RecipeError as error:
@@ -179,7 +183,11 @@ def _run(job: Job, overwrite: bool, config: Path | None) -> tuple[int, str]:
     with writing("the run's recipe", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_yaml(job.recipe))
-    code = exit_code(launch_stage(job.stage, str(file), [], overwrite, config), job.path)
+    os.environ[HANDED_ON] = json.dumps(secrets_in(job.recipe.model_dump(exclude_none=True)))
+    try:
+        code = exit_code(launch_stage(job.stage, str(file), [], overwrite, config), job.path)
+    finally:
+        del os.environ[HANDED_ON]
     if _text_of(job.path / MANIFEST) in (None, before):
         return code, f"exit code {code} before the run began; see its message above"
     manifest = read_manifest(job.path) or {}

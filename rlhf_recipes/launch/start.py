@@ -33,7 +33,9 @@ PARENT = "RLHF_RECIPES_PARENT"
 """Environment variable with the id of the process that waits for a stage."""
 
 
-def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, config: Path | None = None) -> int:
+def launch_stage(
+    stage: str, name: str, overrides: list[str], overwrite: bool, config: Path | None = None, push: bool = False
+) -> int:
     """Run one stage of a recipe to its end.
 
     Passes `STOP_SIGNALS` on to the stage and waits for its end. The first Ctrl-C stops a training with a checkpoint, as
@@ -45,12 +47,13 @@ def launch_stage(stage: str, name: str, overrides: list[str], overwrite: bool, c
         overrides: `dotted.key=value` each.
         overwrite: True moves a run with other settings aside.
         config: A configuration file of accelerate: a stage that trains starts as its number of processes.
+        push: Whether the stage may upload to the Hub.
 
     Returns:
         The stage's exit code, as a shell reports it.
     """
     command = ["-m", f"rlhf_recipes.{MODULES.get(stage, stage)}", "--recipe", name, *overrides]
-    command += ["--overwrite"] if overwrite else []
+    command += ["--overwrite"] * overwrite + ["--push"] * push
     spread = config is not None and stage in TRAINED  # another stage would repeat its work in each process
     if spread:
         command = ["-m", "rlhf_recipes.launch.processes", "--config_file", str(config), *command]

@@ -29,6 +29,7 @@ from rlhf_recipes.models.limits import fit_embeddings
 from rlhf_recipes.models.load import adapter_of, base_of, config_of, load_adapter, load_config, load_model
 from rlhf_recipes.recipe.checks import refuse_unknown
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.secrets import drop_secrets
 from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE
 from rlhf_recipes.runs.folder import Run
@@ -70,6 +71,7 @@ class Start:
         arguments = {"model": self.model} if self._model_id is None else self.arguments()
         with loading(self._key, str(self._model_id), by="create_model_from_path"):
             trainer = trainer_class(**arguments, args=self._args, processing_class=tokenizer, **more)
+        drop_secrets(trainer.args)  # the model is loaded
         fit_embeddings(self._key, trainer.model, tokenizer)
         hardware.expect_all_gradients(trainer)
         if is_peft_model(trainer.model):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_recipes.recipe.ranges import out_of_range
 from rlhf_recipes.recipe.schema import ON_POLICY, Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import learn
 from rlhf_recipes.recipe.trainer_keys import (
     CONFIG_CLASSES,
     adapter_fields,
@@ -55,6 +56,7 @@ def check_recipe(values: dict, where: str) -> Recipe:
     Raises:
         RecipeError: Every finding, one per line.
     """
+    learn(values)
     findings = []
     recipe: Recipe
     try:

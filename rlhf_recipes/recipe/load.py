@@ -1,6 +1,7 @@
 """Reads a recipe: finds its file, follows `extends:`, applies `key=value` overrides and checks every key."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ruamel.yaml import YAML
 from rlhf_recipes.recipe.checks import check_recipe
 from rlhf_recipes.recipe.named_files import DEEPEST, announce_hiding, find_file, parse, read_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import HANDED_ON, redacted
 
 FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are passed on to a library unchanged; in them, null is a value."""
@@ -63,16 +65,17 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     folders = [folder for folder in os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep) if folder]
     os.environ[RECIPE_FOLDERS] = os.pathsep.join(dict.fromkeys([*folders, str(path.parent.resolve())]))
     values = _read_with_parents(path, seen=())
-    for override in overrides:
+    handed_on = json.loads(os.environ.get(HANDED_ON, "{}"))
+    for override in (*overrides, *(f"{key}={json.dumps(value)}" for key, value in handed_on.items())):
         _apply(values, override)
     values.setdefault("name", path.stem)
     return check_recipe(_without_nulls(values), where=str(path))
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, from which `load_recipe` makes an equal recipe; unset optional keys are left out."""
+    """The recipe as YAML, from which `load_recipe` makes an equal recipe; unset optional keys and secrets are left out."""
     buffer = io.StringIO()
-    _yaml().dump(recipe.model_dump(exclude_none=True), buffer)
+    _yaml().dump(redacted(recipe.model_dump(exclude_none=True)), buffer)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Decides which code a recipe may run: the user's own, and what the user trusts (`docs/security.md`)."""
+"""Decides what a recipe may do: which code it runs, and whether it uploads (`docs/security.md`)."""
 
 import os
 import re
@@ -14,6 +14,9 @@ ALLOWED = "RLHF_RECIPES_ALLOW_CODE"
 
 INSTALLED = re.compile(r"[\\/]((site|dist)-packages|lib\d*[\\/]python[\d.]+)[\\/]")
 """Path of an installed package, even one in an environment below the current folder: the user did not write it."""
+
+UPLOADS = ("push_to_hub", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+"""Keys of a trainer that make a repository or Space on the Hub."""
 
 
 def trust_file() -> Path:
@@ -97,3 +100,18 @@ def how_to_trust(entry: Any) -> str:
         "a recipe alone may not run code that is neither beside it nor below the current folder. Read the code; if you "
         f"trust it, give: rlhf-recipes trust {entry} (or set {ALLOWED}={entry})."
     )
+
+
+def refuse_uploads(recipe: Recipe, stages: list[str], push: bool) -> None:
+    """Refuse a recipe that uploads to the Hub unless the user's command says so too.
+
+    Raises:
+        RecipeError: Names the key.
+    """
+    for stage in stages:
+        given = getattr(getattr(recipe, stage, None), "trainer", {})
+        if not push and (keys := [key for key in UPLOADS if given.get(key)]):
+            raise RecipeError(
+                f"{stage}.trainer.{keys[0]}: a recipe alone uploads nothing. Add --push to the command of run or of the "
+                f"stage (sweep and duel never upload), or take the key out: {stage}.trainer.{keys[0]}=null."
+            )

@@ -35,8 +35,7 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
     "regex": functions.regex,
 }
 
-WHAT = "reward function"
-"""In messages about a user's own function."""
+WHAT = "reward function"  # in messages about a user's own
 
 CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
 """Parameters of a user's reward function that a call fills in; the others are arguments in the recipe."""
@@ -52,7 +51,7 @@ def check_functions(recipe: Recipe) -> list[str]:
         if not model.startswith("stage:"):
             checks[f"trust_remote_code.{i}"] = functools.partial(require_trusted_model, "code of a model", model)
     for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
-        checks |= {f"{key}.{i}": functools.partial(_check_spec, spec) for i, spec in enumerate(specs)}
+        checks |= {f"{key}.{i}": functools.partial(_check_args, spec) for i, spec in enumerate(specs)}
     findings = []
     for key, check in checks.items():
         try:
@@ -60,11 +59,6 @@ def check_functions(recipe: Recipe) -> list[str]:
         except RecipeError as error:
             findings.append(f"{key}: {error}")
     return findings
-
-
-def _check_spec(spec: RewardFunc) -> None:
-    known = REWARD_FUNCS.get(spec.name)
-    _check_args(spec, inspect.signature(known) if known else signature_of(_named(spec), WHAT))
 
 
 def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "reward_funcs") -> list[CheckedReward]:
@@ -84,7 +78,7 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     names: list[str] = []
     for i, spec in enumerate(specs):
         found = REWARD_FUNCS.get(spec.name) or find_function(_named(spec), WHAT)
-        _check_args(spec, inspect.signature(found))
+        _check_args(spec, found)
         args = dict(spec.args)
         for name, value in args.items():
             is_model = name == "model" and spec.name in REWARD_FUNCS
@@ -131,15 +125,14 @@ def _complete_models() -> Iterator[None]:
 
 def _named(spec: RewardFunc) -> str:
     """The name of a user's own function, `module:function` or `file.py:function`."""
-    name = spec.name
-    if ":" not in name:
-        near = difflib.get_close_matches(name, REWARD_FUNCS, n=3, cutoff=0.4)
+    if ":" not in spec.name:
+        near = difflib.get_close_matches(spec.name, REWARD_FUNCS, n=3, cutoff=0.4)
         raise RecipeError(
-            f"unknown reward function {name!r}; "
+            f"unknown reward function {spec.name!r}; "
             + (f"nearest: {', '.join(near)}. " if near else f"known: {', '.join(REWARD_FUNCS)}. ")
             + "Your own: module:function or path/to/file.py:function."
         )
-    return name
+    return spec.name
 
 
 def _takes_completions(signature: inspect.Signature) -> bool:
@@ -147,11 +140,12 @@ def _takes_completions(signature: inspect.Signature) -> bool:
     return "completions" in signature.parameters
 
 
-def _check_args(spec: RewardFunc, signature: inspect.Signature | None) -> None:
+def _check_args(spec: RewardFunc, found: Callable | None = None) -> None:
+    found = found or REWARD_FUNCS.get(spec.name)
+    signature = inspect.signature(found) if found else signature_of(_named(spec), WHAT)
     if signature is None:  # known once the function is found
         return
-    is_reward = _takes_completions(signature)
-    parameters = signature.parameters.values()
+    is_reward, parameters = _takes_completions(signature), signature.parameters.values()
     known = {
         p.name: p
         for p in parameters

@@ -20,6 +20,7 @@ from rlhf_recipes.launch.setup import Setup, launched
 from rlhf_recipes.recipe.graph import stage_settings
 from rlhf_recipes.recipe.load import to_yaml
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import redacted
 from rlhf_recipes.runs.changes import changed_files, differences
 from rlhf_recipes.runs.files import COPY, MANIFEST, PARTS, read_manifest, run_path
 from rlhf_recipes.runs.inputs import input_ids
@@ -32,8 +33,7 @@ logger = logging.getLogger(__name__)
 NEEDED = {"settings": dict, "inputs": dict, "id": str}
 """Keys without which a run cannot go on, and the types of their values."""
 
-ALONE = Setup(1, "NO")
-"""The setup of a process without a launcher."""
+ALONE = Setup(1, "NO")  # a process without a launcher
 
 
 class Run:
@@ -56,7 +56,7 @@ class Run:
     def __init__(self, recipe: Recipe, stage: str, is_main: bool = True):
         self.recipe, self.stage, self.is_main = recipe, stage, is_main
         self.path = run_path(recipe, stage)
-        self.settings = json.loads(json.dumps(stage_settings(recipe, stage)))  # as the manifest holds them
+        self.settings = redacted(json.loads(json.dumps(stage_settings(recipe, stage))))  # as the manifest holds them
         self.inputs = input_ids(recipe, stage)
         self.lock, self.temporary = RunLock(self.path), TemporaryFiles(self.path)
         self.manifest: dict[str, Any] = {}
@@ -242,10 +242,10 @@ class Run:
 
     def _write(self) -> None:
         with writing("the manifest", self.path / MANIFEST):
-            write_whole(self.path / MANIFEST, json.dumps(self.manifest, indent=2))
+            write_whole(self.path / MANIFEST, json.dumps(redacted(self.manifest), indent=2))
 
     def _differences_to(self, manifest: dict[str, Any]) -> list[str]:
-        found = {"settings": manifest["settings"], "inputs": manifest["inputs"]}
+        found = {"settings": redacted(manifest["settings"]), "inputs": manifest["inputs"]}
         return differences(found, {"settings": self.settings, "inputs": self.inputs})
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rlhf_recipes.recipe.messages import with_roles
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.secrets import redacted
 from rlhf_recipes.runs.files import COMPLETIONS
 from rlhf_recipes.system.files import read_json, read_lines
 from rlhf_recipes.system.terminal import say
@@ -124,7 +125,7 @@ def start_wandb(recipe: Recipe, stage: str, folder: Path, run_id: str | None) ->
         "dir": default("WANDB_DIR", str(folder)),
         "id": default("WANDB_RUN_ID", run_id),
         "resume": default("WANDB_RESUME", "allow"),
-        "config": {"recipe": recipe.model_dump(exclude_none=True), "stage": stage},
+        "config": {"recipe": redacted(recipe.model_dump(exclude_none=True)), "stage": stage},
         "settings": wandb.Settings(
             **{name: value for name, value in LIMITS.items() if f"WANDB_{name.upper()}" not in os.environ}
         ),

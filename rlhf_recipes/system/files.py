@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.recipe.secrets import without_known
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM = "crc32"
-"""Key of a JSON object's own checksum."""
+CHECKSUM = "crc32"  # key of a JSON object's own checksum
 
 MARKER = "complete.json"
 """Last file of a checkpoint: names the checkpoint's files, with their sizes and checksums."""
@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(without_known(text))
             _sync(file)
         os.replace(temporary, path)
     except OSError:
@@ -71,6 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sealed(value: dict[str, Any]) -> str:
     """The text of a JSON file with a checksum, by which `read_json` finds any damage."""
+    value = json.loads(without_known(json.dumps(value)))
     return json.dumps(value | {CHECKSUM: _checksum(value)}, indent=2)
 
 
@@ -120,9 +121,8 @@ def as_lines(rows: Iterable[dict]) -> str:
 
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Append to a jsonl file, all lines in one write."""
-    text = as_lines(rows)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+        file.write(without_known(as_lines(rows)))
 
 
 def without_nan(value: Any) -> Any:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from rlhf_recipes.recipe.secrets import redacted
+
 PASSING = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 """Kinds of warnings for the authors of libraries, not for their users."""
 
@@ -38,7 +40,7 @@ def complain(message: str) -> None:
 def _print(line: str, stream: TextIO) -> None:
     """If nobody reads the line, as behind `| head`, or the disk of its file is full, the work goes on without a word."""
     try:
-        print(line, file=stream, flush=True)
+        print(redacted(line), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what libraries print, too
 
@@ -70,6 +72,11 @@ def print_table(
     say(shown.get().rstrip("\n"))
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def log_to(file: Path | None) -> None:
     """Send all logging and Python warnings to `file` (None: nowhere), and only relevant warnings to the terminal."""
     root = logging.getLogger()
@@ -79,11 +86,11 @@ def log_to(file: Path | None) -> None:
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setLevel(logging.WARNING)
     terminal.addFilter(_is_relevant)
-    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    terminal.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     root.addHandler(terminal)
     if file is not None:
         everything = logging.FileHandler(file, encoding="utf-8")
-        everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        everything.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(everything)
     warnings.showwarning = _show_warning
 

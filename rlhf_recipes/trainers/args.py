@@ -58,6 +58,8 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
             values |= best | {"greater_is_better": True}
         own = type(section).model_fields.keys() & config_class.__dataclass_fields__.keys()  # such as rloo's baseline
         values |= {key: getattr(section, key) for key in own}
+    if token := values.pop("hub_token", None):
+        os.environ["HF_TOKEN"] = token  # huggingface_hub reads it; a trainer's arguments are saved in checkpoints
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     try:
         args = config_class(**values)

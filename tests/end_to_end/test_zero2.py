@@ -105,7 +105,7 @@ class Launcher:
         return run_python(
             "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), "-m",
             f"rlhf_recipes.{stage}", "--recipe", "imdb_positive", *self.overrides, *more,
-            cwd=self.folder / name, timeout=180, **environment,
+            cwd=self.folder / name, timeout=180, **{"RLHF_RECIPES_ALLOW_CODE": str(self.folder)} | environment,
         )  # fmt: skip
 
     def zero3(self) -> str:

@@ -19,6 +19,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs import trackers, workspace
 from rlhf_recipes.runs.callbacks import TABLES
+from rlhf_recipes.runs.folder import Run
 from support.processes import become_stage, call, cli, run_python
 from support.texts import HELD_OUT_REVIEWS, REVIEWS, write_jsonl
 from support.tiny_models import causal_lm, word_tokenizer
@@ -105,12 +106,35 @@ def run_stage(stage: str, *arguments: str, cwd: Path, **environment: str) -> Sim
     return SimpleNamespace(returncode=process.returncode, **said)
 
 
+SECRETS = {
+    name: f"s3cret-{i}-{name.replace('_', '-').lower()}"
+    for i, name in enumerate(
+        "hub model server source api password bearer argv secret HF_TOKEN OPENAI_API_KEY WANDB_API_KEY".split()
+    )
+} | {"known": "hf_" + "kNoWn" * 6, "WANDB_API_KEY": "fedcba9876" * 4}
+"""Where it is planted -> a secret."""
+
+PLANTED = [
+    f"rloo.trainer.hub_token={SECRETS['hub']}",
+    f"rloo.trainer.model_init_kwargs={{token: {SECRETS['model']}}}",
+    f"rloo.trainer.vllm_server_base_url='http://me:{SECRETS['server']}@localhost:8000'",
+    f"about.source='https://me:{SECRETS['source']}@example.org/x, and {SECRETS['known']}'",
+    f"judge.parameters={{api_key: {SECRETS['api']}}}",
+    f"judge.criterion='{SECRETS['OPENAI_API_KEY']} and {SECRETS['HF_TOKEN']} and {SECRETS['WANDB_API_KEY']}'",
+    "eval.held_out_funcs=[{name: own.py:remote, args: {"
+    f"password: {SECRETS['password']}, headers: {{Authorization: Bearer {SECRETS['bearer']}}}, "
+    f"argv: ['--x-token={SECRETS['argv']}'], nested: [{{clientSecret: {SECRETS['secret']}}}]}}}}]",
+]
+
+
 @pytest.fixture(scope="module")
 def offline(small, tmp_path_factory):
-    """The folder in which ppo and rloo have run with W&B offline, and what they said."""
+    """The folder in which ppo and rloo have run with W&B offline, and what they said; rloo with secrets in its settings."""
     folder, said = tmp_path_factory.mktemp("offline"), {}
-    for stage in ("ppo", "rloo"):
-        done = run_stage(stage, *small, cwd=folder, **clean(folder / "home", WANDB_MODE="offline"))
+    (folder / "own.py").write_text("def remote(completions, **columns): return [0.0] * len(completions)\n")
+    for stage, planted in (("ppo", []), ("rloo", PLANTED)):
+        own = {name: secret for name, secret in SECRETS.items() if name.isupper()} if planted else {}
+        done = run_stage(stage, *small, *planted, cwd=folder, **clean(folder / "home", WANDB_MODE="offline", **own))
         assert done.returncode == 0, done.stderr
         said[stage] = done
     return folder, said
@@ -131,6 +155,32 @@ def test_both_algorithms_log_the_same_keys(offline):
     assert keys["ppo"] - only_ppo == keys["rloo"] - only_rloo
     assert {"train/score/vader_sentiment", "train/score/length", "train/global_step"} <= keys["ppo"]
     assert all(key.startswith(("train/", "completions.")) for key in keys["ppo"] | keys["rloo"])
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_any_file_of_a_run_or_its_trackers(offline, small, monkeypatch, tmp_path):
+    """Nor in its output; the run is still known as finished, also with another token."""
+    folder, _ = offline
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "recipe.yaml", "manifest.json", "log.txt", "rloo.stderr"} <= {
+        path.name for path in files
+    }
+    assert any(path.suffix == ".wandb" for path in files) and any("tfevents" in path.name for path in files)
+    found = [
+        (str(path.relative_to(folder)), name)
+        for path in files
+        for name, secret in SECRETS.items()
+        if secret.encode() in path.read_bytes()
+    ]
+    assert found == []
+    monkeypatch.chdir(folder)
+    for token in (SECRETS["hub"], "another-token"):
+        assert Run(
+            load_recipe("imdb_positive", [*small, *PLANTED, f"rloo.trainer.hub_token={token}"]), "rloo"
+        ).is_done()
+    copy = load_recipe(str(run_of(offline, "rloo") / "recipe.yaml"))
+    assert "hub_token" not in copy.rloo.trainer and copy.rloo.trainer["vllm_server_base_url"] == "http://localhost:8000"
+    assert Run(copy, "rloo").is_done()
 
 
 @pytest.mark.slow

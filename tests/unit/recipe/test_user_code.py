@@ -1,5 +1,6 @@
 """A recipe alone runs no code: which of the user's files may run, and what is found out without running them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +249,51 @@ def test_a_file_that_hides_a_shipped_one_is_said_in_one_line(places, capsys):
     find_config("cpu_ddp_2")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"{here}/imdb_tiny.yaml is used") and "cpu_ddp_2.yaml is used" in second
+
+
+def test_a_recipe_alone_uploads_nothing(places, monkeypatch):
+    """The command says it too, for run and for a stage's own command; sweep and duel never upload."""
+    from rlhf_recipes.commands import stages
+    from rlhf_recipes.experiments.sweep import plan_sweep
+    from rlhf_recipes.stage import run_stage
+
+    launched = []
+    monkeypatch.setattr(stages, "launch_stage", lambda *given: launched.append(given) or 2)
+    uploads = ["rloo.trainer.push_to_hub=true", "rloo.trainer.hub_model_id=me/mine"]
+    for command in ("run", "rloo"):
+        refused = CliRunner().invoke(app, [command, "imdb_tiny", *uploads])
+        assert "rloo.trainer.push_to_hub: a recipe alone uploads nothing. Add --push" in str(refused.exception)
+        assert launched == []
+        CliRunner().invoke(app, [command, "imdb_tiny", *uploads, "--push"])
+        assert launched.pop()[-1] is True
+    with pytest.raises(RecipeError, match="sweep and duel never upload"):
+        plan_sweep("imdb_tiny", uploads, ["rloo"], "1")
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert run_stage("rloo", lambda run: "", "imdb_tiny", ["rloo.trainer.trackio_space_id=me/mine"], False) == 2
+
+
+def test_an_export_takes_no_file_from_outside_of_the_run(places):
+    from rlhf_recipes.deploy.export import export_run
+
+    run = places / "here" / "sft"
+    (run / "value_model").mkdir(parents=True)
+    (run / "manifest.json").write_text('{"stage": "sft", "status": "finished"}')
+    (run / "model.safetensors").touch()
+    (run / "same.json").symlink_to(run / "manifest.json")
+    for link in ("tokenizer.json", "value_model/config.json", "base"):
+        (run / link).symlink_to(places / "there")
+        with pytest.raises(RecipeError, match=f"{link} is a link to {places}/there, outside of the run"):
+            export_run(run, places / "out", False, None)
+        (run / link).unlink()
+    assert not (places / "out").exists()
+
+
+def test_telemetry_is_off_unless_the_user_says_otherwise():
+    """Before huggingface_hub is imported, which reads the variable then."""
+    script = "import rlhf_recipes.stage, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    others = {key: value for key, value in os.environ.items() if "TELEMETRY" not in key}
+    for own, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=others | own, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == off
