@@ -461,7 +461,8 @@ def test_two_ranks_go_on_stop_together_and_refuse_another_number(launcher):
         (["accelerate.commands.launch", "-m", "rlhf_recipes.sft", "--recipe"], signal.SIGTERM, -15, "stopped"),
     ],
 )
-def test_launchers_leave_no_orphan(launch, sent, code, status, launcher, tmp_path):
+def test_launchers_leave_no_orphan(launch, sent, code, status, launcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_RECIPES_ALLOW_CODE", str(launcher.folder))
     command = [sys.executable, "-m", *launch, "imdb_positive", *launcher.overrides, "sft.trainer.num_train_epochs=500"]
     with open(tmp_path / "output.txt", "w") as output:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
@@ -495,7 +496,8 @@ def fail_under_a_signal(cwd: Path, overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_reason_of_a_failure_is_written_although_the_launcher_ends_all_ranks(launcher, tmp_path):
+def test_the_reason_of_a_failure_is_written_although_the_launcher_ends_all_ranks(launcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_RECIPES_ALLOW_CODE", str(launcher.folder))
     process = call(fail_under_a_signal, tmp_path, launcher.overrides)
     process.wait(60)
     manifest = json.loads((tmp_path / "runs" / "imdb_positive" / "sft" / "manifest.json").read_text())

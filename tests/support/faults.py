@@ -104,8 +104,10 @@ SANE_VALUES: dict[str, list[Any]] = {
     "optim": ["adamw_torch", "sgd", "adafactor"], "logging_steps": [1, 2], "save_steps": [1, 2], "seed": [0, 7],
     "max_completion_length": [1, 8], "num_generations": [2, 4], "bf16": [False], "reward_clip_range": [[-1, 1]],
     "missing_eos": [{"mode": "replace", "value": -1}], "data.max_rows": [20], "data.prompt_tokens": [[1, 3]],
-    "normalize_advantages": [True, False], "shuffle_dataset": [True, False], "disable_dropout": [True, False],
+    "normalize_advantages": [True, False], "shuffle_dataset": [True, False], "disable_dropout": [True],
 }  # fmt: skip
+
+OF_PPO = ("gamma", "lam", "vf_coef", "ent_coef")
 
 OTHER_KEYS = [
     "adam_beta1", "adam_beta2", "adam_epsilon", "cliprange_value", "kl_target", "kl_horizon", "kl_estimator", "lr_kl_target",
