@@ -144,7 +144,7 @@ class Run:
         shutil.rmtree(self.path / ".final", ignore_errors=True)  # an incomplete final model
         manifest.pop("error", None)
         manifest.setdefault("resumed", []).append({"time": _now()} | ({"step": step} if self.checkpoint else {}))
-        self.manifest = manifest | {"status": "running", "process": environment.this_process()}
+        self.manifest = manifest | {"status": "running"}
         self._write()
 
     def _begin(self) -> None:
@@ -161,7 +161,6 @@ class Run:
             "seed": self.recipe.seed,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "started": _now(),
-            "process": environment.this_process(),
             "versions": environment.versions(),
             "git_commit": environment.git_commit(),
             "hardware": environment.hardware(),

@@ -19,30 +19,25 @@ LONGEST_FOLDER = 60
 
 
 class RunLock:
-    """A lock on a run's folder, which the system releases when this process dies.
+    """Keeps a second process out of a run's folder; the system releases it when this process dies.
 
     It is a POSIX lock (`fcntl.lockf`): forked workers do not inherit it, and it holds over NFS. Windows has none. The
     file lies beside the folder, which may be moved aside meanwhile, and stays there.
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._path = folder, folder.with_name(f".{folder.name}.lock")
+        self._folder = folder
         self._file: IO[str] | None = None
 
     def take(self) -> None:
-        """Take the lock.
-
-        Raises:
-            RecipeError: Another process has it.
-        """
+        """Take the lock; raises a `RecipeError` if another process has it."""
         try:
             import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it releases the lock
-        except OSError:  # whoever writes to the folder next says why
+
+            path = self._folder.with_name(f".{self._folder.name}.lock")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it releases the lock
+        except (ImportError, OSError):  # Windows; or whoever writes to the folder next says why
             return
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +63,6 @@ class RunLock:
         return self._file is not None
 
     def release(self) -> None:
-        """Release the lock, if this process has it."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -77,8 +71,8 @@ class RunLock:
 class TemporaryFiles:
     """A folder beside a run's for the temporary files of its stage, which a killed process would leave in /tmp.
 
-    Only for a process that ends with its stage: libraries keep such files until then. If the folder's path is too long,
-    the folder lies in /tmp, and the next start of the same stage finds it there.
+    Only for a process that ends with its stage: libraries keep such files until then. If its path is too long, the folder
+    lies in /tmp under a name of its own, where the next start of the same stage finds it.
     """
 
     def __init__(self, folder: Path):

@@ -14,11 +14,6 @@ import psutil
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "rlhf-recipes")
 
 
-def this_process() -> dict[str, Any]:
-    """This process's host and number."""
-    return {"host": platform.node(), "pid": os.getpid()}
-
-
 def versions() -> dict[str, str | None]:
     """Package -> installed version, None for a missing package; `python` is included."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
