@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_recipes.recipe.load import RECIPE_FOLDERS, shipped_recipes
 from rlhf_recipes.recipe.named_files import announce
-from rlhf_recipes.recipe.schema import Recipe, RecipeError
+from rlhf_recipes.recipe.schema import TRAINED, Recipe, RecipeError
 
 ALLOWED = "RLHF_RECIPES_ALLOW_CODE"
 """Environment variable with packages, files and folders that the user trusts, separated by commas."""
@@ -72,6 +72,16 @@ def own_folders() -> list[str]:
     return [str(Path.cwd()), *filter(None, os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep))]
 
 
+def own_code(recipe: Recipe) -> dict[str, str]:
+    """Dotted key -> every model, and every kernel of the Hub, whose own code a recipe wants to run."""
+    found = {f"trust_remote_code.{i}": m for i, m in enumerate(recipe.trust_remote_code) if not m.startswith("stage:")}
+    for stage in TRAINED:
+        given = getattr(getattr(recipe, stage), "trainer", {}).get("model_init_kwargs") or {}
+        if given.get("allow_all_kernels"):
+            found[f"{stage}.trainer.model_init_kwargs"] = str(given.get("attn_implementation"))
+    return found
+
+
 def runs_own_code(recipe: Recipe, model_id: str) -> bool:
     """Whether a model's own Python code runs, which is announced: the recipe names the model, and the user trusts it.
 
@@ -92,7 +102,7 @@ def require_trusted_model(key: str, model_id: str) -> None:
     folder = Path(os.path.expanduser(model_id))
     name = model_id.partition("@")[0]
     if not (may_run(folder) if folder.is_absolute() or os.path.exists(folder) else is_trusted(name)):
-        raise RecipeError(f"{key}: the model {model_id} brings Python code, and {how_to_trust(name)}")
+        raise RecipeError(f"{key}: {model_id} brings code, and {how_to_trust(name)}")
 
 
 def how_to_trust(entry: Any) -> str:

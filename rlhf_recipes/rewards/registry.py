@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import RewardFunc
-from rlhf_recipes.recipe.trust import require_trusted_model
+from rlhf_recipes.recipe.trust import own_code, require_trusted_model
 from rlhf_recipes.recipe.user_code import find_function, running_user_code, signature_of
 from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.apart import RewardStreams
@@ -47,9 +47,8 @@ def check_functions(recipe: Recipe) -> list[str]:
     for key, data in (("data", recipe.data), ("reward.data", recipe.reward.data if recipe.reward else None)):
         if data is not None and data.transform is not None:
             checks[f"{key}.transform"] = functools.partial(signature_of, data.transform, "function")
-    for i, model in enumerate(recipe.trust_remote_code):
-        if not model.startswith("stage:"):
-            checks[f"trust_remote_code.{i}"] = functools.partial(require_trusted_model, "code of a model", model)
+    for key, model in own_code(recipe).items():
+        checks[key] = functools.partial(require_trusted_model, "own code", model)
     for key, specs in (("reward_funcs", recipe.reward_funcs), ("eval.held_out_funcs", recipe.eval.held_out_funcs)):
         checks |= {f"{key}.{i}": functools.partial(_check_args, spec) for i, spec in enumerate(specs)}
     findings = []

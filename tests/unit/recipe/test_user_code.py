@@ -160,6 +160,8 @@ def test_a_recipe_cannot_trust_the_code_of_a_model(places, monkeypatch):
         monkeypatch.setenv("RLHF_RECIPES_ALLOW_CODE", entry)
         assert check_functions(load_recipe("imdb_tiny", [f"trust_remote_code=['{model}']"])) == []
         monkeypatch.delenv("RLHF_RECIPES_ALLOW_CODE")
+    kernel = ["ppo.trainer.model_init_kwargs={attn_implementation: org/kernel, allow_all_kernels: true}"]
+    assert "ppo.trainer.model_init_kwargs: own code: org/kernel" in check_functions(load_recipe("imdb_tiny", kernel))[0]
     args = f"{{model: {places}/there/model, trust_remote_code: true}}"
     (places / "there" / "model" / "config.json").write_text("{}")
     (places / "there" / "model" / "model.safetensors").touch()
