@@ -20,7 +20,7 @@ def rates(model: nn.Module) -> Iterator[tuple[Any, str, float]]:
     seen = set()
     for layer in model.modules():
         for owner in (layer, vars(layer).get("config")):
-            if owner is None or id(owner) in seen:
+            if not hasattr(owner, "__dict__") or id(owner) in seen:  # the config of DeepSpeed's engine is a dict
                 continue
             seen.add(id(owner))
             is_dropout = isinstance(owner, _DropoutNd)

@@ -38,3 +38,10 @@ def test_noise_of_any_kind_is_found_switched_off_and_put_back(architecture, sett
     assert not list(rates(model)) and torch.equal(logits_of(model), logits_of(model))
     switch_on(found)
     assert model.config.to_dict() == config and not torch.equal(logits_of(model), logits_of(model))
+
+
+def test_a_wrapper_whose_config_is_a_dictionary_is_searched_too():
+    """As DeepSpeed's engine, around the reference."""
+    wrapper = torch.nn.Sequential(torch.nn.Dropout(0.3))
+    wrapper.config = {"zero_optimization": {"stage": 2}}
+    assert len(switch_off(wrapper)) == 1 and wrapper[0].p == 0.0
