@@ -35,7 +35,7 @@ def recipe_folders() -> list[Path]:
 def code_file(name: str) -> Path:
     """The Python file that a recipe names, in the current folder or in `recipe_folders`; it may not exist."""
     places = (folder / os.path.expanduser(name) for folder in (Path(), *recipe_folders()))
-    found = next((path for path in places if os.path.isfile(path)), Path(name)).resolve()
+    found = Path(os.path.abspath(next((path for path in places if os.path.isfile(path)), Path(name))))
     if os.path.isfile(found) and not os.path.isabs(name):
         announce_hiding(found, shipped_recipes())
     return found
@@ -119,7 +119,7 @@ def _with_code_beside(values: Any, folder: Path) -> Any:
     if isinstance(values, list):
         return [_with_code_beside(item, folder) for item in values]
     file, _, function = values.rpartition(":") if isinstance(values, str) else ("", "", "")
-    beside = (folder / file).resolve()
+    beside = Path(os.path.abspath(folder / file))
     if file.endswith(".py") and os.path.isfile(beside) and code_file(file) != beside:
         return f"{beside}:{function}"
     return values

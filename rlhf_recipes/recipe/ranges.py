@@ -13,9 +13,9 @@ RANGES = {
     "num_generations_eval num_iterations max_completion_length max_length steps_per_generation generation_batch_size "
     "sampling_batch_size ref_model_sync_steps pad_to_multiple_of save_total_limit dataset_num_proc vllm_max_model_length "
     "dataloader_prefetch_factor vllm_tensor_parallel_size",
-    "[0, 1]": "gamma lam ref_model_mixup_alpha",
+    "[0, 1]": "gamma lam ref_model_mixup_alpha min_p",
     "[0, 1)": "adam_beta1 adam_beta2",
-    "(0, 1]": "vllm_gpu_memory_utilization",
+    "(0, 1]": "top_p vllm_gpu_memory_utilization",
 }
 """Range -> the settings that must be in it. A setting that is null is not checked."""
 
@@ -33,7 +33,7 @@ def out_of_range(trainer: dict[str, Any]) -> list[str]:
             if interval and not _is_in(value, interval):
                 found.append(f"{key}: must be in {interval}, not {value}.")
     clip = trainer.get("reward_clip_range")
-    if isinstance(clip, list) and len(clip) == 2 and not clip[0] < clip[1]:
+    if isinstance(clip, list) and not (len(clip) == 2 and clip[0] < clip[1]):
         found.append(f"reward_clip_range: must be [lowest, highest] with lowest < highest, not {clip}.")
     return found
 

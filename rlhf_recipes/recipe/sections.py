@@ -89,7 +89,7 @@ class RewardFunc(Section):
     """Factor in the weighted sum; negative for a penalty."""
     args: dict[str, Any] = {}
     """Keyword arguments of the reward function's factory."""
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    timeout: float | None = Field(default=None, gt=0, le=1e6)
     """Longest time of one call, in seconds; a longer call stops the run, whatever the function does. It then runs in a
     process of its own, one for each function and rank, which starts once and holds the function's models; it gets copies
     of its arguments. None: no limit, and no own process."""

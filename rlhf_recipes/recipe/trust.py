@@ -58,12 +58,17 @@ def is_trusted(name: str) -> bool:
 
 
 def may_run(path: Path) -> bool:
-    """Whether a file or folder may run: the user trusts it, or it is beside the recipe or below the current folder."""
-    path = path.resolve()
-    if path.is_relative_to(shipped_recipes().resolve()) or is_trusted(str(path)):
+    """Whether a file or folder may run: the user trusts it, or it is beside the recipe or below the current folder.
+
+    A symbolic link there counts: whoever can place one can place a file. A link to an installed package does not.
+    """
+    target, path = path.resolve(), Path(os.path.abspath(path))
+    if target.is_relative_to(shipped_recipes().resolve()) or is_trusted(str(target)) or is_trusted(str(path)):
         return True
-    return not INSTALLED.search(f"{path}{os.sep}") and any(
-        path.is_relative_to(Path(folder).resolve()) for folder in own_folders()
+    return not INSTALLED.search(f"{target}{os.sep}") and any(
+        one.is_relative_to(os.path.abspath(folder)) or one.is_relative_to(Path(folder).resolve())
+        for folder in own_folders()
+        for one in (path, target)
     )
 
 

@@ -36,7 +36,7 @@ def find_function(name: str, what: str, is_announced: bool = False) -> Callable:
     signature_of(name, what)
     module_name, _, attribute = name.rpartition(":")
     path = _located(name, what)
-    if path is None or not path.is_relative_to(shipped_recipes().resolve()):
+    if path is None or not path.resolve().is_relative_to(shipped_recipes().resolve()):
         if not is_announced:
             announce(f"your code runs: {path or module_name} ({what} {name})")
         sys.path += [folder for folder in own_folders() if folder not in sys.path]  # for what it imports itself
@@ -102,7 +102,7 @@ def _located(name: str, what: str) -> Path | None:
         spec = _module_spec(module_name)
         if spec is None:
             raise RecipeError(f"{what} {name!r}: {module_name or 'it'} cannot be imported: there is no such module.")
-        path = Path(spec.origin).resolve() if spec.has_location and spec.origin else None
+        path = Path(os.path.abspath(spec.origin)) if spec.has_location and spec.origin else None
     if (path is None or not may_run(path)) and (is_file or not is_trusted(module_name)):
         entry = path if is_file else module_name.partition(".")[0]
         raise RecipeError(f"{what} {name!r}: this is {path or 'a part of Python'}, and {how_to_trust(entry)}")

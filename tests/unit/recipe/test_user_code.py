@@ -85,7 +85,7 @@ STRANGE = [
     "THERE/mine.py:plain",
     "../there/mine.py:plain",
     "./../there/pkg/sub/rewards.py:plain",
-    "link.py:plain",
+    "link.py:check_output",
     ".venv/lib/python3.12/site-packages/tool.py:plain",
     "env/lib/python3.12/shutil.py:plain",
 ]
@@ -94,7 +94,7 @@ STRANGE = [
 @pytest.mark.parametrize("name", STRANGE)
 @pytest.mark.parametrize("where", ["reward_funcs", "eval.held_out_funcs", "data.transform", "reward.data.transform"])
 def test_code_that_the_user_did_not_put_here_is_refused_unrun(places, name, where):
-    (places / "here" / "link.py").symlink_to(places / "there" / "mine.py")
+    (places / "here" / "link.py").symlink_to(subprocess.__file__)  # in Python's own library
     write_code(places / "here", (".venv/lib/python3.12/site-packages/tool.py", "env/lib/python3.12/shutil.py"))
     name = name.replace("THERE", str(places / "there"))
     value = f"[{{name: '{name}'}}]" if where.endswith("funcs") else f"'{name}'"
@@ -299,3 +299,8 @@ def test_telemetry_is_off_unless_the_user_says_otherwise():
             [sys.executable, "-c", script], env=others | own, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == off
+
+
+def test_a_link_below_the_current_folder_is_a_file_of_the_users(places):
+    (places / "here" / "case").symlink_to(places / "there")
+    assert find_function("./case/mine.py:plain", "").__name__ == "plain"
