@@ -14,11 +14,11 @@ from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults, trainer_fields
 
 KINDS = {
-    "model": "policy peft quantization special_tokens",
+    "model": "policy peft quantization special_tokens chat_template_kwargs",
     "data": "data shuffle_dataset data_seed train_sampling_strategy",
     "reward": "reward_funcs missing_eos reward_clip_range",
     "budget": "episodes max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs "
-    "allow_truncated_sampling chat_template_kwargs mask_truncated_completions vllm_structured_outputs_regex",
+    "allow_truncated_sampling mask_truncated_completions vllm_structured_outputs_regex",
     "objective": "beta kl_estimator kl_target kl_horizon normalize_scores disable_dropout sync_ref_model "
     "ref_model_mixup_alpha ref_model_sync_steps",
     "machine": "setup hardware gradient_checkpointing activation_checkpointing bf16 fp16 tf32 use_cpu use_vllm "

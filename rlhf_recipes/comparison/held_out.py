@@ -126,7 +126,7 @@ def _why_unequal(runs: list[TrainedRun], found: dict[str, Measured]) -> str:
 def _settings(manifest: dict[str, Any]) -> str:
     """The settings of an eval that change scores, as a text. Sources are left out, because their content counts."""
     settings = manifest["settings"]
-    keys = ("data", "reward_funcs", "special_tokens", "max_completion_length")
+    keys = ("data", "reward_funcs", "special_tokens", "chat_template_kwargs", "max_completion_length")
     asked = {key: settings.get(key) for key in keys}
     asked["eval"] = {key: value for key, value in settings["eval"].items() if key not in WITHOUT_EFFECT}
     text = json.dumps(asked, sort_keys=True)

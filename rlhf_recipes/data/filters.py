@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.rows import put_column
-from rlhf_recipes.data.tokenizer import token_ids
+from rlhf_recipes.data.tokenizer import through_template, token_ids
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import Data
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+ROLES = dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(
+    ("gpt", "bot", "chatgpt", "bard", "model"), "assistant"
+)
+"""Role in other formats of conversations -> its name in chat templates."""
 
 
 def valid_rows(data: Data, rows: "Dataset", columns: list[str], key: str) -> "Dataset":
@@ -56,6 +62,11 @@ def _kind(data: Data, row: dict[str, Any], column: str, key: str) -> str:
     if isinstance(value, str) and column != "messages":
         return "text"
     if isinstance(value, list) and column != "text" and all(map(_is_message, value)):
+        for role in {message["role"] for message in value} & ROLES.keys():
+            raise RecipeError(
+                f"{key}: the column {column} of {data.path} has messages of the role {role}, which chat templates do not "
+                f"know: make it {ROLES[role]} with {key}.transform."
+            )
         return "chat messages"
     wanted = {"text": "text", "messages": "a list of {role, content}"}.get(column, "text or a list of {role, content}")
     raise RecipeError(
@@ -68,11 +79,13 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and {"role", "content"} <= value.keys() and isinstance(value["content"], str | None)
 
 
-def short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> "Dataset":
+def short_enough(
+    data: Data, rows: "Dataset", columns: list[str], tokenizer: "PreTrainedTokenizerBase", key: str
+) -> "Dataset":
     """Rows whose prompts have at most `data.max_prompt_tokens` tokens, after `data.truncate`.
 
     Raises:
-        RecipeError: No row is left; or rows are chat messages, and the tokenizer has no chat template.
+        RecipeError: No row is left; or `columns` hold chat messages, and the tokenizer has no chat template for them.
     """
     first = next((rows[0][name] for name in ("messages", "prompt", "chosen") if name in rows.column_names), "")
     if isinstance(first, list) and not tokenizer.chat_template:
@@ -80,6 +93,7 @@ def short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBas
             f"{key}: {data.path} has chat messages, but the model's tokenizer has no chat template; save one beside the "
             f"model as chat_template.jinja, or convert the messages to plain texts with {key}.transform."
         )
+    _check_template(data, rows.select_columns(columns), tokenizer, key)
     if data.max_prompt_tokens is None or "prompt" not in rows.column_names:
         return rows
     fitting = [_fitting(data, data.max_prompt_tokens, row, tokenizer) for row in rows]
@@ -90,6 +104,26 @@ def short_enough(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBas
             raise RecipeError(f"{key}.max_prompt_tokens: {what}, so no row of {data.path} is left.")
         logger.warning("%s.max_prompt_tokens: %s and are left out", key, what)
     return put_column(rows.select(kept), "prompt", [fitting[i] for i in kept])
+
+
+def _check_template(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
+    """Refuse messages that the chat template refuses or leaves out; one conversation of each order of roles is tried."""
+    tried = set()
+    for number, row in enumerate(rows, 1):
+        start = row.pop("prompt", [])
+        for answer in row.values() or [[]]:
+            messages = start + answer if isinstance(start, list) and isinstance(answer, list) else []
+            roles = tuple(message["role"] for message in messages)
+            if roles and roles not in tried:
+                tried.add(roles)
+                text = through_template(tokenizer, messages, f"{key}: row {number} of {data.path}", tokenize=False)
+                for message in messages:
+                    said = (message["content"] or "").strip()
+                    if said not in text and "</think>" not in said:  # templates leave out earlier thoughts
+                        raise RecipeError(
+                            f"{key}: the chat template of {tokenizer.name_or_path} leaves out the messages of the role "
+                            f"{message['role']}, as in row {number} of {data.path}; make other messages with {key}.transform."
+                        )
 
 
 def _fitting(
@@ -117,8 +151,8 @@ def _fitting(
     return prompt
 
 
-def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str) -> None:
-    """Warn if held-out rows are also training rows: they make held-out numbers too good."""
+def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str, what: str = "rows") -> None:
+    """Warn if held-out rows (or prompts) are also training rows: they make held-out numbers too good."""
 
     def lines(rows: "Dataset") -> Iterator[str]:
         return map(repr, zip(*(rows[column][:] for column in sorted(rows.column_names)), strict=True))
@@ -126,5 +160,5 @@ def warn_of_copies(train: "Dataset", held_out: "Dataset", key: str) -> None:
     seen = set(lines(train))
     copies = sum(line in seen for line in lines(held_out))
     if copies:
-        found = f"{copies} of {len(held_out)} held-out rows are training rows too"
+        found = f"{copies} of {len(held_out)} held-out {what} are training {what} too"
         logger.warning("%s: %s, which makes held-out numbers too good; remove the duplicates.", key, found)

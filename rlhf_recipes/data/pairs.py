@@ -1,5 +1,6 @@
 """Preference pairs for the reward model, made of pairs, of choices, or of texts with labels."""
 
+import math
 import random
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ def pairs(
     apart_from: "Dataset | None" = None,
     key: str = "data",
 ) -> "Dataset":
-    """Pairs for the reward model: `chosen` and `rejected`, and `prompt` if the data has it.
+    """Pairs for the reward model: `chosen` and `rejected`, and `prompt` and `margin` if the data has them.
+
+    TRL subtracts a pair's margin from the difference of its scores in the loss; none (null) is 0.
 
     If the data has labels instead, a pair has a text of either label, with the same number of words, so that length
     predicts nothing. No text is used twice.
@@ -48,8 +51,23 @@ def pairs(
     else:
         made = _by_label(data, rows, seed, chosen_label, apart_from, key)
     columns = [column for column in ("prompt", "chosen", "rejected") if column in made.column_names]
-    made = short_enough(data, valid_rows(data, made, columns, key), tokenizer, key).select_columns(columns)
+    made = short_enough(data, valid_rows(data, made, columns, key), columns, tokenizer, key)
+    if "margin" in made.column_names:
+        columns.append("margin")
+        made = put_column(made, "margin", [_margin(data, value, key) for value in made["margin"]])
+    made = made.select_columns(columns)
     return made.select(range(min(len(made), limit))) if limit else made
+
+
+def _margin(data: Data, value: object, key: str) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise RecipeError(
+        f"{key}: the margin column of {data.path} holds {value!r:.60}, which is no finite number; convert it "
+        f"with {key}.transform, which may also leave the column out."
+    )
 
 
 def _by_choice(data: Data, rows: "Dataset", key: str) -> "Dataset":

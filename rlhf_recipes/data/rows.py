@@ -4,6 +4,7 @@ Rows keep all their columns, so that reward functions can read them by name. In 
 recipe that describes data, and `key` is the section's key, for messages.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from rlhf_recipes.runs.references import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dataset"]:
@@ -56,6 +59,12 @@ def load_rows(data: Data, seed: int, key: str = "data") -> tuple["Dataset", "Dat
         if transform is not None:
             part = _transform(transform, part, f"{key}.transform: {data.transform}")
         part = _with_our_names(data, part, key)
+        images = [column for column in ("image", "images") if column in part.column_names]
+        if images and name == "training":  # TRL would give them to the model
+            logger.warning(
+                "%s: %s of %s is left out: models here read text only.", key, " and ".join(images), data.path
+            )
+        part = part.remove_columns(images)
         if len(part) == 0:
             raise RecipeError(f"{key}: no {name} rows are left of {data.path}; check {key}.filter and {key}.transform.")
         made.append(part)

@@ -6,11 +6,11 @@ import string
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlhf_recipes.data.filters import short_enough, valid_rows
+from rlhf_recipes.data.filters import short_enough, valid_rows, warn_of_copies
 from rlhf_recipes.data.rows import need_column, put_column
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
-from rlhf_recipes.recipe.sections import Data
+from rlhf_recipes.recipe.sections import CALL_KEYWORDS, Data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ def texts(
     Only rows with one of `labels`; None: all rows. The tokenizer measures prompts for `data.max_prompt_tokens`.
     """
     rows, columns = _texts(data, rows, labels)
-    return short_enough(data, rows, tokenizer, "data").select_columns(columns)
+    return short_enough(data, rows, columns, tokenizer, "data").select_columns(columns)
 
 
 def corpus(data: Data, rows: "Dataset", labels: list[int] | None = None) -> list[str]:
@@ -48,16 +48,42 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
 
     A beginning has `data.prompt_words` words or `data.prompt_tokens` tokens, every length with the same probability;
     shorter texts are left out. The answer columns are removed; `completion` stays under the name `gold`.
+
+    Raises:
+        RecipeError: No prompts, or a column that hides something else from reward functions.
     """
     rows = with_prompts(data, rows, "data")
+    has_pairs = {"chosen", "rejected"} <= set(rows.column_names)
+    if (
+        "prompt" not in rows.column_names
+        and has_pairs
+        and ("text" not in rows.column_names or _is_answer(data, "text"))
+    ):
+        raise RecipeError(
+            f"data: {data.path} has chosen and rejected, but no prompt: it is their common beginning, without a word of the "
+            "answers. Make the column prompt with data.transform."
+        )
     if "prompt" in rows.column_names:
         columns = [column for column in ("prompt", "completion") if column in rows.column_names]
-        made = short_enough(data, valid_rows(data, rows, columns, "data"), tokenizer, "data")
+        made = short_enough(data, valid_rows(data, rows, columns, "data"), ["prompt"], tokenizer, "data")
     else:
         made = _beginnings(data, rows, tokenizer, random.Random(seed))
+    taken = [*CALL_KEYWORDS, *(["gold"] if "completion" in made.column_names else [])]
+    for column in set(taken) & set(made.column_names):
+        raise RecipeError(
+            f"data: {data.path} has a column {column}, the name of something else that reward functions get; give it another "
+            "name with data.transform."
+        )
     if "completion" in made.column_names:
         made = put_column(made, "gold", made["completion"][:])
     return made.remove_columns([column for column in (*COMPLETIONS, "choice") if column in made.column_names])
+
+
+def warn_of_known_prompts(data: Data, train: "Dataset", held_out: "Dataset") -> None:
+    """Warn if held-out rows have prompts of training rows; prompts that are cut from texts may well be the same."""
+    both = [with_prompts(data, rows, "data") for rows in (train, held_out)]
+    if all("prompt" in rows.column_names for rows in both):
+        warn_of_copies(both[0].select_columns("prompt"), both[1].select_columns("prompt"), "data", "prompts")
 
 
 def _texts(data: Data, rows: "Dataset", labels: list[int] | None) -> tuple["Dataset", list[str]]:

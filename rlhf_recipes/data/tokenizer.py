@@ -1,5 +1,6 @@
 """Tokenizers: loading, training from scratch, and the tokens of prompts and completions."""
 
+import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk
 
 
 def load_tokenizer(recipe: Recipe, key: str, model_id: str, classifier: bool = False) -> "PreTrainedTokenizerBase":
-    """Load a model's tokenizer. The recipe's `special_tokens` replace missing ones; otherwise it pads with EOS.
+    """Load a model's tokenizer. The recipe's `special_tokens` replace missing ones; otherwise it pads with EOS. Its chat
+    template gets the recipe's `chat_template_kwargs`.
 
     If the recipe names a pad token, it also replaces a pad token that is the EOS token.
 
@@ -43,6 +45,9 @@ def load_tokenizer(recipe: Recipe, key: str, model_id: str, classifier: bool = F
         lacks = has is None or (name == "pad_token" and has == tokenizer.eos_token)
         if name in recipe.special_tokens and lacks:
             tokenizer.add_special_tokens({name: recipe.special_tokens[name]})
+    fixed = "".join(f"{{%- set {name} = {json.dumps(v)} -%}}" for name, v in recipe.chat_template_kwargs.items())
+    if isinstance(tokenizer.chat_template, str) and not tokenizer.chat_template.startswith(fixed):
+        tokenizer.chat_template = fixed + tokenizer.chat_template
     if classifier and tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
@@ -92,9 +97,32 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict]) ->
     """Token ids of a prompt, text or chat messages, as TRL's trainers make them."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return through_template(tokenizer, prompt, "data", **options)["input_ids"]
+
+
+def through_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], where: str, **options: Any) -> Any:
+    """Chat messages as the model reads them.
+
+    Args:
+        tokenizer: Has the chat template.
+        messages: Chat messages.
+        where: The messages' place, for the error.
+        options: Of `apply_chat_template`.
+
+    Raises:
+        RecipeError: The chat template refuses the messages, such as a system message.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RecipeError(
+            f"{where}: the chat template of {tokenizer.name_or_path} refuses the messages ({roles}): {error}; make other "
+            "messages with data.transform."
+        ) from error
 
 
 def longest_prompt(tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[str | list[dict]]) -> int:

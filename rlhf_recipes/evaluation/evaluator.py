@@ -164,9 +164,11 @@ def longest_in_training(recipe: Recipe, stages: tuple[str, ...] = ON_POLICY) -> 
 def held_out_prompts(recipe: Recipe, tokenizer: Any) -> "Dataset":
     """The prompts, which are texts or messages. All models get those that this tokenizer cuts."""
     from rlhf_recipes.data.rows import load_rows
-    from rlhf_recipes.data.shapes import prompts
+    from rlhf_recipes.data.shapes import prompts, warn_of_known_prompts
 
-    rows = prompts(recipe.data, load_rows(recipe.data, recipe.seed)[1], tokenizer, recipe.seed)
+    train, held_out = load_rows(recipe.data, recipe.seed)
+    warn_of_known_prompts(recipe.data, train, held_out)
+    rows = prompts(recipe.data, held_out, tokenizer, recipe.seed)
     return rows.shuffle(seed=recipe.seed).select(range(min(len(rows), recipe.eval.num_prompts)))
 
 

@@ -26,6 +26,7 @@ OURS = {
     "run_name": "name",
     "reward_weights": "reward_funcs[].weight",
     "reward_timeout": "reward_funcs[].timeout",
+    "chat_template_kwargs": "chat_template_kwargs, beside data: all stages and eval then have the same prompts",
     "missing_eos": "missing_eos, beside reward_funcs: it is the same for ppo and rloo",
     "baseline": "rloo.baseline",
     "resume_from_checkpoint": "nothing: the same command goes on from the last checkpoint",

@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 
-COMMON_SETTINGS = ("seed", "data", "special_tokens", "trust_remote_code")
+COMMON_SETTINGS = ("seed", "data", "special_tokens", "chat_template_kwargs", "trust_remote_code")
 SETTINGS = {
     "sft": (*COMMON_SETTINGS, "sft"),
     "reward": (*COMMON_SETTINGS, "reward"),

@@ -95,6 +95,9 @@ class Recipe(Section):
     special_tokens: dict[Literal["pad_token", "eos_token"], str] = {}
     """Tokens for a tokenizer that lacks them, such as `{pad_token: "[PAD]"}`; a token that is not in the vocabulary is added.
     Otherwise a tokenizer without a pad token pads with EOS, and a tokenizer without EOS is refused."""
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | bool | int | float] = {}
+    """Variables of the chat template, such as `{enable_thinking: false}`, the same in all stages and eval. They become a part of
+    the template that is saved with a trained model."""
     trust_remote_code: list[str] = []
     """Ids of models whose own Python code may run, if you trust them too (`docs/security.md`)."""
     reward_funcs: list[RewardFunc] = Field(min_length=1)

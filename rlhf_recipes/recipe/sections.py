@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LARGEST = 1e18
 """Largest size of a score and of a weight: their product, and a score's square, are finite in float32."""
 
+CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
+"""Arguments of a reward function that a call fills in; the others are columns of the data, or `args` in the recipe."""
+
 Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 

@@ -77,13 +77,24 @@ def signature_of(name: str, what: str) -> inspect.Signature | None:
 
 @contextmanager
 def running_user_code(failure: str) -> Iterator[None]:
-    """Turn any exception of the user's code into a `RecipeError` that begins with `failure`."""
+    """Turn any exception of the user's code into a `RecipeError` that begins with `failure`.
+
+    Also SystemExit, which would end the run as if it had succeeded; a signal that ends this process passes.
+    """
     try:
         yield
     except RecipeError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except BaseException as error:  # the user's code may raise anything
+        if ends_process(error):
+            raise
         raise RecipeError(f"{failure}: {type(error).__name__}: {error}") from error
+
+
+def ends_process(error: BaseException) -> bool:
+    """Whether an exception is Ctrl-C, or the exit of a process that has got another signal."""
+    is_exit = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128
+    return is_exit or isinstance(error, (KeyboardInterrupt, GeneratorExit))
 
 
 def _located(name: str, what: str) -> Path | None:

@@ -101,6 +101,8 @@ def score_all(
 ) -> tuple[Values, dict[str, Values]]:
     """Scores B completions outside a trainer.
 
+    The functions see the state at the end of a training; what they log is dropped.
+
     Args:
         specs: The recipe's list of reward functions, for the weights.
         functions: One for each entry of `specs`.
@@ -112,10 +114,17 @@ def score_all(
     """
     import numpy
     import torch
+    from transformers import TrainerState
 
+    state = TrainerState(epoch=1.0, global_step=1, max_steps=1, num_train_epochs=1)
+    call = {"trainer_state": state, "log_extra": _drop, "log_metric": _drop} | call
     values = call_all(functions, RewardStreams(seed), **call)
     by_name = {function.__name__: value for function, value in zip(functions, values, strict=True)}
     table = numpy.array(values, dtype=float).reshape(len(functions), len(call["completions"]))  # None becomes NaN
     weights = torch.tensor([spec.weight for spec in specs], dtype=torch.float64)
     scores = weighted_sum(torch.from_numpy(table).T, weights).tolist()
     return [None if math.isnan(score) else score for score in scores], by_name
+
+
+def _drop(*arguments: Any, **keywords: Any) -> None:
+    """Stands for the logging of a training."""

@@ -16,10 +16,10 @@ from dataclasses import is_dataclass
 from numbers import Real
 from typing import Any
 
-from rlhf_recipes.launch.start import STOPPED
 from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import LARGEST
+from rlhf_recipes.recipe.user_code import ends_process
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -58,15 +58,13 @@ class _Wrapper:
 
     @contextmanager
     def _explaining(self, call: dict[str, Any]) -> Iterator[None]:
-        """Turns an exception of the function into a `RewardError`, also SystemExit, which would end the training as if
-        it had succeeded. A Ctrl-C and a SIGTERM pass."""
+        """Turns an exception of the function into a `RewardError`."""
         try:
             yield
-        except (RewardError, KeyboardInterrupt, GeneratorExit):
+        except RewardError:
             raise
         except BaseException as error:
-            stopped = isinstance(error, SystemExit) and error.code == STOPPED
-            if stopped or (isinstance(error, asyncio.CancelledError) and _is_being_cancelled()):
+            if ends_process(error) or (isinstance(error, asyncio.CancelledError) and _is_being_cancelled()):
                 raise
             raise self._error(f"raised {type(error).__name__}: {error} {first_of(call)}") from error
 

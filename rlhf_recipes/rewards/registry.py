@@ -7,21 +7,18 @@ like those in `functions.py`, or a reward function itself, which has a parameter
 import difflib
 import functools
 import inspect
-import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
-from rlhf_recipes.recipe.sections import RewardFunc
+from rlhf_recipes.recipe.sections import CALL_KEYWORDS, RewardFunc
 from rlhf_recipes.recipe.trust import own_code, require_trusted_model
 from rlhf_recipes.recipe.user_code import find_function, running_user_code, signature_of
 from rlhf_recipes.rewards import functions
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import CheckedReward
 from rlhf_recipes.rewards.checked import Reward, checked
-from rlhf_recipes.rewards.classifier import load_classifier, on_device, own_tokenizer
-from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.rewards.timed import TimedReward
 from rlhf_recipes.runs.references import resolve_model
 
@@ -37,8 +34,8 @@ REWARD_FUNCS: dict[str, Callable[..., Reward]] = {
 
 WHAT = "reward function"  # in messages about a user's own
 
-CALL_KEYWORDS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
-"""Parameters of a user's reward function that a call fills in; the others are arguments in the recipe."""
+MISTAKEN = ("prompt", "completion", "response", "responses", "query", "queries")
+"""Parameters that a call never fills in, which other libraries have."""
 
 
 def check_functions(recipe: Recipe) -> list[str]:
@@ -76,7 +73,8 @@ def build_reward_funcs(recipe: Recipe, specs: list[RewardFunc], key: str = "rewa
     built: list[CheckedReward] = []
     names: list[str] = []
     for i, spec in enumerate(specs):
-        found = REWARD_FUNCS.get(spec.name) or find_function(_named(spec), WHAT)
+        with RewardStreams(recipe.seed).swapped_in():  # a module may also seed and set what it likes
+            found = REWARD_FUNCS.get(spec.name) or find_function(_named(spec), WHAT)
         _check_args(spec, found)
         args = dict(spec.args)
         for name, value in args.items():
@@ -159,9 +157,14 @@ def _check_args(spec: RewardFunc, found: Callable | None = None) -> None:
         choices = get_args(known[name].annotation) if name in known else ()
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
             raise RecipeError(f"{spec.name}: {name} must be one of {', '.join(choices)}, not {value!r}.")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in spec.args and not is_reward:
-            raise RecipeError(f"{spec.name} needs the argument {name!r}.")
+    needed = [name for name, p in known.items() if p.default is p.empty and name not in spec.args]
+    if mistaken := [name for name in needed if name in CALL_KEYWORDS or name in MISTAKEN]:
+        raise RecipeError(
+            f"{spec.name} has the parameters {', '.join(mistaken)}; a reward function has `completions`, the list of all "
+            f"completions (and perhaps others of {', '.join(CALL_KEYWORDS)}, and columns of the data)."
+        )
+    if needed and not is_reward:
+        raise RecipeError(f"{spec.name} needs the argument {needed[0]!r}.")
 
 
 def _bind(name: str, found: Callable, args: dict[str, Any]) -> Callable:
@@ -175,75 +178,3 @@ def _bind(name: str, found: Callable, args: dict[str, Any]) -> Callable:
             "(or write the function itself, with a parameter `completions`)."
         )
     return function
-
-
-def as_reward_func(function: Any, processing_class: Any = None) -> Callable:
-    """Turns anything that TRL's trainers take as a reward function into a callable.
-
-    Args:
-        function: A callable, which is returned as it is; or a sequence classifier with one label, as a model id or an
-            instance. Such a model scores as the reward function `reward_model` does.
-        processing_class: The model's tokenizer. None: the one saved with it.
-
-    Raises:
-        RecipeError: The model cannot be used as a reward model, or `function` is something else.
-    """
-    from torch import nn
-
-    config = getattr(function, "config", None)
-    if isinstance(function, str):
-        model_id, (classifier, tokenizer) = function, load_classifier("reward_model", function, processing_class)
-    elif isinstance(function, nn.Module) and config is not None:  # also a compiled model or one with PEFT
-        model_id, classifier = config._name_or_path, on_device(function)
-        if processing_class is None and not model_id:
-            raise RecipeError(
-                f"reward_funcs: {type(function).__name__} does not say where it was loaded from; pass its tokenizer too."
-            )
-        tokenizer = processing_class or own_tokenizer("reward_model", model_id)
-    elif callable(function):
-        return function
-    else:
-        raise RecipeError(
-            f"reward_funcs: {function!r} is no reward function; it must be a callable, a model or a model id."
-        )
-    return RewardModelReader(model_id, classifier, tokenizer, batch_size=64, max_length=None)
-
-
-def as_reward_funcs(functions: Any, processing_classes: Any, timeout: float | None) -> tuple[list[CheckedReward], list]:
-    """What TRL's trainers take as `reward_funcs`, one or several, as checked functions; and the tokenizer of each.
-
-    Args:
-        functions: One, or a list; each as `as_reward_func` takes it.
-        processing_classes: One for each function, or one for all.
-        timeout: Seconds to answer in. A function of an importable module, or a partial of one, then gets a process of its
-            own. Models, objects, lambdas and functions inside of functions get a thread, which cannot be stopped: one
-            that holds the interpreter (a regular expression that backtracks) also holds the timeout and signals.
-
-    Raises:
-        RecipeError: There are more or fewer processing classes than functions.
-    """
-    from trl.trainer.utils import get_callable_name
-
-    functions = functions if isinstance(functions, list) else [functions]
-    several = isinstance(processing_classes, list)
-    tokenizers = processing_classes if several else [processing_classes] * len(functions)
-    if len(tokenizers) != len(functions):
-        raise RecipeError(
-            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions; give one for "
-            "each, None for a function that is no model."
-        )
-    made = [as_reward_func(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
-    tokenizers = [getattr(f, "tokenizer", tokenizer) for f, tokenizer in zip(made, tokenizers, strict=True)]
-    return [_with_timeout(f, get_callable_name(f), timeout) for f in made], tokenizers
-
-
-def _with_timeout(function: Callable, name: str, timeout: float | None) -> CheckedReward:
-    if isinstance(function, TimedReward):
-        return function
-    inner = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    if timeout is not None and inspect.isfunction(inner) and inner.__module__ != "__main__":
-        with suppress(pickle.PicklingError, AttributeError, TypeError):
-            return TimedReward(("pickle", pickle.dumps(function)), name, True, timeout)
-    return checked(function, name, may_skip=True, timeout=timeout)

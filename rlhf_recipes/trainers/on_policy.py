@@ -22,7 +22,7 @@ from rlhf_recipes.models.sampling import sample_completions
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import CheckedReward, call_all_on_every_rank
-from rlhf_recipes.rewards.registry import as_reward_funcs
+from rlhf_recipes.rewards.from_trl import as_reward_funcs
 from rlhf_recipes.rewards.score import shape_scores, weighted_sum
 from rlhf_recipes.runs.callbacks import CompletionTables
 from rlhf_recipes.runs.checkpoints import Resumable

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_recipes.data.rows import load_rows
-from rlhf_recipes.data.shapes import prompts
+from rlhf_recipes.data.shapes import prompts, warn_of_known_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.models.dropout import switch_on
 from rlhf_recipes.models.limits import check_context
@@ -36,6 +36,7 @@ def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) ->
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
     tokenizer = load_tokenizer(recipe, key, policy)
     rows, held_out = load_rows(recipe.data, recipe.seed)
+    warn_of_known_prompts(recipe.data, rows, held_out)
     train = prompts(recipe.data, rows, tokenizer, recipe.seed)
     _check_enough_prompts(run, args, train)
     check_context(recipe, key, policy, train, tokenizer, args.max_completion_length)

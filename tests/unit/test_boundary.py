@@ -1,6 +1,7 @@
 """A library's error ends a stage with one sentence that says where to look, and exit code 2."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,8 +12,8 @@ from rlhf_recipes import sft, stage
 from rlhf_recipes.system.errors import explain
 from support.texts import REVIEWS, write_jsonl
 
-NO_SYSTEM = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role here') }}"
+NO_KINDNESS = (
+    "{% for message in messages %}{% if 'kind' in message['content'] %}{{ raise_exception('no kindness here') }}"
     "{% endif %}{{ message['content'] }}{% endfor %}"
 )
 
@@ -75,15 +76,15 @@ def test_an_optimizer_whose_package_is_not_installed_is_named(monkeypatch, tmp_p
 def test_a_chat_template_that_refuses_a_row_names_it(sft_stage, tmp_path, policy_folder):
     model = shutil.copytree(policy_folder, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = NO_SYSTEM
+    tokenizer.chat_template = NO_KINDNESS
     tokenizer.save_pretrained(model)
     rows = [
-        {"messages": [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": f"a film {i}"}]}
-        for i in range(8)
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a film"}]}
+        for content in ["be kind"] * 2 + ["hi"] * 18
     ]
     said, recorded, _ = sft_stage(rows, "logging_steps: 1", model)
-    assert "sft: row 0 of the data, " in said and "TemplateError: no system role here" in said and "be kind" in said
-    assert "no system role here" in recorded
+    assert re.search("sft: row [0-9]+ of the data, .*be kind.*TemplateError: no kindness here", said)
+    assert "no kindness here" in recorded
 
 
 def test_an_error_that_no_key_explains_names_the_stage():

@@ -70,6 +70,13 @@ def test_own_columns_filter_and_splits(tmp_path):
     assert set(train.column_names) == {"review", "stars", "site", "text", "label"}
 
 
+def test_images_are_left_out_with_a_word(tmp_path, caplog):
+    """TRL would give them to the model, which reads text only."""
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q {i}", "image": f"{i}.png"} for i in range(4)])
+    assert load_rows(Data(path=str(file)), 0)[0].column_names == ["prompt"]
+    assert "data: image of" in caplog.text and "is left out: models here read text only" in caplog.text
+
+
 def test_max_rows(reviews_file):
     assert len(load_rows(Data(path=str(reviews_file), max_rows=7), 0)[0]) == 7
 
@@ -157,6 +164,9 @@ def positive(batch):
 def fails(batch):
     return {"text": batch["review"]}
 
+def leaves(batch):
+    raise SystemExit(0)
+
 def a_list(batch):
     return batch["text"]
 
@@ -193,6 +203,10 @@ def test_a_transform_makes_more_or_fewer_rows_before_columns_are_looked_for(revi
     [
         ("absent", "no function 'absent'"),
         ("fails", "failed on rows with the columns text, label: KeyError: 'review'"),
+        (
+            "leaves",
+            "failed on rows with the columns text, label: SystemExit: 0",
+        ),  # and does not end the run with code 0
         ("a_list", "must return a dict of lists of equal length: "),
         ("no_lists", "must return a dict of lists of equal length: "),
         ("ragged", "expected length 28 but got length 27"),

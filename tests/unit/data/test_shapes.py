@@ -1,11 +1,13 @@
 """Texts, pairs and prompts made of rows."""
 
+import re
+
 import pytest
 from datasets import Dataset
 
 from rlhf_recipes.data.filters import warn_of_copies
 from rlhf_recipes.data.pairs import pairs
-from rlhf_recipes.data.shapes import corpus, prompts, texts
+from rlhf_recipes.data.shapes import corpus, prompts, texts, warn_of_known_prompts
 from rlhf_recipes.data.tokenizer import token_ids
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import Data
@@ -371,3 +373,83 @@ def test_prompts_of_rows_without_a_completion_or_a_text(caplog):
     found = prompts(Data(path="x", invalid_rows="drop", prompt_tokens=[2, 2]), rows, word_tokenizer(), 0)
     assert found["prompt"][:] == ["the film"]
     assert "holds 5" in error(prompts, Data(path="x"), Dataset.from_dict({"text": [5]}), word_tokenizer(), 0)
+
+
+def test_a_margin_of_a_pair_reaches_the_loss():
+    rows = Dataset.from_dict({"chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [3, None]})
+    assert pairs(Data(path="x"), rows, None, None, 0)["margin"][:] == [3.0, 0.0]
+    wrong = rows.remove_columns("margin").add_column("margin", ["much", None])
+    assert "the margin column of x holds 'much', which is no finite number" in error(
+        pairs, Data(path="x"), wrong, None, None, 0
+    )
+
+
+@pytest.mark.parametrize("name", ["finished", "completion_ids", "trainer_state", "log_metric", "gold"])
+def test_a_column_that_would_hide_something_from_reward_functions_is_refused(name):
+    """Before, the user's own column was overwritten without a word."""
+    rows = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], name: ["KEY"], "reference": ["KEY"]})
+    assert f"data: x has a column {name}, the name of" in error(prompts, Data(path="x"), rows, None, 0)
+    assert prompts(Data(path="x"), rows.remove_columns(name), None, 0)["reference"][:] == ["KEY"]
+
+
+@pytest.mark.parametrize("columns", [{}, {"text": "chosen"}])
+def test_pairs_without_a_prompt_are_no_prompts(columns):
+    """Before, the advice was columns.text, with which a prompt was the beginning of "Human: is"."""
+    both = {"chosen": ["Human: is it? Assistant: yes"], "rejected": ["Human: is it? Assistant: no"]}
+    rows = Dataset.from_dict(both | {ours: both[theirs] for ours, theirs in columns.items()})
+    found = error(prompts, Data(path="x", columns=columns), rows, word_tokenizer(), 0)
+    assert "no prompt: it is their common beginning" in found and "data.transform" in found
+
+
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+KNOWS_USER = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "expected"),
+    [
+        (
+            REFUSES_SYSTEM,
+            "system",
+            "row 2 of x: the chat template of .* refuses the messages .system, .*: System role not",
+        ),
+        (
+            KNOWS_USER,
+            "system",
+            "data: the chat template of .* leaves out the messages of the role system, as in row 2 of x",
+        ),
+        (
+            KNOWS_USER,
+            "human",
+            "messages of the role human, which chat templates do not know: make it user with data.trans",
+        ),
+    ],
+)
+def test_messages_that_a_template_refuses_or_leaves_out(template, role, expected):
+    tokenizer, user = word_tokenizer(chat_template=template), {"role": "user", "content": "the film"}
+    other, answer = {"role": role, "content": "be kind"}, [{"role": "assistant", "content": "good"}]
+    both = [[user], [other, user]]
+    for make, rows in (
+        (lambda rows: prompts(Data(path="x"), rows, tokenizer, 0), {"prompt": both}),
+        (lambda rows: texts(Data(path="x"), rows, tokenizer), {"messages": [p + answer for p in both]}),
+        (lambda rows: texts(Data(path="x"), rows, tokenizer), {"prompt": both, "completion": [answer] * 2}),
+        (lambda rows: pairs(Data(path="x"), rows, tokenizer, None, 0),
+         {"prompt": both, "chosen": [answer] * 2, "rejected": [[answer[0] | {"content": "bad"}]] * 2}),
+    ):  # fmt: skip
+        assert re.search(expected, error(make, Dataset.from_dict(rows)))
+    assert len(prompts(Data(path="x"), Dataset.from_dict({"prompt": both[:1]}), tokenizer, 0)) == 1
+
+
+def test_held_out_prompts_that_are_training_prompts_are_counted(caplog):
+    train = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["1", "2"]})
+    held_out = Dataset.from_dict({"prompt": ["a", "c"], "completion": ["3", "4"]})
+    warn_of_known_prompts(Data(path="x"), train, held_out)
+    assert "data: 1 of 2 held-out prompts are training prompts too" in caplog.text
+    caplog.clear()
+    warn_of_known_prompts(Data(path="x"), *[Dataset.from_dict({"text": ["it was good"]})] * 2)  # cut beginnings repeat
+    assert not caplog.records

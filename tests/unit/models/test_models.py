@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import RewardConfig, SFTConfig
 
-from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokenizer
+from rlhf_recipes.data.tokenizer import continuation, eos_token_ids, load_tokenizer, token_ids
 from rlhf_recipes.models.limits import check_context, fit_embeddings, fit_length
 from rlhf_recipes.models.load import config_of
 from rlhf_recipes.models.new_weights import make_model
@@ -364,6 +364,22 @@ def test_an_encoder_decoder_is_refused_where_it_would_be_trained(kind, classifie
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(RecipeError, match=r"^x\.model: .* is an encoder-decoder \((t5|bart)\): "):
         config_of(RECIPE, "x.model", str(tmp_path), classifier)
+
+
+def test_variables_of_the_chat_template_are_the_same_in_training_and_eval(tmp_path):
+    """Before, eval asked with another template than training: `chat_template_kwargs` of TRL was only in training."""
+    template = "{{ messages[0].content }}{% if thinks %} and{% endif %}"
+    word_tokenizer(chat_template=template).save_pretrained(tmp_path)
+    causal_lm(word_tokenizer()).save_pretrained(tmp_path)
+    recipe = recipe_with(chat_template_kwargs={"thinks": True})
+    tokenizer = load_tokenizer(recipe, "ppo.policy", str(tmp_path))
+    prompt = [{"role": "user", "content": "the film"}]
+    assert tokenizer.decode(token_ids(tokenizer, prompt)) == "the film and"
+    tokenizer.save_pretrained(tmp_path)  # as a trained policy
+    assert load_tokenizer(recipe, "eval.models.ppo", str(tmp_path)).chat_template == tokenizer.chat_template
+    assert (
+        load_tokenizer(RECIPE, "ppo.policy", str(tmp_path)).apply_chat_template(prompt, tokenize=False).endswith("and")
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_named():

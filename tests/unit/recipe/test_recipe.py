@@ -182,6 +182,7 @@ def test_null_takes_a_key_away_but_is_a_value_of_trl(write):
         ("sft={}", ["exactly one of model"]),
         ("ppo.trainer.trust_remote_code=true", ["ppo.trainer.trust_remote_code", "of the recipe"]),
         ("ppo.trainer.kl_coef=0.05", ["ppo.trainer.kl_coef: not set here; set ppo.trainer.beta."]),
+        ("rloo.trainer.chat_template_kwargs={a: true}", ["set chat_template_kwargs, beside data"]),
         ("ppo.trainer.num_ppo_epochs=4", ["set ppo.trainer.num_iterations."]),
         ("rloo.trainer.rloo_k=4", ["set rloo.trainer.num_generations."]),
         ("ppo.trainer.adam_betas=[0.9,0.95]", ["set ppo.trainer.adam_beta1 and adam_beta2."]),

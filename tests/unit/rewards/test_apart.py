@@ -22,7 +22,7 @@ from rlhf_recipes.commands import stages
 from rlhf_recipes.rewards.apart import RewardStreams
 from rlhf_recipes.rewards.calls import call_all
 from rlhf_recipes.rewards.checked import RewardError, checked
-from rlhf_recipes.rewards.registry import as_reward_funcs
+from rlhf_recipes.rewards.from_trl import as_reward_funcs
 from rlhf_recipes.rewards.timed import TimedReward
 from support.places import ROOT
 

@@ -201,6 +201,11 @@ async def slow(completions, **kwargs):
 def with_argument(completions, scale, **kwargs):
     return [scale] * len(completions)
 
+def logs(completions, trainer_state, log_metric, log_extra):
+    log_metric("done", trainer_state.global_step)
+    log_extra("done", [1.0] * len(completions))
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
 def too_few(completions): return [0.0]
 def nan(completions): return [0.0, float("nan")]
 def none(completions): return [0.0, None]
@@ -208,6 +213,8 @@ def text(completions): return ["x", 1.0]
 def nothing(completions): return None
 def hangs(completions): import time; time.sleep(3600)
 def raises(completions): raise KeyError("oops")
+def one(prompts, completion): return 1.0
+def both(completions, prompt): return [1.0] * len(completions)
 """
 
 
@@ -244,6 +251,12 @@ def test_a_recipe_sets_the_timeout_of_a_function(own):
 
 def test_an_argument_of_the_recipe_counts_more_than_a_column_of_that_name(own):
     assert values({"name": own + "with_argument", "args": {"scale": 0.5}}, **call(), scale=[7, 7]) == [0.5, 0.5]
+
+
+def test_a_function_that_logs_or_reads_the_trainers_state_also_scores_outside_of_a_training(own):
+    made = recipe({"name": own + "logs"})
+    found, _ = score_all(made.reward_funcs, build_reward_funcs(made, made.reward_funcs), 0, **call())
+    assert found == [1.0, 1.0]  # the state of a training at its end
 
 
 def test_equal_functions_get_different_names(own):
@@ -320,6 +333,8 @@ def test_missing_eos_by_hand():
         ({"name": "length", "args": {"unit": "letters"}}, "one of words, tokens"),
         ({"name": "sentiment"}, "needs the argument 'model'"),
         ({"name": "regex"}, "needs the argument 'pattern'"),
+        ({"name": "OWN:one"}, "own.py:one has the parameters prompts, completion; a reward function has `comp"),
+        ({"name": "OWN:both"}, "own.py:both has the parameters prompt; a reward function has `completions`"),
         (
             {"name": "reward_model", "args": {"model": "nobody/has-it", "dtype": "bf16"}},
             "reward_model: dtype must be one of float32, bfloat16, float16, auto, not 'bf16'",

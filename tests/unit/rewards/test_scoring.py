@@ -13,9 +13,9 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.rewards import try_out as score
 from rlhf_recipes.rewards.checked import RewardError
+from rlhf_recipes.rewards.from_trl import as_reward_func
 from rlhf_recipes.rewards.functions import reward_model
 from rlhf_recipes.rewards.reader import RewardModelReader
-from rlhf_recipes.rewards.registry import as_reward_func
 from rlhf_recipes.rewards.scoring import trained_scoring
 from rlhf_recipes.runs.files import SCORING
 from support.processes import cli
