@@ -43,10 +43,6 @@ def sft_stage(tmp_path, monkeypatch, capsys, policy_folder):
 @pytest.mark.parametrize(
     ("trainer", "place"),
     [
-        (
-            "lr_scheduler_type: cosine_with_restarts, lr_scheduler_kwargs: {num_cyclez: 3}",
-            "sft.trainer.lr_scheduler_kwargs: TypeError: ",
-        ),
         ("optim: adamw_torch, optim_args: betas", "sft.trainer.optim_args: ValueError: "),
         ("padding_free: true", "sft.trainer.padding_free: ValueError: "),  # before: the model cannot be used
         ("chat_template_path: /nowhere", "sft.trainer.chat_template_path: OSError: "),
