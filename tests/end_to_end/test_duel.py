@@ -194,7 +194,8 @@ def test_a_failed_seed_is_named_and_the_others_are_compared(tmp_path, launched, 
     assert (
         len(found["runs"]) == 5 and found["views"][0]["seeds"] == {"ppo": 2, "rloo": 2} and found["views"][0]["paired"]
     )
-    assert any("Failed: rloo seed=43" in note for note in found["notes"])
+    assert found["verdict"]["winner"] is None and found["verdict"]["label"] == "1 of 6 runs failed"
+    assert any("rloo seed=43 failed: " in note for note in found["notes"])
     del outcomes["rloo", 43]
     before = len(ran)
     assert run_duel(plan(tmp_path)) == 0 and ran[before:] == [("rloo", 43), ("eval", 42)]
@@ -216,7 +217,7 @@ def test_one_algorithm_that_failed_leaves_nothing_to_compare(tmp_path, launched,
     _, outcomes = launched
     outcomes |= {("rloo", seed): 1 for seed in (42, 43, 44)}
     duel = plan(tmp_path)
-    assert run_duel(duel) == 1 and comparison_of(duel)["verdict"]["label"] == "nothing to compare"
+    assert run_duel(duel) == 1 and comparison_of(duel)["verdict"]["label"] == "3 of 6 runs failed"
     outcomes["sft", 42] = 1
     lost = plan(tmp_path, "sft.trainer.max_steps=3")
     assert run_duel(lost) == 1 and not (lost.folder / "comparison.json").exists()

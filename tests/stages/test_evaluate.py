@@ -253,26 +253,29 @@ def test_likelihoods_that_are_not_finite_are_not_known():
         assert evaluator._likelihood_metrics(own, under, 2) == dict.fromkeys(("kl", "kl_per_token", "perplexity"))
 
 
-def test_a_model_that_has_diverged_is_measured_and_said_to_have(tmp_path, policy_folder):
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_model_that_has_diverged_is_refused(name, tmp_path, policy_folder):
     tokenizer = word_tokenizer()
     model = causal_lm(tokenizer)
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     folder = save_pair(tmp_path / "diverged", model, tokenizer)
-    run = run_eval(recipe_of(tmp_path, {"sft": policy_folder, "ppo": folder}))
-    text = (run.path / "eval.json").read_text()
-    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["models"]["ppo"]["kl"] is None and found["models"]["sft"]["kl"] == 0.0
-    assert [note.partition(":")[0] for note in found["notes"]] == ["ppo"] and "diverged" in found["notes"][0]
+    models = {"sft": policy_folder, "ppo": policy_folder} | {name: folder}
+    with pytest.raises(
+        RecipeError, match=rf"eval.models.{name}: the weights of .* are not finite \(transformer.ln_f.weight\)"
+    ):
+        run_eval(recipe_of(tmp_path, models))
 
 
-def test_a_reference_that_has_diverged_is_said_to_have(tmp_path, policy_folder):
+def test_a_model_whose_likelihoods_are_not_finite_is_refused(tmp_path, policy_folder):
+    """Finite weights, too large for a finite output."""
     tokenizer = word_tokenizer()
     model = causal_lm(tokenizer)
-    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e20)
+        model.lm_head.weight.mul_(1e25)
     folder = save_pair(tmp_path / "diverged", model, tokenizer)
-    found, _ = read(run_eval(recipe_of(tmp_path, {"sft": folder, "ppo": policy_folder})))
-    assert found["models"]["ppo"]["kl"] is None and "sft: the likelihoods" in found["notes"][0]
-    assert found["notes"][1].startswith("ppo: under sft, the likelihoods") and "its training" not in found["notes"][1]
+    with pytest.raises(RecipeError, match="eval.models.ppo: the likelihoods of its own completions are not finite"):
+        run_eval(recipe_of(tmp_path, {"sft": policy_folder, "ppo": folder}))
 
 
 def test_tokens_that_the_reference_does_not_have_leave_the_kl_unknown(tmp_path, policy_folder):
