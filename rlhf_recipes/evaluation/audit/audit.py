@@ -160,12 +160,13 @@ def _hints(run: AuditedRun, models: list[Model]) -> list[str]:
     """Names the keys that keep checkpoints for a comparison, if the run has kept only its last ones."""
     trained = [model for model in models if model.name != START]
     steps = [model.step for model in trained]
-    if len(trained) >= MIN_CHECKPOINTS and min(steps) <= max(steps) / 2:
+    if run.settings.keep_best or (len(trained) >= MIN_CHECKPOINTS and min(steps) <= max(steps) / 2):
         return []
     there = ", ".join(model.name for model in trained) or "none"
     return [
         f"models that this run has kept: {there}; the one with the highest held-out score may be gone: train with "
-        f"{run.stage}.trainer.save_total_limit=null to keep every one, and {run.stage}.trainer.save_steps=0.1 for ten"
+        f"{run.stage}.keep_best=held_out_mean to keep it as the final model, or with {run.stage}.trainer.save_total_limit=null "
+        f"to keep every one, and {run.stage}.trainer.save_steps=0.1 for ten"
     ]
 
 
