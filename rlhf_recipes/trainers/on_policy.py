@@ -102,15 +102,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             switch_off(self.ref_model)
         self._rollout_logs = RolloutLogs(self._logs)
         self._reward_streams = RewardStreams(args.seed, self.accelerator.process_index)
-        kept: tuple = (
-            self._run_state,
-            self._kl,
-            self._metric_log,
-            self._timer,
-            self._micro_batches,
-            self._rollout_logs,
-        )
-        kept += (self._reward_streams,)
+        kept: tuple[Any, ...] = (self._run_state, self._kl, self._metric_log, self._timer)
+        kept += (self._micro_batches, self._rollout_logs, self._reward_streams)
         self._kept_in_checkpoints = {type(part).__name__: part for part in kept}
         self.callback_handler.callbacks.insert(0, CompletionTables(self))
         if self.use_vllm:
