@@ -73,9 +73,6 @@ def trainer_args(run: Run, config_class: type[TrainingArguments]) -> TrainingArg
     if args.n_gpu > 1:  # transformers would use all GPUs in one process, by DataParallel
         logger.warning("one process trains on one GPU of %d: --accelerate-config ddp_8gpu uses more GPUs.", args.n_gpu)
         args._n_gpu = 1
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise RecipeError(f"{run.stage}.trainer.{name} is {getattr(args, name)}; it must be at least 1.")
     if isinstance(section, OnPolicy):
         if "logging_steps" not in given:
             args.logging_steps = args.steps_per_rollout  # one line per rollout, the only steps with a new score

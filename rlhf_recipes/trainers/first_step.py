@@ -51,7 +51,7 @@ def starts_from_reference(trainer: Any) -> bool:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(model) or "ref" in model.peft_config:
         return True
-    return not any("lora_B" in name and parameter.abs().max() > 0 for name, parameter in model.named_parameters())
+    return not any("lora_B" in name and parameter.any() for name, parameter in model.named_parameters())
 
 
 def _in_float32(trainer: Any) -> bool:

@@ -363,6 +363,6 @@ def test_two_processes_are_one_run(stage, stand_ins, tmp_path):
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "imdb_positive" / stage
     assert [line["episodes"] for line in lines(path / "metrics.jsonl")] == [16]  # 2 processes x 8 at once
-    assert [p.name for p in path.parent.iterdir()] == [stage]
+    assert sorted(p.name for p in path.parent.iterdir()) == [f".{stage}.lock", stage]
     again = run_python(*command, cwd=tmp_path)
     assert again.returncode == 0 and "finished before" in again.stdout, again.stderr

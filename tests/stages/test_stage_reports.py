@@ -337,7 +337,7 @@ def test_prompts_that_leave_no_room_for_a_completion(side, tmp_path, policy_fold
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; it must be at least 1"),
+        ("lr_scheduler_kwargs={num_cycle: 2}", "lr_scheduler_kwargs.num_cycle: unknown key of linear"),
         ("dataset_text_field=body", "dataset_text_field: leave it out; data.columns.text"),
     ],
 )
@@ -350,7 +350,7 @@ def test_trainer_arguments_that_cannot_be(setting, expected, tmp_path, policy_fo
 @pytest.mark.slow
 def test_sft_that_has_diverged_is_refused(tmp_path, policy_folder):
     recipe = recipe_of(tmp_path, SFT.format(policy_folder, "1e30"), SUMMARIES, SUMMARIES, "sft.trainer.max_steps=3")
-    with pytest.raises(RecipeError, match=r"sft\.trainer: the held-out loss .* diverged; lower learning_rate"):
+    with pytest.raises(RecipeError, match=r"the loss is nan, so training has diverged.*learning_rate is 1e\+30"):
         run_stage(sft, "sft", recipe)
 
 

@@ -115,7 +115,7 @@ OTHER_KEYS = [
     "ref_model_sync_steps", "ref_model_mixup_alpha", "value_warmup_steps", "whiten_rewards", "reward_weights", "top_k",
     "top_p", "min_p", "repetition_penalty", "generation_kwargs", "model_init_kwargs", "save_total_limit", "save_strategy",
     "eval_strategy", "eval_steps", "dataloader_drop_last", "dataloader_num_workers", "pad_to_multiple_of", "group_by_length",
-    "report_to", "metric_for_best_model", "load_best_model_at_end", "neftune_noise_alpha", "torch_compile", "max_prompt_length",
+    "report_to", "metric_for_best_model", "load_best_model_at_end", "neftune_noise_alpha", "max_prompt_length",
     "learnig_rate", "gradient_checkpointing", "optim_args", "max_model_length", "cache_implementation", "mask_truncated_completions",
     "data.eval_fraction", "data.filter", "data.columns", "data.prompt_template", "data.completion_prefix", "data.max_prompt_tokens",
     "data.train_split", "data.eval_split", "data.truncate", "data.invalid_rows", "data.prompt_words", "special_tokens", "episodes",

@@ -174,7 +174,7 @@ def _become(request: dict, files: list[int]) -> None:
     """Run as the requested process until its end."""
     code = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         copies = [os.dup(file) for file in files]
