@@ -27,7 +27,7 @@ TIMES = ("seconds_", "episodes_per_second")
 
 CASES = {
     "ppo-shared": (PPOTrainer, {"num_generations": 1}),
-    "ppo-separate": (PPOTrainer, {"num_generations": 2, "value_model": "policy", "value_warmup_steps": 1}),
+    "ppo-separate": (PPOTrainer, {"num_generations": 2, "value_model": "policy"}),
     # Half the KL of the update that both processes measure together: one of them alone would keep its learning rate.
     "rloo": (RLOOTrainer, {"num_generations": 2, "lr_kl_target": 0.022}),
     # One prompt for all 8 completions: its group lies across both processes.
