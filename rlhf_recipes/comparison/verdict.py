@@ -63,9 +63,9 @@ def view_of(view: str, metric: str, values: dict[str, Values], at: float | None 
     return found | {"winner": winner, "label": label, "sentence": f"{_numbers(found)} {why}".strip()}
 
 
-def void(view: dict[str, Any], why: str) -> dict[str, Any]:
+def void(view: dict[str, Any], why: str, label: str = "not comparable") -> dict[str, Any]:
     """The view with its numbers but no winner; the sentence `why` replaces its own."""
-    return view | {"winner": None, "label": "not comparable", "sentence": why}
+    return view | {"winner": None, "label": label, "sentence": why}
 
 
 def without_winner(view: dict[str, Any], failures: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def without_winner(view: dict[str, Any], failures: str) -> dict[str, Any]:
         view: From `view_of`.
         failures: A clause such as `1 of 6 runs failed`.
     """
-    return view | {"winner": None, "label": failures, "sentence": f"{_numbers(view)} {failures}, so nobody wins."}
+    return void(view, f"{_numbers(view)} {failures}, so nobody wins.", failures)
 
 
 def name_of(label: str) -> str:

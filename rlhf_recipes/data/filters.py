@@ -88,12 +88,13 @@ def short_enough(
         RecipeError: No row is left; or `columns` hold chat messages, and the tokenizer has no chat template for them.
     """
     first = next((rows[0][name] for name in ("messages", "prompt", "chosen") if name in rows.column_names), "")
-    if isinstance(first, list) and not tokenizer.chat_template:
-        raise RecipeError(
-            f"{key}: {data.path} has chat messages, but the model's tokenizer has no chat template; save one beside the "
-            f"model as chat_template.jinja, or convert the messages to plain texts with {key}.transform."
-        )
-    _check_template(data, rows.select_columns(columns), tokenizer, key)
+    if isinstance(first, list):
+        if not tokenizer.chat_template:
+            raise RecipeError(
+                f"{key}: {data.path} has chat messages, but the model's tokenizer has no chat template; save one beside "
+                f"the model as chat_template.jinja, or convert the messages to plain texts with {key}.transform."
+            )
+        _check_template(data, rows.select_columns(columns), tokenizer, key)
     if data.max_prompt_tokens is None or "prompt" not in rows.column_names:
         return rows
     fitting = [_fitting(data, data.max_prompt_tokens, row, tokenizer) for row in rows]

@@ -60,8 +60,8 @@ def prompts(data: Data, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", s
         and ("text" not in rows.column_names or _is_answer(data, "text"))
     ):
         raise RecipeError(
-            f"data: {data.path} has chosen and rejected, but no prompt: it is their common beginning, without a word of the "
-            "answers. Make the column prompt with data.transform."
+            f"data: {data.path} has chosen and rejected, but no prompt: it is their common beginning "
+            "and has no word of either answer. Make the column prompt with data.transform."
         )
     if "prompt" in rows.column_names:
         columns = [column for column in ("prompt", "completion") if column in rows.column_names]

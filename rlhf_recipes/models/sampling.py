@@ -43,7 +43,7 @@ def sample_completions(
     sampled = torch.full((len(input_ids), max_new_tokens), -1, device=input_ids.device)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     running = torch.ones_like(rows, dtype=torch.bool)
-    more = {"position_ids": _positions(attention_mask)} if takes_position_ids(model) else {}
+    positions, has_positions = _positions(attention_mask), takes_position_ids(model)
     cache_name = next((name for name in CACHES if takes(model, name)), None)
     cache = None
     for t in range(max_new_tokens):
@@ -53,7 +53,7 @@ def sample_completions(
             use_cache=True,
             logits_to_keep=1,
             **({cache_name: cache} if cache_name else {}),
-            **more,
+            **({"position_ids": positions} if has_positions else {}),
         )
         cache, token = cache_name and outputs[cache_name], _draw(outputs.logits[:, -1], temperature)
         sampled[rows[running], t] = token[running]
@@ -64,12 +64,13 @@ def sample_completions(
         if running.sum() <= 0.875 * len(rows) and isinstance(cache, Cache):
             kept = running.nonzero().squeeze(1)
             cache.reorder_cache(kept)  # every kind of layer has it, linear attention and convolutions too
-            rows, token, attention_mask, running = rows[kept], token[kept], attention_mask[kept], running[kept]
-        new = 1 if cache_name else input_ids.size(1) + 1  # without a cache (GPT-1) the model reads the whole text again
-        input_ids = torch.cat([input_ids[: len(rows)], token[:, None]], dim=1)[:, -new:]
+            rows, token, attention_mask, positions = rows[kept], token[kept], attention_mask[kept], positions[kept]
+            running = running[kept]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-        if more:
-            more["position_ids"] = _positions(attention_mask)[:, -new:]
+        if cache_name:
+            input_ids, positions = token[:, None], positions[:, -1:] + 1
+        else:  # such as GPT-1: the model reads the whole text again
+            input_ids, positions = torch.cat([input_ids, token[:, None]], dim=1), _positions(attention_mask)
     return [[token for token in row if token >= 0] for row in sampled.tolist()]
 
 

@@ -94,7 +94,8 @@ class Start:
         trusted = runs_own_code(run.recipe, model_id)
         config = load_config(where, model, trusted)
         settings = {"dtype": "float32"} | hardware.attention(args, auto_class, config)
-        _refuse_unknown_settings(run.stage, config, args.model_init_kwargs or {})
+        if args.model_init_kwargs:
+            _refuse_unknown_settings(run.stage, config, args.model_init_kwargs)
         settings |= (args.model_init_kwargs or {}) | ({"num_labels": 1} if is_reward else {})
         settings |= {"use_safetensors": True, "trust_remote_code": trusted}
         start = adapter_of(where, model)

@@ -22,6 +22,11 @@ RECIPE_FOLDERS = "RLHF_RECIPES_FOLDERS"
 recipe may run (`user_code`)."""
 
 
+def named_folders() -> list[str]:
+    """The folders in `RECIPE_FOLDERS`."""
+    return [folder for folder in os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep) if folder]
+
+
 def shipped_recipes() -> Path:
     package = Path(__file__).parents[1]
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
@@ -62,8 +67,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: Every finding about the recipe, with file, dotted key and correction.
     """
     path = _find(name)
-    folders = [folder for folder in os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep) if folder]
-    os.environ[RECIPE_FOLDERS] = os.pathsep.join(dict.fromkeys([*folders, str(path.parent.resolve())]))
+    os.environ[RECIPE_FOLDERS] = os.pathsep.join(dict.fromkeys([*named_folders(), str(path.parent.resolve())]))
     values = _read_with_parents(path, seen=())
     handed_on = json.loads(os.environ.get(HANDED_ON, "{}"))
     for override in (*overrides, *(f"{key}={json.dumps(value)}" for key, value in handed_on.items())):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe.load import RECIPE_FOLDERS, shipped_recipes
+from rlhf_recipes.recipe.load import named_folders, shipped_recipes
 from rlhf_recipes.recipe.named_files import announce
 from rlhf_recipes.recipe.schema import TRAINED, Recipe, RecipeError
 
@@ -60,7 +60,8 @@ def is_trusted(name: str) -> bool:
 def may_run(path: Path) -> bool:
     """Whether a file or folder may run: the user trusts it, or it is beside the recipe or below the current folder.
 
-    A symbolic link there counts: whoever can place one can place a file. A link to an installed package does not.
+    A symbolic link there counts as a file there: a person who can place a link can also place a file. A link to an
+    installed package does not count.
     """
     target, path = path.resolve(), Path(os.path.abspath(path))
     if target.is_relative_to(shipped_recipes().resolve()) or is_trusted(str(target)) or is_trusted(str(path)):
@@ -74,7 +75,7 @@ def may_run(path: Path) -> bool:
 
 def own_folders() -> list[str]:
     """The current folder, and those of recipes: the places of the user's own modules."""
-    return [str(Path.cwd()), *filter(None, os.environ.get(RECIPE_FOLDERS, "").split(os.pathsep))]
+    return [str(Path.cwd()), *named_folders()]
 
 
 def own_code(recipe: Recipe) -> dict[str, str]:

@@ -33,9 +33,9 @@ def find_function(name: str, what: str, is_announced: bool = False) -> Callable:
     Raises:
         RecipeError: The module is not trusted, cannot be imported, or has no such function.
     """
-    signature_of(name, what)
     module_name, _, attribute = name.rpartition(":")
     path = _located(name, what)
+    _signature_in(path, name, what)
     if path is None or not path.resolve().is_relative_to(shipped_recipes().resolve()):
         if not is_announced:
             announce(f"your code runs: {path or module_name} ({what} {name})")
@@ -55,8 +55,12 @@ def signature_of(name: str, what: str) -> inspect.Signature | None:
     Raises:
         RecipeError: As `find_function`, as far as the source shows.
     """
+    return _signature_in(_located(name, what), name, what)
+
+
+def _signature_in(path: Path | None, name: str, what: str) -> inspect.Signature | None:
+    """`signature_of` a function whose file is known."""
     module_name, _, attribute = name.rpartition(":")
-    path = _located(name, what)
     if path is None or path.suffix != ".py":
         return None
     try:

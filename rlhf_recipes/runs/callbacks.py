@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import time
-import zlib
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -102,13 +101,8 @@ class RunCallback(TrainerCallback):
 
     def on_checkpoint(self, folder: Path) -> None:
         """Write what a resumed run checks its logs and its manifest against. `Resumable` calls it before it marks `folder`."""
-        sizes = {}
-        for path in (self.run.path / METRICS, self.run.path / COMPLETIONS):
-            if path.exists():
-                with open(path, "r+b") as file:
-                    os.fsync(file.fileno())
-                    sizes[path.name] = {"size": path.stat().st_size, "crc32": zlib.crc32(file.read())}
-        write_whole(folder / SIZES, json.dumps(sizes))
+        logs = [path for path in (self.run.path / METRICS, self.run.path / COMPLETIONS) if path.exists()]
+        write_whole(folder / SIZES, json.dumps({path.name: files.flushed(path) for path in logs}))
         shutil.copyfile(self.run.path / MANIFEST, folder / COPY)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -206,7 +200,7 @@ def _drop_later(path: Path, saved: dict[str, int] | int | None, step: int) -> li
     with writing(path.name, path):
         if path.exists() and size is not None:
             os.truncate(path, min(size, path.stat().st_size))
-        if checksum not in (None, zlib.crc32(path.read_bytes() if path.exists() else b"")):
+        if checksum not in (None, files.crc32_of(path) if path.exists() else 0):  # 0: of nothing
             logger.warning("%s has been damaged or changed since checkpoint-%d; only its whole lines stay.", path, step)
         kept = [line for line in files.read_log(path, needed=("step",)) if line["step"] <= step]
         write_whole(path, files.as_lines(kept))

@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         checkpoint: The checkpoint from which the started run resumes; None: a new run.
-        lock: Whoever runs the stage takes it before `is_done`, and releases it at the end.
+        lock: The process that runs the stage takes it before `is_done`, and releases it at the end.
         temporary: The place for the temporary files of its process.
     """
 

@@ -37,7 +37,7 @@ class RunLock:
             path = self._folder.with_name(f".{self._folder.name}.lock")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it releases the lock
-        except (ImportError, OSError):  # Windows; or whoever writes to the folder next says why
+        except (ImportError, OSError):  # Windows; or the next write to the folder reports the error
             return
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +87,7 @@ class TemporaryFiles:
 
     def use(self) -> None:
         """Send all temporary files that this process and its children make from now on to the folder."""
-        with suppress(OSError):  # whoever writes to the run's folder next says why
+        with suppress(OSError):  # the next write to the run's folder reports the error
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self.path.stat().st_uid != getattr(os, "getuid", int)():  # in /tmp, another user may have made it
                 return

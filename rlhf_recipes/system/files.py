@@ -137,14 +137,19 @@ def mark_complete(checkpoint: Path, setup: dict[str, Any]) -> None:
     """
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        with open(path, "r+b") as file:
-            _sync(file)
-            files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "crc32": _crc32(path)}
+        files[path.relative_to(checkpoint).as_posix()] = flushed(path)
     write_whole(checkpoint / MARKER, sealed({"setup": setup, "files": files}))
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         folder = os.open(checkpoint, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
+
+
+def flushed(path: Path) -> dict[str, int]:
+    """Flushes a file to the disk; returns its size and checksum."""
+    with open(path, "r+b") as file:
+        _sync(file)
+    return {"size": path.stat().st_size, "crc32": crc32_of(path)}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -224,7 +229,7 @@ def _damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != saved["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {saved['size']}"
-            if _crc32(path) != saved["crc32"]:
+            if crc32_of(path) != saved["crc32"]:
                 return f"the content of {name} has changed since it was saved"
     except OSError as error:
         return f"it cannot be read ({error})"
@@ -237,7 +242,8 @@ def _checksum(value: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _crc32(path: Path) -> int:
+def crc32_of(path: Path) -> int:
+    """The checksum of a file, of any size."""
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(2**22):

@@ -38,7 +38,7 @@ def complain(message: str) -> None:
 
 
 def _print(line: str, stream: TextIO) -> None:
-    """If nobody reads the line, as behind `| head`, or the disk of its file is full, the work goes on without a word."""
+    """Print a line. If it cannot be written (`| head` has ended, a disk is full), drop it and all later ones."""
     try:
         print(redacted(line), file=stream, flush=True)
     except OSError:

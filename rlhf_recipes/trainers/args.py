@@ -22,10 +22,10 @@ from rlhf_recipes.runs.trackers import PROJECT, chosen_trackers, run_name
 
 logger = logging.getLogger(__name__)
 
-# Ten checkpoints per run: a killed run loses at most a tenth of its work.
 OF_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 """Arguments of a schedule that the trainer fills in."""
 
+# Ten checkpoints per run: a killed run loses at most a tenth of its work.
 DEFAULTS = {"logging_steps": 10, "save_steps": 0.1, "project": PROJECT}
 """Defaults that replace TRL's; a recipe may set other values."""
 

@@ -3,7 +3,7 @@
 from statistics import fmean, stdev
 from typing import Any
 
-from rlhf_recipes.system.files import as_lines
+from rlhf_recipes.recipe.messages import as_text
 
 LEAST_ENTROPY = 0.05
 """In nats per token; a policy below it says nearly the same every time."""
@@ -25,7 +25,7 @@ def signs_of_collapse(scores: list[float], last: dict[str, float], completions: 
         found.append(
             f"the entropy is {last['entropy']:.3f} nats per token, below {LEAST_ENTROPY}: the policy has little left to choose"
         )
-    texts = {as_lines([{"text": row["completion"]}]) for row in completions}
+    texts = {as_text(row["completion"]) for row in completions}
     if len(completions) > 1 and len(texts) == 1:
         found.append(f"all {len(completions)} sampled completions of the last rollout are equal")
     if last.get("kl", 0.0) > MOST_KL:

@@ -142,10 +142,11 @@ class OnPolicyConfig(trl.RLOOConfig):
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
         rows_of_rollout(settings, self.world_size)
+        known = GenerationConfig()
         for key in self.generation_kwargs or {}:
             if key in NOT_GIVEN:
                 raise ValueError(f"generation_kwargs has {key}, which is not set there; {NOT_GIVEN[key]}.")
-            if not hasattr(GenerationConfig(), key):
+            if not hasattr(known, key):
                 raise ValueError(f"generation_kwargs has {key}, which is no setting of GenerationConfig.")
         given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given |= {"repetition_penalty": self.repetition_penalty} | (self.generation_kwargs or {})

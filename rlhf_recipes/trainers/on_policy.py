@@ -185,15 +185,11 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
             "log_extra": self._log_completion_extra,
             "log_metric": self._log_metric,
         }
-        values = call_all_on_every_rank(self.reward_funcs, self._reward_streams, **columns)
+        table = self._rewards_of(self.reward_funcs, columns)
         if self.held_out is not None and not self.model.training:
             functions, weights = self.held_out
-            held_out = call_all_on_every_rank(functions, self._reward_streams, **columns)
-            scores = weighted_sum(torch.tensor(np.array(held_out, dtype=np.float32).T), weights).to(
-                self.accelerator.device
-            )
+            scores = weighted_sum(self._rewards_of(functions, columns), weights)
             self._log_mean("held_out_mean", scores.nan_to_num(), (~scores.isnan()).float())
-        table = torch.tensor(np.array(values, dtype=np.float32).T, device=self.accelerator.device)  # None becomes NaN
         if table.isnan().all(1).any():
             message = "No reward function applies to some completions; the policy does not learn from them."
             self._run_state.warn_once("no score", message)
@@ -201,6 +197,11 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
         self._rollout.finished = self.accelerator.gather(torch.tensor(finished, device=table.device))
         self._timer.book("score")
         return self._rollout.rewards_per_func
+
+    def _rewards_of(self, functions: list[CheckedReward], columns: dict[str, Any]) -> Tensor:
+        """The values of reward functions on this process's completions, (B, functions); NaN where one does not apply."""
+        values = call_all_on_every_rank(functions, self._reward_streams, **columns)
+        return torch.tensor(np.array(values, dtype=np.float32).T, device=self.accelerator.device)  # None becomes NaN
 
     def _scores(self, rollout: Rollout) -> Tensor:
         moments = self._run_state.score_moments
@@ -331,7 +332,7 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     def evaluate(self, *args, **kwargs):
         """As TRL's, with its own random numbers: training continues as if there had been no evaluation.
 
-        The returned metrics are those of the log line, so that a metric of ours can choose the best model.
+        It returns all metrics of the log line, so that each of them can choose the best model.
         """
         of_training = self._reward_streams
         self._reward_streams = RewardStreams(self.args.seed, self.accelerator.process_index)

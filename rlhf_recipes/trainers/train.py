@@ -30,17 +30,16 @@ def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) ->
         trainer_class: The algorithm.
         more: The algorithm's own arguments of the trainer.
     """
-    recipe, policy, key = run.recipe, getattr(run.recipe, run.stage).policy, f"{run.stage}.policy"
+    recipe, section, key = run.recipe, getattr(run.recipe, run.stage), f"{run.stage}.policy"
     args = trainer_args(run, trainer_class.config_class)
     start = Start(run, args, "policy")
     reward_funcs = build_reward_funcs(recipe, recipe.reward_funcs)
-    tokenizer = load_tokenizer(recipe, key, policy)
+    tokenizer = load_tokenizer(recipe, key, section.policy)
     rows, held_out = load_rows(recipe.data, recipe.seed)
     warn_of_known_prompts(recipe.data, rows, held_out)
     train = prompts(recipe.data, rows, tokenizer, recipe.seed)
     _check_enough_prompts(run, args, train)
-    check_context(recipe, key, policy, train, tokenizer, args.max_completion_length)
-    section, stop = getattr(recipe, run.stage), StopEarly(getattr(recipe, run.stage).stop_when)
+    check_context(recipe, key, section.policy, train, tokenizer, args.max_completion_length)
     if section.is_watched:
         held_out = prompts(recipe.data, held_out, tokenizer, recipe.seed).shuffle(seed=recipe.seed)
         # From the end of the order from whose beginning eval takes its own.
@@ -49,21 +48,19 @@ def train_policy(run: Run, trainer_class: type[OnPolicyTrainer], **more: Any) ->
     if section.is_watched and (specs := recipe.eval.held_out_funcs):
         functions = build_reward_funcs(recipe, specs, key="eval.held_out_funcs")
         trainer.held_out = functions, torch.tensor([spec.weight for spec in specs])
+    stop = StopEarly(section.stop_when)
     trainer.add_callback(stop)
     callback = attach(trainer, run)
     trainer.train(run.checkpoint and str(run.checkpoint))
     switch_on(trainer.rates_of_dropout)  # the saved configuration is the one that the policy came with
     save_model(trainer, run)
-    line = callback.summary()
-    run.findings = signs_of_collapse(callback.scores, callback.last, trainer.sampled_completions(WATCHED))
-    if stop.reason is not None:
-        run.findings.insert(0, f"stopped early: {stop.reason}")
     if section.keep_best is not None:
-        run.findings.insert(
-            0,
-            f"the model is that of {Path(trainer.state.best_model_checkpoint or '').name}: the best {section.keep_best}",
-        )
-    return line
+        best = Path(trainer.state.best_model_checkpoint or "").name
+        run.findings.append(f"the model is that of {best}: the best {section.keep_best}")
+    if stop.reason is not None:
+        run.findings.append(f"stopped early: {stop.reason}")
+    run.findings += signs_of_collapse(callback.scores, callback.last, trainer.sampled_completions(WATCHED))
+    return callback.summary()
 
 
 WATCHED = 64

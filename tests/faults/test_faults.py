@@ -45,7 +45,7 @@ def test_odd_rewards_end_in_a_sentence_or_change_nothing(number, bench):
 
 @pytest.mark.slow
 def test_faults_are_seen(bench, tmp_path):
-    """Another weight, a lost line, NaN, a traceback, an exit without a word, a stage that hangs."""
+    """The harness finds a changed weight, a lost line, NaN, a traceback, a missing message and a stage that hangs."""
     whole = bench.whole("rloo", "rloo.trainer.max_steps=6", "rloo.trainer.num_iterations=1")
     other = tmp_path / "rloo"
     shutil.copytree(whole, other)
