@@ -27,7 +27,7 @@ TIMES = ("seconds_", "episodes_per_second")
 
 CASES = {
     "ppo-shared": (PPOTrainer, {"num_generations": 1}),
-    "ppo-separate": (PPOTrainer, {"num_generations": 2, "value_model": "policy"}),
+    "ppo-separate": (PPOTrainer, {"num_generations": 2, "value_model": "policy", "value_warmup_steps": 1}),
     # Half the KL of the update that both processes measure together: one of them alone would keep its learning rate.
     "rloo": (RLOOTrainer, {"num_generations": 2, "lr_kl_target": 0.022}),
     # One prompt for all 8 completions: its group lies across both processes.
@@ -182,7 +182,8 @@ def test_one_batch_however_it_is_cut(case, of_ranks, policy_folder, tmp_path):
     # The test is worth something: policy, beta and learning rate have moved, something was clipped, some had no score.
     second = expected["lines"][2]
     assert second["episodes"] == 16 and second["beta"] != 0.1
-    assert abs(second["kl"]) > 1e-3 and second["learning_rate"] != 0.05
+    # In the warm-up's rollout the policy has not moved before its last step, so that there is nothing to adapt to.
+    assert abs(second["kl"]) > 1e-3 and (second["learning_rate"] == 0.05) == ("value_warmup_steps" in CASES[case][1])
     assert any(line["clip_fraction"] > 0 for line in expected["lines"])
     assert ranks[1]["batch"]["advantages"][-2:].abs().sum() == 0 < ranks[0]["batch"]["advantages"].abs().sum()
 
