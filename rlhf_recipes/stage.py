@@ -146,8 +146,7 @@ def run_stage(
         return USER_ERROR
     finally:
         if run is not None:
-            if is_own_process and is_main and run.lock.is_taken:
-                run.temporary.sweep()
+            run.temporary.leave()
             run.lock.release()
 
 

@@ -71,8 +71,9 @@ class RunLock:
 class TemporaryFiles:
     """A folder beside a run's for the temporary files of its stage, which a killed process would leave in /tmp.
 
-    Only for a process that ends with its stage: libraries keep such files until then. If its path is too long, the folder
-    lies in /tmp under a name of its own, where the next start of the same stage finds it.
+    Only for a process that ends with its stage: libraries keep such files until then. Each process of a launch has a
+    folder of its own below it, which another one's end leaves alone. If the path is too long, the folder lies in /tmp
+    under a name that the next start of the same stage finds.
     """
 
     def __init__(self, folder: Path):
@@ -80,18 +81,28 @@ class TemporaryFiles:
         if len(str(self.path)) > LONGEST_FOLDER:
             name = hashlib.sha256(str(self.path).encode()).hexdigest()[:12]
             self.path = Path(tempfile.gettempdir()) / f"rlhf-recipes-{name}"
+        self._own: Path | None = None
 
     def sweep(self) -> None:
-        """Delete what this stage, or a killed process before it, has left."""
+        """Delete what a killed process of this stage has left."""
         rmtree(self.path, ignore_errors=True)
 
     def use(self) -> None:
         """Send all temporary files that this process and its children make from now on to the folder."""
+        own = self.path / os.environ.get("RANK", "0")
         with suppress(OSError):  # the next write to the run's folder reports the error
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.path.stat().st_uid != getattr(os, "getuid", int)():  # in /tmp, another user may have made it
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if own.stat().st_uid != getattr(os, "getuid", int)():  # in /tmp, another user may have made it
                 return
+            self._own = own
             # Compiled kernels stay where the next run finds them.
             kernels = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER', 'user')}")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)
-            os.environ["TMPDIR"] = tempfile.tempdir = str(self.path)
+            os.environ["TMPDIR"] = tempfile.tempdir = str(own)
+
+    def leave(self) -> None:
+        """Delete this process's temporary files, and the folder after the last process."""
+        if self._own is not None:
+            rmtree(self._own, ignore_errors=True)
+            with suppress(OSError):  # another process still has files there
+                self.path.rmdir()

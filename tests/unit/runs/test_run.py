@@ -295,10 +295,19 @@ def test_temporary_files_go_beside_the_run_and_a_long_path_leaves_room_for_socke
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     near, far = TemporaryFiles(Path("/runs/tiny/ppo")), TemporaryFiles(Path("/runs") / ("long" * 20) / "ppo")
     assert near.path == Path("/runs/tiny/.ppo.tmp") and far.path.parent == tmp_path
-    assert far.path == TemporaryFiles(Path("/runs") / ("long" * 20) / "ppo").path  # the next start finds it
+    second = TemporaryFiles(Path("/runs") / ("long" * 20) / "ppo")
+    assert far.path == second.path  # the next start finds it
     far.use()
-    assert Path(tempfile.mkdtemp()).parent == far.path == Path(os.environ["TMPDIR"])
-    far.sweep()
+    assert Path(tempfile.mkdtemp()).parent == Path(os.environ["TMPDIR"]) == far.path / "0"
+    monkeypatch.setenv("RANK", "1")
+    second.use()
+    kept = Path(tempfile.mkdtemp())
+    far.leave()
+    assert kept.is_dir() and list(far.path.iterdir()) == [far.path / "1"]  # its process may still delete them itself
+    second.leave()
+    assert list(tmp_path.iterdir()) == []
+    far.use()
+    far.sweep()  # the next start, after a kill
     assert list(tmp_path.iterdir()) == []
 
 
