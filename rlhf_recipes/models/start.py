@@ -33,7 +33,7 @@ from rlhf_recipes.recipe.secrets import drop_secrets
 from rlhf_recipes.recipe.trust import runs_own_code
 from rlhf_recipes.runs.files import MERGED_BASE
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.references import is_hub_model, loading, resolve_model
+from rlhf_recipes.runs.references import GGUF, is_hub_model, loading, resolve_model
 from rlhf_recipes.system.files import writing
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _name_bases(adapted: Any, model: str, model_id: str) -> None:
     """Write a base name into the adapter that works from any folder: Hub id and commit, or an absolute path."""
     for config in adapted.peft_config.values():
         base = Path(config.base_model_name_or_path)
-        if is_hub_model(model_id) and base == Path(model):
+        if is_hub_model(model_id) and not model_id.endswith(GGUF) and base == Path(model):
             config.base_model_name_or_path, config.revision = model_id.partition("@")[0], base.name
         elif base.is_dir():
             config.base_model_name_or_path = str(base.resolve())

@@ -1,7 +1,5 @@
 """Configurations of the models that a recipe names, without their weights."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -10,7 +8,15 @@ from rlhf_recipes.models.adapters import lora_of
 from rlhf_recipes.models.load import adapter_of, load_config
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
 from rlhf_recipes.runs.inputs import is_reachable
-from rlhf_recipes.runs.references import is_hub_model, is_offline, loading, locate_in_package
+from rlhf_recipes.runs.references import (
+    GGUF,
+    hub_parts,
+    is_hub_model,
+    is_offline,
+    loading,
+    local_folder,
+    resolve_model,
+)
 
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 _NEOX = {"model_type": "gpt_neox", "vocab_size": 50304, "max_position_embeddings": 2048, "tie_word_embeddings": False}
@@ -77,7 +83,7 @@ def config_of(recipe: Recipe, key: str, model_id: str, passed: tuple[str, ...] =
     Args:
         recipe: The recipe, for `stage:` references.
         key: The recipe's key of the model id, for messages.
-        model_id: `stage:NAME`, a folder, `package:NAME/FOLDER`, or a Hub id.
+        model_id: As in `resolve_model`.
         passed: Stages that led here.
 
     Raises:
@@ -85,21 +91,19 @@ def config_of(recipe: Recipe, key: str, model_id: str, passed: tuple[str, ...] =
     """
     if model_id.startswith("stage:"):
         return _config_of_stage(recipe, key, model_id.removeprefix("stage:"), passed)
-    if is_hub_model(model_id):
+    if model_id.endswith(GGUF):
+        folder = resolve_model(recipe, key, model_id)
+    elif is_hub_model(model_id):
         return _config_of_hub_model(recipe, key, model_id), None
-    package = model_id.startswith("package:")
-    folder = locate_in_package(key, model_id) if package else Path(os.path.expanduser(model_id))
-    if not any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
-        raise RecipeError(
-            f"{key}: {model_id} has no config.json (looked from {Path.cwd()}); set it to a model's folder."
-        )
-    return load_config(key, str(folder)), adapter_of(key, str(folder))
+    else:
+        folder = str(local_folder(key, model_id))
+    return load_config(key, folder), adapter_of(key, folder)
 
 
 def _config_of_hub_model(recipe: Recipe, key: str, model_id: str) -> Any:
     from huggingface_hub import try_to_load_from_cache
 
-    name, _, revision = model_id.partition("@")
+    name, revision, _ = hub_parts(model_id)
     revision = revision or "main"
     is_cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     if not is_cached and name in ARCHITECTURES:

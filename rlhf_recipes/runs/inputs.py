@@ -15,7 +15,9 @@ from rlhf_recipes.recipe.sections import Data, RewardFunc
 from rlhf_recipes.recipe.stages import Eval, OnPolicy
 from rlhf_recipes.runs.files import MANIFEST, is_finished, read_manifest, run_path
 from rlhf_recipes.runs.references import (
+    GGUF,
     cached_commit,
+    gguf_file,
     hub_arguments,
     is_cached,
     is_hub_model,
@@ -175,6 +177,10 @@ def _own_code(recipe: Recipe, stage: str) -> dict[str, str]:
 
 
 def _model_source(recipe: Recipe, key: str, reference: str) -> dict[str, Any]:
+    if reference.endswith(GGUF):
+        file = gguf_file(key, reference)
+        commit = file.parts[file.parts.index("snapshots") + 1] if is_hub_model(reference) else None
+        return {"revision": commit, "path": str(file.absolute())}
     folder = Path(resolve_model(recipe, key, reference)).absolute()
     run_id = (read_manifest(folder) or {}).get("id")
     return {"revision": folder.name if is_hub_model(reference) else run_id, "path": str(folder)}  # snapshots/<commit>

@@ -1,4 +1,4 @@
-"""Finds models and data: local paths, `package:NAME/...`, `stage:NAME`, and ids of the Hugging Face Hub.
+"""Finds models and data: local paths, `package:NAME/...`, `fetched:NAME`, `stage:NAME`, and ids of the Hugging Face Hub.
 
 In this package, `key` is the key of a model or data set in the recipe, for messages.
 """
@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
+from rlhf_recipes.runs.fetched import locate_fetched
 from rlhf_recipes.runs.files import require_stage
+from rlhf_recipes.runs.gguf import unpacked
 from rlhf_recipes.system.files import is_disk_error
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,12 @@ PARQUET = "refs/convert/parquet"
 """Branch of a Hub data set with its rows as Parquet, which the Hub makes by running the data set's script."""
 
 WEIGHTS = "*.safetensors"
+
+GGUF = ".gguf"
+"""File name ending of a model in one file, the format of llama.cpp."""
+
+PLACES = ("package:", "fetched:")
+"""Prefixes of models that lie in an installed package, and in the cache of `rlhf-recipes fetch`."""
 
 SNAPSHOT = [WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 """Files of a Hub model to download: weights, configuration, tokenizer and the model's own code; no pickle."""
@@ -87,28 +95,29 @@ def hub_arguments(data: Data) -> dict[str, str | None]:
 
 
 def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
-    """The folder of a model, as `from_pretrained` takes it; a Hub model is downloaded.
+    """The folder of a model, as `from_pretrained` takes it; a Hub model is downloaded, and a GGUF file is unpacked.
 
-    A model id is `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, or a Hub id with or without
-    `@revision` (a branch, tag or commit).
+    A model id is `stage:NAME`, a folder, `package:NAME/FOLDER` in an installed package, `fetched:NAME` after
+    `rlhf-recipes fetch NAME`, or a Hub id with or without `@revision` (a branch, tag or commit). A folder or an id
+    followed by `/FILE.gguf` names this file.
 
     Raises:
         RecipeError: The stage has not run, the path or Hub id does not exist, or the model has no safetensors.
     """
     if model_id.startswith("stage:"):
         return str(require_stage(recipe, model_id.removeprefix("stage:"), key))
+    if model_id.endswith(GGUF):
+        return str(unpacked(key, gguf_file(key, model_id)))
+    fix = ""
     if is_hub_model(model_id):
-        name, _, revision = model_id.partition("@")
+        name, revision, _ = hub_parts(model_id)
         with loading(key, model_id):
             folder = hub_snapshot(name, revision)
         fix = f"Pin a revision that has them, such as {name}@refs/pr/1 of the Hub's converter, or convert it: "
-    elif model_id.startswith("package:"):
-        folder, fix = locate_in_package(key, model_id), ""
     else:
-        folder, fix = Path(os.path.expanduser(model_id)), "Convert it: "
-        if not any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
-            found = "no such folder" if not os.path.isdir(folder) else "no config.json in it, so it holds no model"
-            raise RecipeError(f"{key}: {model_id}: {found} (looked from {Path.cwd()}).")
+        folder = local_folder(key, model_id)
+        if not model_id.startswith(PLACES):
+            fix = "Convert it: "
     if not any(folder.glob(WEIGHTS)):
         raise RecipeError(
             f"{key}: {model_id} has no weights in safetensors. Pickled weights are not loaded: they can run any code. "
@@ -117,10 +126,61 @@ def resolve_model(recipe: Recipe, key: str, model_id: str) -> str:
     return str(folder)
 
 
+def local_folder(key: str, model_id: str) -> Path:
+    """The folder of a model that is no stage's, no Hub id and no GGUF file.
+
+    Raises:
+        RecipeError: There is none, or it has no configuration.
+    """
+    if model_id.startswith("package:"):
+        folder = locate_in_package(key, model_id)
+    elif model_id.startswith("fetched:"):
+        folder = locate_fetched(key, model_id.removeprefix("fetched:"))
+    else:
+        folder = Path(os.path.expanduser(model_id))
+    if not any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
+        found = "no such folder" if not os.path.isdir(folder) else "no config.json in it, so it holds no model"
+        raise RecipeError(f"{key}: {model_id}: {found} (looked from {Path.cwd()}).")
+    return folder
+
+
+def gguf_file(key: str, model_id: str) -> Path:
+    """The GGUF file of a model id that ends in `.gguf`; one of the Hub is downloaded.
+
+    Raises:
+        RecipeError: There is no such file.
+    """
+    if is_hub_model(model_id):
+        from huggingface_hub import hf_hub_download
+
+        name, revision, file = hub_parts(model_id)
+        where: dict[str, Any] = {"cache_dir": hub_cache(), "local_files_only": is_offline()}
+        with loading(key, model_id):
+            return Path(hf_hub_download(name, file, revision=revision or "main", **where))
+    if model_id.startswith("package:"):
+        return locate_in_package(key, model_id)
+    path = Path(os.path.expanduser(model_id))
+    if not path.is_file():
+        raise RecipeError(f"{key}: {model_id} does not exist (looked from {Path.cwd()}).")
+    return path
+
+
+def hub_parts(model_id: str) -> tuple[str, str, str]:
+    """Name, revision and GGUF file of a Hub id, `org/name@revision/file.gguf`; what is not said is empty."""
+    whole, file = model_id, ""
+    if model_id.endswith(GGUF):
+        whole = "/".join(model_id.split("/")[:2])
+        file = model_id.removeprefix(f"{whole}/")
+    name, _, revision = whole.partition("@")
+    return name, revision, file
+
+
 def is_hub_model(model_id: str) -> bool:
-    """Whether a model id names a model of the Hub, with or without `@revision`."""
-    if model_id.startswith(("stage:", "package:")) or os.path.exists(model_id):
+    """Whether a model id names a model of the Hub, with or without `@revision` and a GGUF file."""
+    if model_id.startswith(("stage:", *PLACES)) or os.path.exists(model_id):
         return False
+    if model_id.endswith(GGUF):
+        return model_id.count("/") >= 2 and not is_local(hub_parts(model_id)[0])
     return not is_local(model_id.partition("@")[0])
 
 
@@ -165,11 +225,11 @@ def is_offline() -> bool:
 
 def is_cached(named: str, kind: str) -> bool:
     """Whether the Hub's cache has a "model" at its revision, or any revision of a "dataset"."""
-    name, _, revision = named.partition("@")
+    name, revision, file = hub_parts(named)
     snapshots = _cache_of(name, kind) / "snapshots"
-    return (
-        (snapshots / cached_commit(name, kind, revision or "main")).is_dir() if kind == "model" else snapshots.is_dir()
-    )
+    if kind == "dataset":
+        return snapshots.is_dir()
+    return (snapshots / cached_commit(name, kind, revision or "main") / file).exists()
 
 
 def cached_commit(name: str, kind: str, revision: str) -> str:
