@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both make .venv first, with the versions in constraints.txt.
+# `make quickstart`, `make real` and `make test` all make .venv first, with the versions in constraints.txt.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -7,10 +7,16 @@ CHROMIUM_OR_SKIP = test -n "$$(which chromium chromium-browser google-chrome $$C
 	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends chromium; } \
 	|| echo "No Chromium: tests of the report in a browser will be skipped."
 
-.PHONY: quickstart test test-all test-fast docs format lint type clean
+MODELS_OR_SKIP = $(BIN)/rlhf-recipes fetch smollm2 minilm || echo "No models: tests on a real language model will be skipped."
+
+.PHONY: quickstart real test test-all test-fast docs format lint type clean
 
 quickstart: .venv/.installed-offline
 	$(BIN)/rlhf-recipes run imdb_tiny
+
+real: .venv/.installed-offline
+	$(BIN)/rlhf-recipes fetch smollm2 minilm
+	$(BIN)/rlhf-recipes run imdb_smol
 
 test: lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not nightly'
@@ -29,6 +35,7 @@ docs: .venv/.installed-test
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	$(if $(filter test,$*),@$(CHROMIUM_OR_SKIP))
+	$(if $(filter test,$*),@$(MODELS_OR_SKIP))
 	touch $@
 
 format: .venv/.installed-test

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from rlhf_recipes.models.adapters import lora_of
 from rlhf_recipes.models.load import adapter_of, load_config
 from rlhf_recipes.recipe.schema import ON_POLICY, TRAINED, Recipe, RecipeError
+from rlhf_recipes.runs.fetched import FETCHED, is_fetched
 from rlhf_recipes.runs.inputs import is_reachable
 from rlhf_recipes.runs.references import (
     GGUF,
@@ -40,6 +41,23 @@ ARCHITECTURES = {
     "EleutherAI/pythia-1.4b-deduped": _neox(24, 2048, 16),
     "EleutherAI/pythia-2.8b-deduped": _neox(32, 2560, 32),
     "EleutherAI/pythia-6.9b-deduped": _neox(32, 4096, 32, 50432),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "sentence-transformers/all-MiniLM-L6-v2": {
+        "model_type": "bert",
+        "num_hidden_layers": 6,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+    },
     "distilbert/distilbert-base-uncased": {"model_type": "distilbert"},
     "distilbert/distilbert-base-cased": {"model_type": "distilbert", "vocab_size": 28996},
     "lvwerra/distilbert-imdb": {"model_type": "distilbert"},
@@ -91,6 +109,9 @@ def config_of(recipe: Recipe, key: str, model_id: str, passed: tuple[str, ...] =
     """
     if model_id.startswith("stage:"):
         return _config_of_stage(recipe, key, model_id.removeprefix("stage:"), passed)
+    fetched = model_id.removeprefix("fetched:")
+    if fetched != model_id and fetched in FETCHED and not is_fetched(fetched):
+        return AutoConfig.for_model(**ARCHITECTURES[FETCHED[fetched].origin]), None
     if model_id.endswith(GGUF):
         folder = resolve_model(recipe, key, model_id)
     elif is_hub_model(model_id):

@@ -62,6 +62,10 @@ unpacked to float32: the model differs a little from the original.
 """
 
 
+def is_fetched(name: str) -> bool:
+    return (cache_folder() / name).is_dir()
+
+
 def locate_fetched(key: str, name: str) -> Path:
     """The folder of a fetched model.
 
@@ -70,13 +74,12 @@ def locate_fetched(key: str, name: str) -> Path:
     """
     if name not in FETCHED:
         raise RecipeError(f"{key}: fetched:{name} is unknown; these can be fetched: {', '.join(FETCHED)}.")
-    folder = cache_folder() / name
-    if not folder.is_dir():
+    if not is_fetched(name):
         raise RecipeError(
             f"{key}: the model {name} has not been fetched yet: give rlhf-recipes fetch {name} once, with a network; or "
             f"set {key}={FETCHED[name].origin} to take it from the Hub."
         )
-    return folder
+    return cache_folder() / name
 
 
 def fetch(name: str) -> Path:
@@ -88,7 +91,7 @@ def fetch(name: str) -> Path:
     if name not in FETCHED:
         raise RecipeError(f"fetch: {name} is unknown; these can be fetched: {', '.join(FETCHED)}.")
     model, folder = FETCHED[name], cache_folder() / name
-    if folder.is_dir():
+    if is_fetched(name):
         return folder
     with writing("the fetched model", folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def unpacked(key: str, file: Path) -> Path:
 def unpack(key: str, file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a new folder. Errors as in `unpacked`."""
     if find_spec("gguf") is None:
-        raise RecipeError(f"{key}: {file.name} needs the package gguf: pip install 'rlhf-recipes[gguf]'.")
+        raise RecipeError(f"{key}: {file.name} needs the package gguf: pip install 'rlhf-recipes[offline]'.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -6,6 +6,7 @@ In this package, `key` is the key of a model or data set in the recipe, for mess
 import functools
 import logging
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ WEIGHTS = "*.safetensors"
 
 GGUF = ".gguf"
 """File name ending of a model in one file, the format of llama.cpp."""
+
+HUB_FILE = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?/(?P<file>.+\.gguf)")
 
 PLACES = ("package:", "fetched:")
 """Prefixes of models that lie in an installed package, and in the cache of `rlhf-recipes fetch`."""
@@ -167,21 +170,18 @@ def gguf_file(key: str, model_id: str) -> Path:
 
 def hub_parts(model_id: str) -> tuple[str, str, str]:
     """Name, revision and GGUF file of a Hub id, `org/name@revision/file.gguf`; what is not said is empty."""
-    whole, file = model_id, ""
-    if model_id.endswith(GGUF):
-        whole = "/".join(model_id.split("/")[:2])
-        file = model_id.removeprefix(f"{whole}/")
-    name, _, revision = whole.partition("@")
-    return name, revision, file
+    if file := HUB_FILE.fullmatch(model_id):
+        return file["name"], file["revision"] or "", file["file"]
+    name, _, revision = model_id.partition("@")
+    return name, revision, ""
 
 
 def is_hub_model(model_id: str) -> bool:
     """Whether a model id names a model of the Hub, with or without `@revision` and a GGUF file."""
     if model_id.startswith(("stage:", *PLACES)) or os.path.exists(model_id):
         return False
-    if model_id.endswith(GGUF):
-        return model_id.count("/") >= 2 and not is_local(hub_parts(model_id)[0])
-    return not is_local(model_id.partition("@")[0])
+    name, _, file = hub_parts(model_id)
+    return model_id.endswith(GGUF) == bool(file) and not is_local(name)
 
 
 def is_on_hub(name: str, kind: str) -> bool:

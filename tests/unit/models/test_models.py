@@ -25,7 +25,7 @@ from rlhf_recipes.models.new_weights import make_model
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.stages import Scratch
-from rlhf_recipes.runs.references import check_cache, is_hub_model, resolve_model
+from rlhf_recipes.runs.references import check_cache, hub_parts, is_hub_model, resolve_model
 from support.texts import WORDS
 from support.tiny_models import bpe_tokenizer, causal_lm, put_into_cache, save_pair, word_tokenizer
 
@@ -234,10 +234,13 @@ def test_references(tmp_path):
 
 def test_what_is_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for reference in ("gpt2", "org/name", "org/name@main", "org/name@refs/pr/1"):
+    of_hub = ("gpt2", "org/name", "org/name@main", "org/name@refs/pr/1", "org/name/q4.gguf", "org/name@v1/a/q4.gguf")
+    for reference in of_hub:
         assert is_hub_model(reference)
-    for reference in ("./name@main", "/a/name@main", "a/b/c@main", "stage:sft", "package:rlhf_recipes/base"):
+    local = ("./name@main", "/a/name@main", "a/b/c@main", "stage:sft", "package:rlhf_recipes/base", "fetched:smollm2")
+    for reference in (*local, "q4.gguf", "a/q4.gguf", "./a/b/q4.gguf", "/a/b/c/q4.gguf", "package:a/b/c/q4.gguf"):
         assert not is_hub_model(reference)
+    assert hub_parts("org/name@refs/pr/1/a/q4.gguf") == ("org/name", "refs/pr/1", "a/q4.gguf")
     (tmp_path / "org" / "name@main").mkdir(parents=True)
     assert not is_hub_model("org/name@main") and is_hub_model("org/name@v2")
 

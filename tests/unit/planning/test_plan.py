@@ -201,10 +201,17 @@ def test_a_missing_model_is_one_sentence(local, hub_cache):
     name = local(rloo={"policy": "someone/unknown"})
     with pytest.raises(RecipeError, match=r"rloo.policy: plan needs the config.json of someone/unknown.*local folder"):
         planned(name, "rloo", "24")
-    with pytest.raises(RecipeError, match="rloo.policy: ./nothing has no config.json"):
+    with pytest.raises(RecipeError, match="rloo.policy: ./nothing: no such folder"):
         planned(name, "rloo", "24", "rloo.policy=./nothing")
     with pytest.raises(RecipeError, match="recipe r has no stage sft"):
         planned(name, "rloo", "24", "rloo.policy=stage:sft")
+
+
+def test_a_model_is_planned_before_it_is_fetched(local, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_RECIPES_CACHE", str(tmp_path))
+    for model, hidden in (("smollm2", 576), ("minilm", 384)):
+        recipe = load_recipe(local(rloo={"policy": f"fetched:{model}"}))
+        assert config_of(recipe, "rloo.policy", recipe.rloo.policy)[0].hidden_size == hidden
 
 
 def test_without_network_a_hub_model_is_refused_at_once(local, hub_cache, monkeypatch):
