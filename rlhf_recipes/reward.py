@@ -8,7 +8,6 @@ label, its tokenizer, `scoring.json` (how it reads a text, for the reward functi
 """
 
 import json
-import random
 
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.stage import stage_command
@@ -22,6 +21,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.pairs import pairs
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.evaluation.bound import announce, drawn, usual_rows
     from rlhf_recipes.evaluation.reward_quality import gold_texts, kept_pairs, measure, scorer
     from rlhf_recipes.models.limits import fit_length
     from rlhf_recipes.models.new_weights import scale_head
@@ -47,7 +47,9 @@ def main(run: Run) -> str:
     )
     warn_of_copies(train, held_out, key)
     chat = is_conversational(train[0])
-    gold = gold_texts(recipe, reward.center, tokenizer, chat)
+    usual = usual_rows(args, len(train))
+    most = reward.eval_rows or usual
+    held_out, gold = drawn(held_out, most, recipe.seed), gold_texts(recipe, reward.center, tokenizer, chat, most)
     if args.max_steps > 0:  # tokenize only the pairs of the training
         train = rows_of_training(args, train)
     # TRL leaves out pairs that are too long; the row numbers show which ones it keeps.
@@ -58,12 +60,15 @@ def main(run: Run) -> str:
     if reward.scale_head:
         scale_head(trainer.model, recipe.seed)
     attach(trainer, run)
-    trainer.train(run.checkpoint and str(run.checkpoint))
-    loss = trainer.evaluate()["eval_loss"]
+    seconds = trainer.train(run.checkpoint and str(run.checkpoint)).metrics["train_runtime"]
     scoring = trained_scoring(trainer, chat, center=0.0)
-    as_many = random.Random(recipe.seed).sample(range(len(train)), min(len(train), len(held_out)))
-    report = measure(scorer(run, trainer, scoring), train.select(as_many), held_out, gold, reward.center)
-    report = {"eval_loss": loss, "train_pairs": len(train), "eval_pairs": len(held_out)} | report
+    sample = drawn(train, min(len(held_out), usual), recipe.seed)
+    numbers = {"held-out pairs": len(held_out), "training pairs": len(sample), "gold texts": len(gold)}
+    announce(run, trainer, seconds, numbers)
+    coefficient = args.center_rewards_coefficient or 0.0
+    report = measure(scorer(run, trainer, scoring), sample, held_out, gold, reward.center, coefficient)
+    trainer.log({name: report[name] for name in ("eval_loss", "eval_accuracy")})
+    report = {"train_pairs": len(train), "eval_pairs": len(held_out)} | report
     if run.is_main:  # not in a bias: the scalar head of a causal backbone has none
         scoring.model_copy(update={"center": report["score_center"]}).write(run.path)
         (run.path / REWARD_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

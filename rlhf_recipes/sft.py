@@ -24,6 +24,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.shapes import corpus, texts
     from rlhf_recipes.data.tokenizer import load_tokenizer, make_tokenizer
+    from rlhf_recipes.evaluation.bound import announce, drawn, usual_rows
     from rlhf_recipes.evaluation.sft_quality import check_rows, measure_completions, rouge_rows, tokens_needed
     from rlhf_recipes.models.limits import fit_length
     from rlhf_recipes.models.new_weights import make_model
@@ -50,13 +51,15 @@ def main(run: Run) -> str:
     train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
     if "prompt" in train.column_names:  # short texts repeat in any language
         warn_of_copies(train, held_out, "data")
+    held_out = drawn(held_out, sft.eval_rows or usual_rows(args, len(train)), recipe.seed)
     if args.max_steps > 0:  # tokenize only the rows of the training
         train = rows_of_training(args, train.shuffle(seed=recipe.seed))
     trainer = start.trainer(resumable(SFTTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
     check_rows(trainer, train, held_out)
     new_tokens = tokens_needed(trainer, asked) if asked else 0
     attach(trainer, run)
-    trainer.train(run.checkpoint and str(run.checkpoint))
+    seconds = trainer.train(run.checkpoint and str(run.checkpoint)).metrics["train_runtime"]
+    announce(run, trainer, seconds, {"held-out texts": len(trainer.eval_dataset)})
     loss = trainer.evaluate()["eval_loss"]
     if not loss < LARGEST_LOSS:  # or NaN
         raise RecipeError(

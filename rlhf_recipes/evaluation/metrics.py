@@ -110,6 +110,13 @@ def pair_accuracy(margins: Sequence[float]) -> float:
     return fmean(margin > 0 for margin in margins)
 
 
+def pair_loss(scores: Sequence[tuple[float, float]], least: Sequence[float], coefficient: float) -> float:
+    """Mean of -log sigmoid(c - r - least) + coefficient * (c + r)^2 over a pair's scores c and r, as TRL trains."""
+    lacks = [m + r - c for (c, r), m in zip(scores, least, strict=True)]
+    of_margins = fmean(max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in lacks)  # log(1 + e^x)
+    return of_margins + coefficient * fmean((c + r) ** 2 for c, r in scores)
+
+
 def accuracy_by_margin(margins: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
     """Accuracy by how clear the model finds a pair.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.rows import load_rows
 from rlhf_recipes.data.shapes import prompts
-from rlhf_recipes.evaluation.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy
+from rlhf_recipes.evaluation.bound import drawn
+from rlhf_recipes.evaluation.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy, pair_loss
 from rlhf_recipes.models.samples import shared_out
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.reader import RewardModelReader
@@ -28,7 +29,7 @@ Score = Callable[[list[Text]], list[float]]
 def scorer(run: Run, trainer: Any, scoring: Scoring) -> Score:
     """The trained model's scores of finished texts, read by `scoring`; every process scores its share of them."""
     batch_size = trainer.args.per_device_eval_batch_size
-    read = RewardModelReader(str(run.path), trainer.model, trainer.processing_class, batch_size, None, scoring)
+    read = RewardModelReader(str(run.path), trainer.model.eval(), trainer.processing_class, batch_size, None, scoring)
 
     def score(texts: list[Text]) -> list[float]:
         prompts, completions = [text[0] for text in texts], [text[1] for text in texts]
@@ -37,13 +38,16 @@ def scorer(run: Run, trainer: Any, scoring: Scoring) -> Score:
     return lambda texts: shared_out(trainer.accelerator, texts, score)
 
 
-def measure(score: Score, train: "Dataset", held_out: "Dataset", gold: list[Text], center: str) -> dict[str, Any]:
+def measure(
+    score: Score, train: "Dataset", held_out: "Dataset", gold: list[Text], center: str, coefficient: float = 0.0
+) -> dict[str, Any]:
     """The quality of a reward model, in numbers and (lists) in bins; scores are those of the reward function, centered.
 
     Args:
         score: Gives the reward model's uncentered scores.
         gold: Held-out completions of the data; may be empty, unless they are the center.
         center: See `reward.center`.
+        coefficient: TRL's `center_rewards_coefficient`.
 
     Raises:
         RecipeError: A score is not finite.
@@ -59,7 +63,9 @@ def measure(score: Score, train: "Dataset", held_out: "Dataset", gold: list[Text
         )
     shift, _ = mean_and_std({"pairs": chosen + rejected, "gold": of_gold, "none": [0.0]}[center])
     calibrated = calibration(margins)
+    least = held_out["margin"][:] if "margin" in held_out.column_names else [0.0] * len(held_out)
     report = {
+        "eval_loss": pair_loss(list(zip(chosen, rejected, strict=True)), least, coefficient),
         "train_accuracy": pair_accuracy(train_margins),
         "eval_accuracy": pair_accuracy(margins),
         "eval_ece": calibrated["ece"],
@@ -82,11 +88,12 @@ def _margins(score: Score, pairs: "Dataset") -> tuple[list[float], list[float], 
     return [c - r for c, r in zip(chosen, rejected, strict=True)], chosen, rejected
 
 
-def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool) -> list[Text]:
+def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool, most: int) -> list[Text]:
     """Held-out prompts with the data's own completions; none where the recipe has none of the pairs' kind.
 
     Args:
         center: See `reward.center`.
+        most: Most texts, drawn with the recipe's seed.
         chat: Whether the pairs are chat messages.
 
     Raises:
@@ -96,7 +103,7 @@ def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool) -> list[
     if center == "gold" or not (recipe.reward and recipe.reward.data):
         rows = load_rows(recipe.data, recipe.seed)[1]
         if "completion" in rows.column_names:
-            rows = prompts(recipe.data, rows, tokenizer, recipe.seed)
+            rows = prompts(recipe.data, drawn(rows, most, recipe.seed), tokenizer, recipe.seed)
             found = list(zip(rows["prompt"], rows["gold"], strict=True))
     if found and chat == isinstance(found[0][0], str):
         found = []

@@ -2,14 +2,17 @@
 
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardTrainer
 
 from rlhf_recipes import reward, sft
+from rlhf_recipes.evaluation.bound import announce, drawn, usual_rows
 from rlhf_recipes.evaluation.metrics import rouge
 from rlhf_recipes.evaluation.reward_quality import kept_pairs, measure
 from rlhf_recipes.evaluation.sft_quality import SAMPLES
@@ -17,6 +20,8 @@ from rlhf_recipes.models.new_weights import scale_head
 from rlhf_recipes.models.samples import shared_out
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.schema import RecipeError
+from rlhf_recipes.rewards import reader
+from rlhf_recipes.rewards.classifier import label_values
 from rlhf_recipes.rewards.functions import reward_model
 from rlhf_recipes.runs.files import REWARD_REPORT
 from rlhf_recipes.runs.folder import Run
@@ -52,9 +57,8 @@ def run_stage(module, stage, recipe):
     return run, line
 
 
-def logged(run, name):
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line][-1]
+def lines_of(run):
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
 def scores_of(folder, rows, side):
@@ -134,14 +138,13 @@ def reward_recipe(tmp_path, model, *overrides, **more):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "distilbert", "deberta"])
 def test_what_stage_reward_reports_is_what_the_reward_function_says(kind, tmp_path):
-    """And the accuracy is TRL's own. One held-out pair is too long: TRL leaves it out, so do we."""
+    """One held-out pair is too long: TRL leaves it out, so do we."""
     long = {"prompt": "it", "chosen": " was good" * 20, "rejected": " bad", "completion": " was good"}
     recipe = reward_recipe(tmp_path, backbone(tmp_path / "base", kind), held_out=[*HELD_OUT[:3], long, *HELD_OUT[3:]])
     run, line = run_stage(reward, "reward", recipe)
     report = json.loads((run.path / REWARD_REPORT).read_text())
     assert {name: report[name] for name in run.results} == run.results
     assert run.results["eval_pairs"] == 16 and run.results["train_pairs"] == 20
-    assert run.results["eval_accuracy"] == pytest.approx(logged(run, "eval_accuracy"))
     assert f"{run.results['eval_accuracy']:.1%} on 16 pairs" in line
 
     chosen, rejected = (scores_of(run.path, HELD_OUT, side) for side in ("chosen", "rejected"))
@@ -185,6 +188,57 @@ def test_two_processes_share_the_scoring(tmp_path):
     assert report["eval_pairs"] == 15 and report["score_chosen_mean"] == pytest.approx(mean(chosen), abs=1e-5)
     assert report["score_rejected_mean"] == pytest.approx(mean(rejected), abs=1e-5)
     assert report["eval_accuracy"] == mean([c > r for c, r in zip(chosen, rejected, strict=True)])
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_is_that_of_trl_and_every_text_is_scored_once(tmp_path, monkeypatch, capsys):
+    """TRL evaluates in the last step; then the stage scores the same six pairs, with their margins, by itself."""
+    scored, evaluate = [], RewardTrainer.evaluate
+    held_out = [row | {"margin": 0.1 * i} for i, row in enumerate(HELD_OUT)]
+    asked = ("eval_rows=6", "trainer.center_rewards_coefficient=0.5", "trainer.eval_strategy=steps")
+    overrides = [f"reward.{key}" for key in (*asked, "trainer.eval_steps=4", "trainer.per_device_eval_batch_size=3")]
+    recipe = reward_recipe(tmp_path, backbone(tmp_path / "base", "gpt2"), *overrides, held_out=held_out)
+    write_jsonl(tmp_path / "data/train.jsonl", [row | {"margin": 1.0} for row in PAIRS])
+    monkeypatch.setattr(reader, "label_values", lambda *given: scored.append(len(given[1])) or label_values(*given))
+    monkeypatch.setattr(
+        RewardTrainer, "evaluate", lambda self, **given: scored.append("TRL") or evaluate(self, **given)
+    )
+    run, _ = run_stage(reward, "reward", recipe)
+    assert scored == ["TRL", 6, 6, 6, 6, 6]  # both texts of training and held-out pairs, then gold texts
+    assert "measures 6 held-out pairs, 6 training pairs, 6 gold texts, about " in capsys.readouterr().out
+    theirs, ours = (line for line in lines_of(run) if "eval_loss" in line)
+    report = json.loads((run.path / REWARD_REPORT).read_text())
+    assert report["eval_pairs"] == 6 and theirs["step"] == 4
+    for name in ("eval_loss", "eval_accuracy"):
+        assert report[name] == ours[name] == pytest.approx(theirs[name], abs=1e-5)
+
+
+def test_rows_to_measure_follow_from_the_rows_of_training():
+    args = SimpleNamespace(max_steps=30, per_device_train_batch_size=4, gradient_accumulation_steps=2, world_size=10)
+    assert usual_rows(args, 0) == 0.15 * 30 * 80
+    args.max_steps = 5
+    assert usual_rows(args, 10**6) == 64
+    args.max_steps, args.num_train_epochs = -1, 2.0
+    assert usual_rows(args, 92832) == round(0.3 * 92832)
+
+
+def test_rows_are_drawn_by_the_seed():
+    rows = Dataset.from_dict({"row": list(range(9))})
+    some = [drawn(rows, 4, seed)["row"][:] for seed in (1, 1, 2)]
+    assert some[0] == some[1] != some[2] and len(set(some[0])) == 4
+    assert drawn(rows, 9, 1)["row"][:] == list(range(9))
+
+
+def test_the_time_of_measuring_follows_from_the_training(capsys):
+    """40 rows in 12 s are 0.3 s for each; a forward pass takes a third of it."""
+    args = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=1, world_size=1)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=30), _initial_global_step=20)
+    run = SimpleNamespace(stage="reward", is_main=True)
+    announce(run, trainer, 12.0, {"held-out pairs": 50, "training pairs": 20, "gold texts": 0})
+    trainer._initial_global_step = 30
+    announce(run, trainer, 12.0, {"held-out pairs": 50})
+    said = "reward   measures 50 held-out pairs, 20 training pairs, about 7 s\nreward   measures 50 held-out pairs\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_gold_center_needs_completions(tmp_path, policy_folder):
@@ -320,6 +374,18 @@ def test_the_loss_is_over_completions_where_there_are_prompts(kind, tmp_path, po
     other = [([], context + rest) if context else (rest[:2], rest[2:]) for context, rest in ids]
     assert run.results["eval_loss"] != pytest.approx(cross_entropy(run.path, other), abs=1e-3)
     assert run.results["eval_perplexity"] == pytest.approx(math.exp(run.results["eval_loss"]))
+
+
+@pytest.mark.slow
+def test_sft_measures_as_many_texts_as_the_recipe_says(tmp_path, policy_folder, capsys):
+    rows = [{"text": row["prompt"] + row["completion"]} for row in SUMMARIES]
+    recipe = recipe_of(tmp_path, SFT.format(policy_folder, "1e-2"), rows, rows[:9], "sft.eval_rows=2")
+    run, _ = run_stage(sft, "sft", recipe)
+    assert "sft      measures 2 held-out texts, about 0 s\n" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    measured = [rows[i]["text"] for i in random.Random(recipe.seed).sample(range(9), 2)]
+    ids = [([], tokenizer(text)["input_ids"] + [1]) for text in measured]
+    assert run.results["eval_loss"] == pytest.approx(cross_entropy(run.path, ids), abs=1e-4)
 
 
 @pytest.mark.parametrize("side", ["training", "held-out"])
