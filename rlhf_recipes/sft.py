@@ -32,6 +32,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.runs.callbacks import attach, save_model
     from rlhf_recipes.runs.checkpoints import resumable
     from rlhf_recipes.trainers.args import rows_of_training, trainer_args
+    from rlhf_recipes.trainers.sft_head import score_labels_only
 
     recipe, sft = run.recipe, run.recipe.sft
     args = trainer_args(run, SFTConfig)
@@ -51,6 +52,7 @@ def main(run: Run) -> str:
     train, held_out = (texts(recipe.data, part, tokenizer, sft.labels) for part in (train, held_out))
     if "prompt" in train.column_names:  # short texts repeat in any language
         warn_of_copies(train, held_out, "data")
+    score_labels_only(prompts="prompt" in train.column_names)
     held_out = drawn(held_out, sft.eval_rows or usual_rows(args, len(train)), recipe.seed)
     if args.max_steps > 0:  # tokenize only the rows of the training
         train = rows_of_training(args, train.shuffle(seed=recipe.seed))

@@ -36,5 +36,6 @@ A test compares this table with the code.
 | `_compute_loss` | RLOOTrainer | RLOO's loss |
 | `_iter_named_params` | patch | vLLM gets the policy without value network, with exact adapters; TRL has no hook |
 | `_last_lr` | patch | torch's scheduler cannot scale its learning rate |
+| `_use_triton` | patch | on a CPU, TRL's head of stage sft scores prompts and padding, too |
 | `_n_gpu` | patch | transformers would use all GPUs in one process |
 """

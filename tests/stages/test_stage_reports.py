@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardTrainer
+from trl.trainer import utils
 
 from rlhf_recipes import reward, sft
 from rlhf_recipes.evaluation.bound import announce, drawn, usual_rows
@@ -365,6 +366,7 @@ def test_the_loss_is_over_completions_where_there_are_prompts(kind, tmp_path, po
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     rows = SUMMARIES if kind == "completion" else [{"text": row["prompt"] + row["completion"]} for row in SUMMARIES]
     run, _ = run_stage(sft, "sft", recipe_of(tmp_path, SFT.format(policy_folder, "1e-2"), rows, rows[:7]))
+    assert utils._use_triton(torch.device("cpu")) == (kind == "completion")  # the head skips prompts
     ids = [
         ([] if kind == "text" else tokenizer(row["prompt"])["input_ids"], tokenizer(row[kind])["input_ids"] + [1])
         for row in rows[:7]
