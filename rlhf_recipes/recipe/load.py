@@ -17,6 +17,9 @@ FORWARDED = ("trainer", "args", "config", "peft", "quantization")
 """Sections that are passed on to a library unchanged; in them, null is a value."""
 
 
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
+"""File name endings of data."""
+
 RECIPE_FOLDERS = "RLHF_RECIPES_FOLDERS"
 """Environment variable with the folders of the recipes that the user named, for the processes of a sweep: code beside a
 recipe may run (`user_code`)."""
@@ -37,8 +40,8 @@ def recipe_folders() -> list[Path]:
     return [Path("recipes"), shipped_recipes()]
 
 
-def code_file(name: str) -> Path:
-    """The Python file that a recipe names, in the current folder or in `recipe_folders`; it may not exist."""
+def named_file(name: str) -> Path:
+    """The file of code or data that a recipe names, in the current folder or in `recipe_folders`; it may not exist."""
     places = (folder / os.path.expanduser(name) for folder in (Path(), *recipe_folders()))
     found = Path(os.path.abspath(next((path for path in places if os.path.isfile(path)), Path(name))))
     if os.path.isfile(found) and not os.path.isabs(name):
@@ -110,22 +113,24 @@ def _read(path: Path) -> dict:
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, but this file contains {type(values).__name__}."
         )
-    return _with_code_beside(_unshared(values, str(path)), path.parent)
+    return _with_files_beside(_unshared(values, str(path)), path.parent)
 
 
-def _with_code_beside(values: Any, folder: Path) -> Any:
-    """The values of a recipe's file, in which `file.py:function` is a full path if only the recipe's folder has the file.
+def _with_files_beside(values: Any, folder: Path) -> Any:
+    """The values of a recipe's file, in which data and `file.py:function` are full paths if only its folder has the file.
 
     A file in `recipe_folders` keeps its short name, which is the same on every machine.
     """
     if isinstance(values, dict):
-        return {key: _with_code_beside(value, folder) for key, value in values.items()}
+        return {key: _with_files_beside(value, folder) for key, value in values.items()}
     if isinstance(values, list):
-        return [_with_code_beside(item, folder) for item in values]
-    file, _, function = values.rpartition(":") if isinstance(values, str) else ("", "", "")
+        return [_with_files_beside(item, folder) for item in values]
+    if not isinstance(values, str):
+        return values
+    file, colon, function = (values, "", "") if values.endswith(DATA_FILES) else values.rpartition(":")
     beside = Path(os.path.abspath(folder / file))
-    if file.endswith(".py") and os.path.isfile(beside) and code_file(file) != beside:
-        return f"{beside}:{function}"
+    if file.endswith((".py", *DATA_FILES)) and os.path.isfile(beside) and named_file(file) != beside:
+        return f"{beside}{colon}{function}"
     return values
 
 

@@ -28,7 +28,8 @@ class Data(Section):
     """
 
     path: str
-    """Hub id, local file (jsonl, json, csv, parquet), local folder, or `package:NAME/FILE` of an installed package."""
+    """Hub id, local file (jsonl, json, csv, parquet; also one beside the recipe), local folder, or `package:NAME/FILE` of an
+    installed package."""
     config: str | None = None
     """Configuration of a Hub data set; `datasets` calls it `name`."""
     revision: str | None = None

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.recipe.load import code_file, shipped_recipes
+from rlhf_recipes.recipe.load import named_file, shipped_recipes
 from rlhf_recipes.recipe.named_files import announce
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.trust import how_to_trust, is_trusted, may_run, own_folders
@@ -110,7 +110,7 @@ def _located(name: str, what: str) -> Path | None:
     module_name = name.rpartition(":")[0]
     is_file = module_name.endswith(".py")
     if is_file:
-        path: Path | None = code_file(module_name)
+        path: Path | None = named_file(module_name)
         if path is None or not os.path.isfile(path):
             raise RecipeError(f"{what}: {module_name} does not exist (looked from {Path.cwd()}).")
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.graph import eval_models, input_stages
-from rlhf_recipes.recipe.load import code_file
+from rlhf_recipes.recipe.load import named_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data, RewardFunc
 from rlhf_recipes.recipe.stages import Eval, OnPolicy
@@ -163,7 +163,7 @@ def sources(recipe: Recipe, stage: str) -> dict[str, dict[str, Any]]:
         source = _model_source(recipe, key, reference) if kind == "model" else _data_source(key, data[key])
         found[key] = {"reference": reference} | source
     for key, name in _own_code(recipe, stage).items():
-        path = code_file(name.rpartition(":")[0])
+        path = named_file(name.rpartition(":")[0])
         if path.is_file():  # otherwise the stage fails when it looks up the function
             found[key] = {"reference": name, "revision": None, "path": str(path), "sha256": sha256_of(path)}
     return found

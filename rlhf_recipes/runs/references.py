@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rlhf_recipes.recipe.load import DATA_FILES, named_file
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.runs.fetched import locate_fetched
@@ -26,7 +27,7 @@ from rlhf_recipes.system.files import is_disk_error
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_FORMATS = dict(zip(DATA_FILES, ("json", "json", "csv", "parquet"), strict=True))
 """File name ending -> the `datasets` builder that reads it."""
 
 PARQUET = "refs/convert/parquet"
@@ -84,6 +85,7 @@ def locate_data(key: str, name: str) -> Path | None:
     if not is_local(name):
         return None
     path = Path(os.path.expanduser(name))
+    path = path if os.path.exists(path) else named_file(name)  # a file beside the recipe
     if not os.path.exists(path):
         raise RecipeError(f"{key}: {name} does not exist (looked from {Path.cwd()}).")
     if path.is_file() and path.suffix not in FILE_FORMATS:

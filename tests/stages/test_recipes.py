@@ -25,6 +25,7 @@ RECIPES = [
     "length_short_qlora",
     "length_tiny",
     "sentiment_composite",
+    "smol_chat",
     "tldr_1b",
     "tldr_1b_lora",
     "tldr_1b_qlora",
@@ -34,7 +35,7 @@ RECIPES = [
     "tldr_tiny",
 ]
 
-DIFFERENT = {"imdb_positive", "imdb_positive_qlora", "sentiment_composite", "tldr_1b", "tldr_tiny"}
+DIFFERENT = {"imdb_positive", "imdb_positive_qlora", "sentiment_composite", "smol_chat", "tldr_1b", "tldr_tiny"}
 """Between them they have every kind of data, model, adapter and reward function; the others run nightly."""
 
 
@@ -60,7 +61,8 @@ def test_a_recipe_names_only_models_and_data_that_are_known_here(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in DIFFERENT else pytest.mark.nightly) for n in RECIPES]
 )
-def test_every_stage_runs(name, shelf, tmp_path):
+def test_every_stage_runs(name, shelf, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_RECIPES_CACHE", str(shelf.fetched()))
     recipe = load_recipe(name)
     stages = [stage for stage in recipe.stages() if stage not in ("eval", "compare") or recipe.ppo or recipe.rloo]
     arguments = [",".join(stages), name, *shelf.overrides(recipe), *small(recipe)]
@@ -83,10 +85,11 @@ def test_every_stage_runs(name, shelf, tmp_path):
             numbers = [value for line in lines for value in line.values() if isinstance(value, float)]
             assert numbers and all(map(math.isfinite, numbers)), stage
         if stage in ("ppo", "rloo"):
-            first = lines[0]
+            first, written = lines[0], set().union(*lines)
             assert len(lines) >= 2
             assert abs(first["kl"]) < 1e-3, first["kl"]  # the reference is the policy at its start
-            assert {f"score/{spec.name}" for spec in recipe.reward_funcs} <= {key.removesuffix("_2") for key in first}
+            names = {f"score/{spec.name.rpartition(':')[2]}" for spec in recipe.reward_funcs}
+            assert names <= {key.removesuffix("_2") for key in written}
             if stage == "ppo" and recipe.ppo.value_model == "stage:reward":
                 assert (path / "value_model").is_dir()
 

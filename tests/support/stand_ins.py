@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     DebertaV2Config,
     DebertaV2Model,
     DistilBertConfig,
@@ -23,7 +25,8 @@ from transformers import (
 )
 
 from rlhf_recipes.recipe.schema import Recipe
-from rlhf_recipes.runs.inputs import references
+from rlhf_recipes.runs.fetched import FETCHED
+from rlhf_recipes.runs.inputs import hub_references
 from support.places import SAMPLES
 from support.tiny_models import bpe_tokenizer, causal_lm, save_pair
 
@@ -77,6 +80,33 @@ def llama(folder: Path) -> Path:
     sizes = {"hidden_size": 64, "max_position_embeddings": 2048, "pad_token_id": None}
     model = causal_lm(tokenizer, "llama", bos_token_id=bos[1], **sizes | {"num_key_value_heads": 1})
     return save_pair(folder, model, tokenizer)
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-Instruct: one token for padding and EOS, and a chat template that adds a system message where there is none."""
+    tokenizer = bpe_tokenizer()
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    tokenizer.add_special_tokens(names | {"pad_token": "<|im_end|>"})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    sizes = {"hidden_size": 64, "max_position_embeddings": 2048, "num_key_value_heads": 1, "bos_token_id": None}
+    return save_pair(folder, causal_lm(tokenizer, "llama", **sizes), tokenizer)
+
+
+CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+"""SmolLM2-Instruct's own."""
+
+
+def minilm(folder: Path) -> Path:
+    """MiniLM, an encoder of BERT's architecture, without a head."""
+    tokenizer = wordpiece()
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return save_pair(folder, BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
@@ -159,6 +189,10 @@ MODELS = {
 }
 """Hub id -> the function that makes its stand-in."""
 
+FETCHED_MODELS = {"smollm2": smollm2, "minilm": minilm}
+"""Name of a fetched model -> the function that makes its stand-in."""
+assert FETCHED_MODELS.keys() == FETCHED.keys()
+
 
 def data(folder: Path, name: str) -> Path:
     """The sample of a Hub data set with repeated rows; each repetition has its own word."""
@@ -192,15 +226,21 @@ class Shelf:
             data(folder, name) if kind == "dataset" else MODELS[name](folder)
         return folder
 
+    def fetched(self) -> Path:
+        """The cache of `rlhf-recipes fetch`, with all of its models."""
+        cache = self.folder / "fetched"
+        for name, make in FETCHED_MODELS.items():
+            if not (cache / name).exists():
+                make(cache / name)
+        return cache
+
     def overrides(self, recipe: Recipe) -> list[str]:
         """Replace every Hub id that a stage of a recipe loads by its stand-in."""
         found = {}
         for stage in recipe.stages():
-            found |= references(recipe, stage)
+            found |= hub_references(recipe, stage)
         made = []
         for key, (reference, kind) in found.items():
-            if reference.startswith(("stage:", "package:")):
-                continue
             made.append(f"{key}={self.place(reference, kind)}")
             if kind == "dataset":
                 section = key.removesuffix(".path")
@@ -234,8 +274,10 @@ def small(recipe: Recipe) -> list[str]:
         if section is None:
             continue
         trainer = section.trainer
-        per_rollout = trainer.get("generation_batch_size", section.global_batch_size or 1) // (
-            section.global_batch_size or 1
+        per_rollout = (
+            trainer.get("generation_batch_size", section.global_batch_size or 1)
+            // (section.global_batch_size or 1)
+            * trainer.get("steps_per_generation", 1)
         )
         steps = 2 * per_rollout * trainer.get("num_iterations", 1)
         made += [

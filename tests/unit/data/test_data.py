@@ -6,8 +6,10 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from rlhf_recipes.data.rows import load_rows
+from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.recipe.sections import Data
+from rlhf_recipes.runs.references import locate_data
 from support.texts import REVIEWS, write_jsonl
 
 
@@ -100,6 +102,19 @@ def test_wrong_references(reviews_file, data, expected):
         return
     found = error(load_rows, Data(**data), 0)
     assert all(part in found for part in expected), found
+
+
+def test_data_beside_the_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
+    """A file in the current folder comes first in an override, whose path the user has just typed."""
+    (tmp_path / "project").mkdir()
+    beside = write_jsonl(tmp_path / "project" / "rows.jsonl", [{"text": f"a {i}"} for i in range(4)])
+    (tmp_path / "project" / "mine.yaml").write_text("extends: imdb_tiny\ndata: {path: rows.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("project/mine.yaml").data.path == str(beside)
+    here = write_jsonl(tmp_path / "rows.jsonl", [{"text": "b"}])
+    typed = load_recipe("project/mine.yaml", ["data.path=rows.jsonl"]).data.path
+    assert locate_data("data.path", typed).resolve() == here.resolve()
+    assert locate_data("data.path", "smol_chat.jsonl") == shipped_recipes() / "smol_chat.jsonl"
 
 
 @pytest.mark.parametrize("content", ["", "\n", "{broken", '{"text": "a", "label": 1}\n{"text": '])

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     DistilBertConfig,
@@ -26,6 +27,7 @@ from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.stages import Scratch
 from rlhf_recipes.runs.references import check_cache, hub_parts, is_hub_model, resolve_model
+from support.stand_ins import smollm2
 from support.texts import WORDS
 from support.tiny_models import bpe_tokenizer, causal_lm, put_into_cache, save_pair, word_tokenizer
 
@@ -174,6 +176,27 @@ def test_context_and_vocabulary_are_checked(tmp_path):
         check_context(RECIPE, "eval.models.sft", str(tmp_path), rows, tokenizer, new_tokens=15)
     with pytest.raises(RecipeError, match="the model only"):
         check_context(RECIPE, "ppo.policy", str(tmp_path), rows, bpe_tokenizer(), new_tokens=1)
+
+
+def test_a_chat_models_template_counts_and_its_padding_is_not_its_eos(tmp_path):
+    """SmolLM2-Instruct pads with its EOS, <|im_end|>, and its template adds a system message where there is none."""
+    folder = str(smollm2(tmp_path))
+    own = load_tokenizer(RECIPE, "ppo.policy", folder)
+    assert own.pad_token_id == own.eos_token_id
+    recipe = recipe_with(special_tokens={"pad_token": "<|endoftext|>"})
+    tokenizer = load_tokenizer(recipe, "ppo.policy", folder)
+    assert tokenizer.pad_token == "<|endoftext|>" and len(tokenizer) == len(own)
+    assert eos_token_ids(AutoModelForCausalLM.from_pretrained(folder), tokenizer) == [tokenizer.eos_token_id]
+    prompt = [{"role": "user", "content": "the film"}]
+    read = tokenizer.decode(token_ids(tokenizer, prompt))
+    assert "You are a helpful AI assistant" in read and read.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    room = 2048 - len(token_ids(tokenizer, prompt))
+    rows = Dataset.from_dict({"prompt": [prompt]})
+    check_context(recipe, "ppo.policy", folder, rows, tokenizer, new_tokens=room)
+    with pytest.raises(
+        RecipeError, match=rf"longest prompt has {2048 - room} tokens.*2048 of .*data.max_prompt_tokens"
+    ):
+        check_context(recipe, "ppo.policy", folder, rows, tokenizer, new_tokens=room + 1)
 
 
 @pytest.mark.parametrize(
