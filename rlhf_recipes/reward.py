@@ -22,7 +22,7 @@ def main(run: Run) -> str:
     from rlhf_recipes.data.rows import load_rows
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.bound import announce, drawn, usual_rows
-    from rlhf_recipes.evaluation.reward_quality import gold_texts, kept_pairs, measure, scorer
+    from rlhf_recipes.evaluation.reward_quality import gold_texts, kept_pairs, lengths_of, measure, scorer
     from rlhf_recipes.models.limits import fit_length
     from rlhf_recipes.models.new_weights import scale_head
     from rlhf_recipes.models.start import Start
@@ -53,7 +53,11 @@ def main(run: Run) -> str:
     if args.max_steps > 0:  # tokenize only the pairs of the training
         train = rows_of_training(args, train)
     # TRL leaves out pairs that are too long; the row numbers show which ones it keeps.
-    train, held_out = (part.add_column("row", range(len(part))) for part in (train, held_out))
+    args.remove_unused_columns = False  # `group_by_length` reads the column of lengths
+    train, held_out = (
+        part.add_column("row", range(len(part))).add_column(args.length_column_name, lengths_of(part))
+        for part in (train, held_out)
+    )
     with expected("LOAD REPORT"):  # the scalar head is new
         trainer = start.trainer(resumable(RewardTrainer), tokenizer, train_dataset=train, eval_dataset=held_out)
     train, held_out = kept_pairs(train, trainer.train_dataset, args), kept_pairs(held_out, trainer.eval_dataset, args)

@@ -10,6 +10,7 @@ from rlhf_recipes.data.shapes import prompts
 from rlhf_recipes.evaluation.bound import drawn
 from rlhf_recipes.evaluation.metrics import accuracy_by_margin, calibration, mean_and_std, pair_accuracy, pair_loss
 from rlhf_recipes.models.samples import shared_out
+from rlhf_recipes.recipe.messages import as_text
 from rlhf_recipes.recipe.schema import Recipe, RecipeError
 from rlhf_recipes.rewards.reader import RewardModelReader
 from rlhf_recipes.rewards.scoring import Scoring
@@ -114,6 +115,11 @@ def gold_texts(recipe: Recipe, center: str, tokenizer: Any, chat: bool, most: in
             "or none."
         )
     return found
+
+
+def lengths_of(pairs: "Dataset") -> list[int]:
+    """Characters of the longer text of each pair, by which `group_by_length` makes batches with little padding."""
+    return [max(len(as_text(row["chosen"])), len(as_text(row["rejected"]))) for row in pairs]
 
 
 def kept_pairs(pairs: "Dataset", by_trl: "Dataset", args: Any) -> "Dataset":

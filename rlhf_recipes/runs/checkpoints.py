@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_recipes.launch.checks import require_setup
 from rlhf_recipes.launch.setup import setup_of
 from rlhf_recipes.launch.start import on_stop
 from rlhf_recipes.recipe.schema import RecipeError
 from rlhf_recipes.runs.divergence import require_finite, require_finite_weights
+from rlhf_recipes.runs.order import EpochSampler
 from rlhf_recipes.system.files import checkpoints, last_complete, mark_complete, step_of, writing
 from rlhf_recipes.system.terminal import expected
 
@@ -86,6 +88,13 @@ class Resumable(_Trainer):
             if resume_from_checkpoint and self._initial_global_step >= self.state.max_steps:
                 self._load_rng_state(resume_from_checkpoint)  # the parent does it when an epoch begins
         return output
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator()
+            return EpochSampler(sampler, self.args.data_seed or self.args.seed, self)
+        return sampler
 
     def _run_epoch(self, **arguments) -> None:
         if self.state.global_step < self.state.max_steps:

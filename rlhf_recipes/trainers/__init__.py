@@ -22,6 +22,7 @@ A test compares this table with the code.
 | `_get_per_token_logps_and_entropies` | OnPolicyTrainer | has the positions of sampling; keeps entropies and values |
 | `compute_loss` | OnPolicyTrainer | TRL logs a row for each micro-batch |
 | `_get_train_sampler` | OnPolicyTrainer | an epoch's order depends on seed and epoch only, so that resume is exact |
+| `_get_train_sampler` | Resumable | group_by_length draws the orders of all epochs from one generator; resume is exact |
 | `_prepare_inputs` | OnPolicyTrainer | rows of similar length; PPO shuffles before each pass; resume within a rollout |
 | `evaluate` | OnPolicyTrainer | has its own random numbers |
 | `log` | OnPolicyTrainer | one set of metric names; means over tokens, not over micro-batches |

@@ -1,12 +1,10 @@
-"""The order of prompts, and how a rollout is divided into optimizer steps and micro-batches."""
+"""How a rollout is divided into optimizer steps and micro-batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from rlhf_recipes.models.forward import longest
 
@@ -87,28 +85,3 @@ class MicroBatches:
         if saved["rollout"] is not None:
             self.rollout = saved["rollout"]
             self._cut(saved["order"].cpu())
-
-
-class EpochSampler(Sampler):
-    """TRL's sampler with an order for each epoch that depends on seed and epoch only, so that resume is exact.
-
-    TRL's sampler draws the orders of all epochs from one generator. A resumed run would start again with the first.
-
-    Args:
-        sampler: TRL's.
-        trainer: Knows the current epoch.
-    """
-
-    def __init__(self, sampler: Any, trainer: Any):
-        self._sampler, self._trainer = sampler, trainer
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            seed, epoch = self._sampler.seed, int(self._trainer.state.epoch or 0)
-            # Not seed + epoch, which is the next seed's first order.
-            mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-            self._sampler.generator.manual_seed(mixed if epoch else seed)
-        return iter(self._sampler)

@@ -27,7 +27,8 @@ from rlhf_recipes.rewards.score import shape_scores, weighted_sum
 from rlhf_recipes.runs.callbacks import CompletionTables
 from rlhf_recipes.runs.checkpoints import Resumable
 from rlhf_recipes.runs.divergence import require_finite
-from rlhf_recipes.trainers.batches import EpochSampler, MicroBatches
+from rlhf_recipes.runs.order import EpochSampler
+from rlhf_recipes.trainers.batches import MicroBatches
 from rlhf_recipes.trainers.config import OnPolicyConfig, distortions
 from rlhf_recipes.trainers.first_step import check_first_step, starts_from_reference
 from rlhf_recipes.trainers.kl import KLControl, k3, kl_metrics
@@ -312,7 +313,8 @@ class OnPolicyTrainer(Resumable, trl.RLOOTrainer):
     # Batches
 
     def _get_train_sampler(self, dataset=None):
-        return EpochSampler(super()._get_train_sampler(dataset), self)
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(sampler, sampler.seed, self)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         if not self.model.training:

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes import PPOTrainer, RLOOTrainer
+from rlhf_recipes.runs.checkpoints import resumable
+from support.texts import WORDS
+from support.tiny_models import word_tokenizer
 from support.tiny_trainers import make
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", lora_dropout=0.0)
@@ -78,3 +83,21 @@ def test_resumed_equals_uninterrupted(trainer_class, several_steps, lora, value_
                 assert torch.equal(value, moments[i][name]), (step, i, name)
         assert again.beta == whole.beta and again._kl.lr_factor == whole._kl.lr_factor
         assert lines(again) == lines(whole), step
+
+
+def test_batches_of_similar_length_resume_exactly_in_any_epoch(policy_folder, tmp_path):
+    rows = Dataset.from_dict({"text": [" ".join(WORDS[: 1 + i % 7]) for i in range(12)]})
+
+    def sft(output_dir, resume=None):
+        args = SFTConfig(str(output_dir), per_device_train_batch_size=4, max_steps=8, use_cpu=True, bf16=False,
+                         train_sampling_strategy="group_by_length", length_column_name="length", report_to=[],
+                         learning_rate=1e-2, save_strategy="steps", save_steps=1)  # fmt: skip
+        trainer = resumable(SFTTrainer)(str(policy_folder), args=args, train_dataset=rows,
+                                        processing_class=word_tokenizer())  # fmt: skip
+        trainer.train(resume)
+        return trainer.model.state_dict()
+
+    whole = sft(tmp_path / "whole")
+    for step in (4, 6):  # in the second epoch of 3 steps, and at its end
+        again = sft(tmp_path / f"again-{step}", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert all(torch.equal(values, whole[name]) for name, values in again.items()), step

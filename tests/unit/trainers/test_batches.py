@@ -6,7 +6,8 @@ import pytest
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from rlhf_recipes.trainers.batches import EpochSampler, MicroBatches
+from rlhf_recipes.runs.order import EpochSampler
+from rlhf_recipes.trainers.batches import MicroBatches
 
 ARGS = SimpleNamespace(steps_per_generation=4, gradient_accumulation_steps=2)
 
@@ -65,7 +66,7 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
     trainer = SimpleNamespace(state=SimpleNamespace(epoch=None))
 
     def sampler():
-        return EpochSampler(RepeatSampler(list(range(20)), mini_repeat_count=1, seed=1), trainer)
+        return EpochSampler(RepeatSampler(list(range(20)), mini_repeat_count=1, seed=1), 1, trainer)
 
     running, orders = sampler(), []
     for epoch in (None, 1.0, 2.0):
@@ -74,4 +75,4 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
         assert list(sampler()) == orders[-1] and len(running) == 20
     assert orders[0] != orders[1] != orders[2]
     trainer.state.epoch = None
-    assert orders[1] != list(EpochSampler(RepeatSampler(list(range(20)), mini_repeat_count=1, seed=2), trainer))
+    assert orders[1] != list(EpochSampler(RepeatSampler(list(range(20)), mini_repeat_count=1, seed=2), 2, trainer))
