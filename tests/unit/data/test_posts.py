@@ -8,8 +8,9 @@ from rlhf_recipes.data.shapes import texts
 from rlhf_recipes.recipe.sections import Data
 from rlhf_recipes.recipe.user_code import find_function
 
-sentences, posts, comparisons = (
-    find_function(f"film_reviews.py:{n}", "") for n in ("sentences", "posts", "comparisons")
+sentences, posts, comparisons, openings, openings_and_reviews = (
+    find_function(f"film_reviews.py:{n}", "")
+    for n in ("sentences", "posts", "comparisons", "openings", "openings_and_reviews")
 )
 
 REVIEW = (
@@ -53,6 +54,16 @@ def test_comparisons_choose_the_posts_own_summary():
         assert summaries[choice]["text"] == " " + own[info["post"]] != summaries[1 - choice]["text"]
     assert comparisons({"text": [REVIEW, OTHER]}) == made
     assert comparisons({"text": [REVIEW]}) == {"info": [], "summaries": [], "choice": []}
+
+
+def test_an_opening_is_whole_sentences_as_they_were_written():
+    start = "Mr. Smith was FUN, really!  I liked it <br /><br />a lot."
+    batch = {"text": [f"{start} {'Very ' * 30}.", "Bad film.", "so " * 40 + "."], "label": [1, 0, 0]}
+    assert openings(batch) == {"text": ["Mr. Smith was FUN, really! I liked it a lot."], "label": [1]}
+    made = openings_and_reviews(batch)
+    assert made["label"] == [1] and made["text"][0].split()[-1] == "."  # the first of every four is a whole review
+    long = openings_and_reviews({"text": ["word " * 500], "label": [0]})
+    assert len(long["text"][0].split()) == 180
 
 
 @pytest.mark.slow
